@@ -1,0 +1,235 @@
+"""The policy loss: one formula for every preset, on flat columns of trained tokens.
+
+    L = - sum_t n * stop_gradient[M * c * A + kappa] * logprob
+
+Everything in the brackets is computed from detached log-probs by small functions, in the log domain where a ratio could
+overflow, so a removed token never turns into inf or nan. Inputs that are not finite and not removed stay visible in the
+loss; all of them are flagged in the outcome.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from asyncrl.algo.presets import Loss, Outside, Weight
+
+_TINY = 1e-6
+"""Probabilities are kept this far from 0 and 1 in the binary KL of the trust mask, whose logarithms would diverge."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Columns:
+    """Trained tokens of one micro-batch: flat tensors of length n on one device. Log-probs are natural logarithms.
+
+    `logprobs` of the current policy is the only one with a gradient. `sequence` int64[n] is the index of the trajectory
+    inside this micro-batch, 0..num_sequences-1; a trajectory never spans micro-batches. `lag` int64[n] is the learner's
+    version minus the token's. `advantages` and `normalizers` are those of the trajectory, repeated for its tokens.
+    RuntimeError if the columns differ in shape or the behavior log-probs are missing.
+    """
+
+    logprobs: Tensor
+    behavior_logprobs: Tensor
+    proximal_logprobs: Tensor | None
+    reference_logprobs: Tensor | None
+    advantages: Tensor
+    normalizers: Tensor
+    sequence: Tensor
+    lag: Tensor
+    num_sequences: int
+
+    def __post_init__(self) -> None:
+        _require(self.behavior_logprobs, "behavior_logprobs")
+        shapes = {
+            field.name: tuple(value.shape)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        if len(set(shapes.values())) != 1 or self.logprobs.dim() != 1:
+            raise RuntimeError(f"columns must be flat and of one length, got {shapes}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """What the loss did with each token; detached columns of length n.
+
+    `coefficient` is M c A + kappa. `log_weight` is log c after capping and before masks. `capped`: a weight was clamped.
+    `trust_masked`: removed by the trust mask or by a weight that drops. `guard_masked`: removed with its sequence.
+    `log_ratio` is current minus behavior. `nonfinite`: a log-ratio, weight or coefficient is not finite.
+    """
+
+    coefficient: Tensor
+    log_weight: Tensor
+    capped: Tensor
+    trust_masked: Tensor
+    guard_masked: Tensor
+    log_ratio: Tensor
+    nonfinite: Tensor
+
+
+def policy_loss(columns: Columns, loss: Loss) -> tuple[Tensor, Outcome]:
+    """The scalar to minimise for one micro-batch, and what it did to each token.
+
+    The losses of the micro-batches of a step add up to the loss of the step, except with trust "m2", whose threshold is
+    taken over the tokens it is given. RuntimeError if a column that the loss needs is missing.
+    """
+    current = columns.logprobs.detach()  # the one stop-gradient: nothing below sees `columns.logprobs` until the last sum
+    log_ratio = current - columns.behavior_logprobs
+    anchor = columns.behavior_logprobs
+    if loss.needs_proximal:
+        anchor = _require(columns.proximal_logprobs, "proximal_logprobs")
+    log_weight, capped, dropped = _log_weight(current, anchor, columns, loss)
+    trust_masked = dropped | _trust_mask(current, anchor, columns, loss)
+    guard_masked = _guard_mask(log_ratio, columns, loss)
+
+    # A token of advantage 0 has no gradient, whatever its ratio.
+    keep = ~(trust_masked | guard_masked) & (columns.advantages != 0)
+    weighted = torch.where(keep, torch.where(keep, log_weight, 0.0).exp() * columns.advantages, 0.0)
+    kappa = _kappa(current, anchor, columns, loss)
+    coefficient = weighted + kappa
+    terms = columns.normalizers * coefficient * columns.logprobs
+    total = -torch.where(keep | (kappa != 0), terms, 0.0).sum()
+    nonfinite = ~(log_ratio.isfinite() & log_weight.isfinite() & coefficient.isfinite())
+    return total, Outcome(coefficient, log_weight, capped, trust_masked, guard_masked, log_ratio, nonfinite)
+
+
+def concatenate(columns: Sequence[Columns], outcomes: Sequence[Outcome]) -> tuple[Columns, Outcome]:
+    """The micro-batches of a step as one, detached, with trajectories renumbered."""
+    joined: dict[str, Tensor | None] = {}
+    for field in fields(Columns):
+        parts = [getattr(part, field.name) for part in columns]
+        if field.name != "num_sequences":
+            joined[field.name] = None if parts[0] is None else torch.cat([part.detach() for part in parts])
+    starts = [sum(part.num_sequences for part in columns[:i]) for i in range(len(columns))]
+    joined["sequence"] = torch.cat([part.sequence + start for part, start in zip(columns, starts, strict=True)])
+    outcome = {field.name: torch.cat([getattr(part, field.name) for part in outcomes]) for field in fields(Outcome)}
+    num_sequences = sum(part.num_sequences for part in columns)
+    return Columns(**joined, num_sequences=num_sequences), Outcome(**outcome)  # type: ignore[arg-type]
+
+
+def sequence_sum(values: Tensor, columns: Columns) -> Tensor:
+    """Sum of `values` over each trajectory; [num_sequences]."""
+    zeros = torch.zeros(columns.num_sequences, dtype=values.dtype, device=values.device)
+    return zeros.index_add(0, columns.sequence, values)
+
+
+def _log_weight(current: Tensor, anchor: Tensor, columns: Columns, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
+    """log c after capping, whether it was clamped, whether it drops the token: both weight slots together."""
+    behavior = _at_level(anchor - columns.behavior_logprobs, loss.behavior_weight, columns)
+    policy = _at_level(current - anchor, loss.policy_weight, columns)
+    if loss.policy_sign == "negative":
+        policy = torch.where(columns.advantages < 0, policy, 0.0)
+    behavior, capped_w, dropped_w = _bound(behavior, loss.behavior_floor, loss.behavior_cap, loss.behavior_outside)
+    policy, capped_r, dropped_r = _bound(policy, loss.policy_floor, loss.policy_cap, loss.policy_outside)
+    return behavior + policy, capped_w | capped_r, dropped_w | dropped_r
+
+
+def _at_level(log_ratio: Tensor, weight: Weight, columns: Columns) -> Tensor:
+    if weight == "none":
+        return torch.zeros_like(log_ratio)
+    if weight == "token":
+        return log_ratio
+    total = sequence_sum(log_ratio, columns)
+    if weight == "geometric":
+        total = total / sequence_sum(torch.ones_like(log_ratio), columns)
+    return total[columns.sequence]
+
+
+def _bound(log_ratio: Tensor, floor: float, cap: float, outside: Outside) -> tuple[Tensor, Tensor, Tensor]:
+    low, high = _log(floor), _log(cap) if cap else math.inf
+    beyond = (log_ratio < low) | (log_ratio > high)
+    nowhere = torch.zeros_like(beyond)
+    if outside == "drop":
+        return log_ratio, nowhere, beyond
+    # Not `clamp`, which without a cap would also turn an infinite ratio of the input into a bound.
+    clamped = torch.where(log_ratio > high, high, torch.where(log_ratio < low, low, log_ratio))
+    return clamped, beyond, nowhere
+
+
+def _trust_mask(current: Tensor, anchor: Tensor, columns: Columns, loss: Loss) -> Tensor:
+    """bool[n]: the token left the trust region; if signed, on the side to which its advantage would push it further."""
+    if loss.trust == "none":
+        return torch.zeros_like(columns.advantages, dtype=torch.bool)
+    if loss.trust == "m2":
+        return _second_moment_mask(current - anchor, columns.advantages, loss)
+    if loss.trust == "ratio":
+        level = "token" if loss.policy_weight == "none" else loss.policy_weight
+        moved = _at_level(current - anchor, level, columns)
+        widening = columns.lag.clamp(min=1).to(moved) if loss.anchor == "loglinear" else 1.0
+        above, below = moved > math.log1p(loss.trust_high) * widening, moved < _log(1.0 - loss.trust_low) * widening
+    elif loss.trust == "tv":
+        moved = current.exp() - anchor.exp()
+        above, below = moved > loss.trust_high, moved < -loss.trust_low
+    else:
+        divergence = _binary_kl(anchor.exp(), current.exp())
+        above = (current > anchor) & (divergence > loss.trust_high)
+        below = (current < anchor) & (divergence > loss.trust_low)
+    if not loss.trust_signed:
+        return above | below
+    return (above & (columns.advantages > 0)) | (below & (columns.advantages < 0))
+
+
+def _binary_kl(before: Tensor, after: Tensor) -> Tensor:
+    """KL between "this token" and "any other token" under the two policies (DPPO 2602.04879)."""
+    p, q = before.clamp(_TINY, 1 - _TINY), after.clamp(_TINY, 1 - _TINY)
+    return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+
+
+def _second_moment_mask(log_ratio: Tensor, advantages: Tensor, loss: Loss) -> Tensor:
+    """Remove the largest squared log-ratios until the mean of the rest is at most `trust_high` (M2PO 2510.01161).
+
+    Only tokens that the gradient would push further out are candidates, if signed. Equal values go together, so the
+    order of the tokens does not matter.
+    """
+    candidate = log_ratio * advantages > 0 if loss.trust_signed else torch.ones_like(log_ratio, dtype=torch.bool)
+    squared = log_ratio.square()
+    ascending = squared[candidate].sort().values
+    counts = torch.arange(1, len(ascending) + 1, device=ascending.device)
+    num_kept = (ascending.cumsum(0) / counts <= loss.trust_high).sum()
+    first_removed = torch.cat([ascending, ascending.new_tensor([torch.nan])])[num_kept]  # nan: nothing to remove
+    return candidate & (squared >= first_removed)
+
+
+def _guard_mask(log_ratio: Tensor, columns: Columns, loss: Loss) -> Tensor:
+    """bool[n]: the token's whole sequence is removed, judged on the ratio to the behavior policy."""
+    if loss.guard == "none":
+        return torch.zeros_like(log_ratio, dtype=torch.bool)
+    if loss.guard == "max_kl":
+        return _extreme(log_ratio.expm1() - log_ratio, columns, "amax") > loss.guard_high
+    if loss.guard == "veto":
+        return _extreme(log_ratio, columns, "amin") < math.log(loss.guard_low)
+    mean = _at_level(log_ratio, "geometric", columns)
+    if loss.guard == "negative_kl":
+        return (columns.advantages < 0) & (-mean > loss.guard_high)
+    return (mean < math.log(loss.guard_low)) | (mean > math.log(loss.guard_high))
+
+
+def _extreme(values: Tensor, columns: Columns, reduce: str) -> Tensor:
+    start = torch.zeros(columns.num_sequences, dtype=values.dtype, device=values.device)
+    return start.scatter_reduce(0, columns.sequence, values, reduce, include_self=False)[columns.sequence]
+
+
+def _kappa(current: Tensor, anchor: Tensor, columns: Columns, loss: Loss) -> Tensor:
+    """Additive part of the coefficient: minus the gradients of the penalties with respect to the log-prob."""
+    kappa = torch.zeros_like(current)
+    if loss.penalty:
+        log_ratio = _at_level(current - anchor, loss.penalty_level, columns)
+        kappa = kappa - 2.0 * loss.penalty * log_ratio
+    if loss.needs_reference:
+        reference = _require(columns.reference_logprobs, "reference_logprobs")
+        kappa = kappa + loss.reference_kl * (reference - current).expm1()
+    return kappa
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf
+
+
+def _require(column: Tensor | None, name: str) -> Tensor:
+    if column is None:
+        raise RuntimeError(f"the loss needs the column {name}, which this batch does not carry")
+    return column

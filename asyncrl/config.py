@@ -1,0 +1,278 @@
+"""Every knob of a run, with the rules between them. Imports nothing heavy, so that mistakes show at once.
+
+A run's configuration is the defaults below, then a TOML file, then `section.key=value` words of the command line.
+The defaults are the built-in job: "largest digit", learnt from random weights on two cores.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from asyncrl.algo import presets
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Values that cannot change after loading; unknown keys are refused."""
+
+
+class ModelConfig(_Section):
+    path: str = "tiny"
+    """A Hugging Face id, a local folder, or "tiny": a Qwen2-architecture model made in code with random weights."""
+    num_layers: int = 2
+    """Layers of "tiny"; 2 layers are 0.40 M parameters."""
+
+
+class EnvConfig(_Section):
+    path: str = "asyncrl.envs.digits:LargestDigit"
+    """`package.module:Class`."""
+    args: dict[str, Any] = {}
+    """Keyword arguments of the class."""
+
+
+class WarmupConfig(_Section):
+    num_steps: int = 0
+    """Supervised steps on the environment's demonstrations before reinforcement learning; cached on disk."""
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+
+
+class RolloutConfig(_Section):
+    num_actors: int = 2
+    engine: Literal["embedded"] = "embedded"
+    group_size: int = 8
+    """Samples per prompt (G)."""
+    max_new_tokens: int = 2
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_running: int = 256
+    """Requests that one engine generates at the same time; more wait their turn."""
+    on_update: Literal["keep", "recompute", "abort"] = "keep"
+    """What new weights do to a request in flight: keep its KV cache, recompute it, or end the request early."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_attempts: int = 3
+    """Times that one prompt may fail, each time on another actor, before the run fails."""
+    num_threads: int = 1
+    """CPU threads of each rollout actor."""
+
+
+class BufferConfig(_Section):
+    max_staleness: int = 1
+    """S: (S + 1) batches of groups may be in the system at once; 0 is synchronous training."""
+    order: Literal["window", "fifo", "freshest"] = "window"
+    window: int | None = None
+    """Groups that may compete with the oldest one for a place in the next batch; default: one batch."""
+    reuse: int = 1
+    """Times that a group may be trained on."""
+
+
+class LearnerConfig(_Section):
+    groups_per_step: int = 32
+    """P: groups in a batch, which is one optimizer step."""
+    learning_rate: float = 2e-4
+    warmup_steps: int = 5
+    """Steps of linear learning-rate warm-up."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    row_tokens: int = 128
+    """Length of a packed row; raised to the longest trajectory that can occur."""
+    micro_batch_tokens: int = 16384
+    """Tokens (padding included) that go through the model at once."""
+    num_threads: int = 1
+    """CPU threads of the learner."""
+
+
+class AlgorithmConfig(_Section):
+    preset: str = "async_default"
+    loss: dict[str, Any] = {}
+    """Single fields of the preset's loss to replace."""
+    drop_zero_variance: bool = False
+    """Replace groups whose rewards are all equal by new prompts, counted (dynamic sampling)."""
+    mask_truncated: bool = False
+    """Give no gradient to trajectories that ran out of tokens (overlong filtering)."""
+    allow_uncorrected: bool = False
+    """Permit off-policy training without an importance correction."""
+
+
+class EvalConfig(_Section):
+    every: int = 20
+    """Steps between held-out evaluations (greedy); 0 is never. The last step is always evaluated."""
+    num_prompts: int = 200
+
+
+class WeightsConfig(_Section):
+    bucket_mb: float = 256.0
+    timeout_s: float = 120.0
+    """Bound on joining a broadcast group and on each broadcast."""
+
+
+class CheckpointConfig(_Section):
+    every: int = 100
+    """Steps between checkpoints; 0 is only at the end and on Ctrl-C."""
+    keep: int = 2
+
+
+class Config(_Section):
+    seed: int = 0
+    num_steps: int = 160
+    run_dir: str = "runs"
+    """Folder that run folders are made in."""
+    runtime: Literal["cluster", "local"] = "cluster"
+    """Ray actors, or everything in one process (for debugging)."""
+    model: ModelConfig = ModelConfig()
+    env: EnvConfig = EnvConfig()
+    warmup: WarmupConfig = WarmupConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    buffer: BufferConfig = BufferConfig()
+    learner: LearnerConfig = LearnerConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    eval: EvalConfig = EvalConfig()
+    weights: WeightsConfig = WeightsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def loss(self) -> presets.Loss:
+        """The preset with its replaced fields."""
+        return presets.resolve(self.algorithm.preset, self.algorithm.loss)
+
+
+def load(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+    """Defaults, then the TOML file, then `section.key=value` words. Raises `ValueError` that names rule and remedy."""
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = tomllib.loads(Path(path).read_text())
+        except OSError as error:
+            raise ValueError(f"cannot read the configuration {str(path)!r}: {error.strerror}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path} is not valid TOML: {error}") from error
+    for word in overrides or []:
+        _assign(tree, word)
+    return from_tree(tree)
+
+
+def from_tree(tree: dict[str, Any]) -> Config:
+    """A checked `Config` from nested tables."""
+    _refuse_unknown(tree, Config, "")
+    try:
+        config = msgspec.convert(tree, Config)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"configuration: {error}") from error
+    check(config)
+    return config
+
+
+def to_tree(config: Config) -> dict[str, Any]:
+    """Plain tables of every value, as written to the run folder."""
+    tree: dict[str, Any] = msgspec.to_builtins(config)
+    return tree
+
+
+def check(config: Config) -> None:
+    """The rules between knobs. Raises `ValueError` with the rule, the values and the remedy."""
+    _check_ranges(config)
+    loss = config.loss
+    rollout, buffer = config.rollout, config.buffer
+    if not loss.is_corrected and not config.algorithm.allow_uncorrected:
+        remedy = "choose a corrected preset such as async_default, or set algorithm.allow_uncorrected=true"
+        if buffer.max_staleness > 0 or buffer.reuse > 1:
+            raise ValueError(
+                f"off-policy training needs a corrected loss: buffer.max_staleness is {buffer.max_staleness}, "
+                f"buffer.reuse is {buffer.reuse} and preset {config.algorithm.preset!r} has no importance correction; "
+                f"{remedy}, or train with buffer.max_staleness=0"
+            )
+        if rollout.top_p < 1 or rollout.top_k > 0:
+            raise ValueError(
+                f"truncated sampling needs a corrected loss: rollout.top_p is {rollout.top_p}, rollout.top_k is "
+                f"{rollout.top_k} and preset {config.algorithm.preset!r} has no importance correction; {remedy}"
+            )
+    if rollout.group_size < 2 and loss.center != "none":
+        raise ValueError(
+            f"a group baseline needs at least two samples: rollout.group_size is {rollout.group_size} and the preset's "
+            f"center is {loss.center!r}; raise rollout.group_size or set algorithm.loss.center=none"
+        )
+    if rollout.temperature == 0:
+        raise ValueError("rollout.temperature must be above 0: greedy samples of a group are all equal")
+
+
+_AT_LEAST = {
+    "num_steps": 1,
+    "model.num_layers": 1,
+    "warmup.num_steps": 0,
+    "warmup.batch_size": 1,
+    "rollout.num_actors": 1,
+    "rollout.group_size": 1,
+    "rollout.max_new_tokens": 1,
+    "rollout.temperature": 0,
+    "rollout.top_k": 0,
+    "rollout.max_running": 1,
+    "rollout.max_attempts": 1,
+    "rollout.num_threads": 1,
+    "buffer.max_staleness": 0,
+    "buffer.reuse": 1,
+    "learner.groups_per_step": 1,
+    "learner.learning_rate": 0,
+    "learner.warmup_steps": 0,
+    "learner.row_tokens": 1,
+    "learner.micro_batch_tokens": 1,
+    "learner.num_threads": 1,
+    "eval.every": 0,
+    "eval.num_prompts": 1,
+    "weights.bucket_mb": 0.001,
+    "weights.timeout_s": 1,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+}
+
+
+def _check_ranges(config: Config) -> None:
+    for name, least in _AT_LEAST.items():
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not 0 < config.rollout.top_p <= 1:
+        raise ValueError(f"rollout.top_p must be above 0 and at most 1, got {config.rollout.top_p}")
+    if config.buffer.window is not None and config.buffer.window < 1:
+        raise ValueError(f"buffer.window must be at least 1, got {config.buffer.window}")
+
+
+def _assign(tree: dict[str, Any], word: str) -> None:
+    name, equals, text = word.partition("=")
+    if not equals or not name:
+        raise ValueError(f"cannot read {word!r}: write section.key=value, for example rollout.group_size=16")
+    *tables, key = name.split(".")
+    for table in tables:
+        tree = tree.setdefault(table, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"cannot set {name!r}: {table!r} is a value, not a table")
+    tree[key] = _parse(text)
+
+
+def _parse(text: str) -> Any:
+    """A TOML value, or the text itself where it is none (a path or a name without quotes)."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _refuse_unknown(tree: dict[str, Any], section: type[msgspec.Struct], prefix: str) -> None:
+    fields = {field.name: field.type for field in msgspec.structs.fields(section)}
+    for key, value in tree.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {prefix + near[0]!r}?" if near else f"known here: {', '.join(sorted(fields))}"
+            raise ValueError(f"unknown key {prefix + key!r} in the configuration; {hint}")
+        kind = fields[key]
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+            if not isinstance(value, dict):
+                raise ValueError(f"{prefix + key!r} is a table, got {value!r}; set one of its keys")
+            _refuse_unknown(value, kind, f"{prefix}{key}.")

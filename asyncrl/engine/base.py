@@ -1,0 +1,43 @@
+"""The engine protocol: what a rollout actor needs from whatever generates tokens.
+
+A weight update is `pause`, one `receive` per bucket, `resume`; requests stay in flight through it. An engine joins the
+broadcast group with `num_ranks` consecutive ranks (one per tensor-parallel rank), starting at `first_rank`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from asyncrl.types import Completion, Sampling, Version
+from asyncrl.weights import Bucket, Rendezvous
+
+
+class Engine(Protocol):
+    """Two implementations: `engine.embedded` and `engine.sglang`. One contract suite runs against both."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that this engine takes in the broadcast group."""
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds since the start during which at least one request was being generated."""
+
+    async def generate(self, token_ids: Sequence[int], sampling: Sampling, seed: int) -> Completion:
+        """One completion. The same seed, prompt and weights give the same tokens."""
+
+    async def join(self, where: Rendezvous, first_rank: int) -> None:
+        """Enter a broadcast group, leaving the one before. Blocks until every member has arrived."""
+
+    async def pause(self) -> None:
+        """Stop making tokens, keep the requests. On return no token of the old weights is still being made."""
+
+    async def receive(self, bucket: Bucket) -> None:
+        """Take part in the broadcast of one bucket and load it. Only while paused."""
+
+    async def resume(self, version: Version) -> str:
+        """Go on; every token sampled from here on carries `version`. Returns the digest of the weights in use."""
+
+    async def close(self) -> None:
+        """Free everything; requests still in flight end with an error."""

@@ -1,0 +1,345 @@
+"""The embedded engine: one asyncio task that owns a Hugging Face model and runs every live request together.
+
+    generate() --> waiting --admit--> live rows --finished--> the caller's future
+                                      |        ^
+                                      +- tick -+   one token for every row, then one turn of the event loop
+
+    waits: the task, on `_work`, until there is a request and the engine is not paused
+           generate(), on its own future
+           join() and receive(), on the other members of the broadcast group, in a thread
+
+A tick runs on the event loop's thread without a break, so between ticks nothing is half done: that is when requests
+join and leave, when `pause` takes hold and when weights change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asyncrl.engine import sampler
+from asyncrl.engine.kv_cache import SlotCache
+from asyncrl.types import Completion, Finish, Sampling, Version
+from asyncrl.weights import BroadcastGroup, Bucket, Rendezvous, digest
+
+if TYPE_CHECKING:
+    from asyncrl.model import PreTrainedModel
+
+OnUpdate: TypeAlias = Literal["keep", "recompute", "abort"]
+"""What new weights do to live requests: keep their KV cache, compute it again, or end them."""
+
+_PREFILL_TOKENS = 1 << 14  # Padded tokens in one prefill forward; bounds its memory.
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    seed: int
+    future: asyncio.Future[Completion]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+
+class EmbeddedEngine:
+    """Implements `engine.base.Engine` on a model in this process. All methods belong to one event loop.
+
+    Public counters, all since the start: `num_tokens` generated, `num_prefill_tokens` that went through a prefill.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_running: int,
+        max_length: int,
+        on_update: OnUpdate = "keep",
+        address: str = "127.0.0.1",
+    ) -> None:
+        """At most `max_running` requests run at once, the rest wait; prompt and completion fit in `max_length` tokens.
+
+        `address` is this node's own, for the broadcast group. The weights that the model comes with are version 0.
+        """
+        self.num_tokens = 0
+        self.num_prefill_tokens = 0
+        self._model, self._on_update, self._address = model, on_update, address
+        self._max_running, self._max_length = max_running, max_length
+        self._vocabulary: int = model.config.vocab_size
+        self._cache = SlotCache(model, max_running, max_length)
+        self._waiting: deque[_Request] = deque()
+        self._live: list[_Request] = []
+        # Rows 0..num_cached-1 have their keys and values in the cache, the live rows after them need a prefill.
+        self._num_cached = 0
+        self._busy_s = 0.0
+        self._task: asyncio.Task[None] | None = None
+        self._work = asyncio.Event()
+        self._paused = self._closed = False
+        self._group: BroadcastGroup | None = None
+        # Names that the current update has yet to bring; None while no part of one has arrived.
+        self._missing: set[str] | None = None
+        self._parameters: dict[str, Tensor] = dict(model.named_parameters())
+        self._version: Version = 0
+        self._digests: dict[Version, str] = {0: digest(self._parameters.items())}
+
+    @property
+    def num_ranks(self) -> int:
+        return 1
+
+    @property
+    def busy_s(self) -> float:
+        return self._busy_s
+
+    async def generate(self, token_ids: Sequence[int], sampling: Sampling, seed: int) -> Completion:
+        """One completion; cancelling the call drops the request.
+
+        Raises `ValueError` for a prompt or settings that cannot be run, `RuntimeError` once closed, and whatever a tick
+        raised while the request was in it.
+        """
+        if self._closed:
+            raise RuntimeError("the engine is closed")
+        prompt = tuple(token_ids)
+        self._check(prompt, sampling)
+        request = _Request(prompt, sampling, seed, asyncio.get_running_loop().create_future())
+        self._waiting.append(request)
+        if self._task is None:
+            self._task = asyncio.create_task(self._serve(), name="embedded engine")
+        self._wake()
+        return await request.future
+
+    async def join(self, where: Rendezvous, first_rank: int) -> None:
+        """Enters a broadcast group. An update that was cut short in the last one starts over from its first bucket."""
+        self._group = None
+        if self._missing is not None:
+            self._missing = set(self._parameters)
+        self._group = await asyncio.to_thread(BroadcastGroup, where, first_rank, self._address)
+
+    async def pause(self) -> None:
+        # No tick can be running now, as a tick does not give up the event loop's thread.
+        self._paused = True
+        self._wake()
+
+    async def receive(self, bucket: Bucket) -> None:
+        """Takes part in one broadcast and copies what came into the parameters.
+
+        Raises `RuntimeError` unless paused and joined, and for a bucket that does not fit the model. A bucket is checked
+        after its broadcast, so that the other members do not wait for this one.
+        """
+        if not self._paused or self._group is None:
+            raise RuntimeError(
+                f"an engine receives weights only while paused and in a broadcast group: paused={self._paused}, "
+                f"in a group={self._group is not None}"
+            )
+        device = torch.device("cpu") if self._group.where.backend == "gloo" else self._model.device
+        flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=device)
+        await asyncio.to_thread(self._group.broadcast, flat)
+        missing = set(self._parameters) if self._missing is None else self._missing
+        self._check_bucket(bucket, missing)
+        with torch.no_grad():
+            for name, tensor in bucket.unpack(flat):
+                self._parameters[name].copy_(tensor)
+        self._missing = missing.difference(bucket.names)
+
+    async def resume(self, version: Version) -> str:
+        """Goes on with the weights that arrived since `pause`, or with the old ones if none did.
+
+        Raises `RuntimeError` when only a part arrived, or when live requests already have tokens of this version that
+        other weights made.
+        """
+        if not self._paused:
+            raise RuntimeError("an engine is resumed only after a pause")
+        if self._missing:
+            some = ", ".join(sorted(self._missing)[:3])
+            raise RuntimeError(
+                f"the update to version {version} is partial: {len(self._missing)} of {len(self._parameters)} "
+                f"parameters did not arrive ({some}, ...)"
+            )
+        current = digest(self._parameters.items())
+        live = {v for request in self._live for v in request.versions}
+        if version in live and self._digests[version] != current:
+            raise RuntimeError(
+                f"live requests have tokens of version {version} from weights {self._digests[version]}, and weights "
+                f"{current} are now called version {version} too"
+            )
+        self._digests = {v: self._digests[v] for v in live} | {version: current}
+        self._version = version
+        if self._missing is not None:
+            self._missing = None
+            self._apply_update()
+        self._paused = False
+        self._wake()
+        return current
+
+    async def close(self) -> None:
+        """Ends the task; requests still in flight raise `RuntimeError`."""
+        self._closed = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._fail(RuntimeError("the engine was closed with the request in flight"))
+        self._group = None
+
+    def _check(self, prompt: tuple[int, ...], sampling: Sampling) -> None:
+        sampler.check(sampling)
+        if not prompt or min(prompt) < 0 or max(prompt) >= self._vocabulary:
+            raise ValueError(f"a prompt needs tokens, all in 0..{self._vocabulary - 1}, got {list(prompt)}")
+        if len(prompt) + sampling.max_new_tokens > self._max_length:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens and max_new_tokens {sampling.max_new_tokens} do not fit the engine's "
+                f"max_length {self._max_length}: raise max_length, or shorten the prompt or max_new_tokens"
+            )
+
+    def _check_bucket(self, bucket: Bucket, missing: set[str]) -> None:
+        for name, dtype, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
+            if name not in self._parameters:
+                raise RuntimeError(f"the model has no parameter {name!r}")
+            own = self._parameters[name]
+            if (dtype, shape) != (str(own.dtype).removeprefix("torch."), tuple(own.shape)):
+                raise RuntimeError(
+                    f"parameter {name!r} arrived as {dtype}{list(shape)}, the model has {own.dtype}{list(own.shape)}"
+                )
+            if name not in missing:
+                raise RuntimeError(f"parameter {name!r} arrived twice in one update")
+
+    def _apply_update(self) -> None:
+        if self._on_update == "recompute":
+            self._num_cached = 0
+        elif self._on_update == "abort":
+            for request in self._live:
+                self._finish(request, "abort")
+            self._live.clear()
+            self._num_cached = 0
+
+    def _wake(self) -> None:
+        """Sets the event that the task waits on exactly while there is something to do."""
+        if (self._live or self._waiting) and not self._paused:
+            self._work.set()
+        else:
+            self._work.clear()
+
+    async def _serve(self) -> None:
+        while True:
+            await self._work.wait()
+            start = time.perf_counter()
+            try:
+                with torch.inference_mode():
+                    self._tick()
+            except Exception as error:  # Every request must hear of it, whatever it is.
+                self._fail(error)
+            self._busy_s += time.perf_counter() - start
+            self._wake()
+            await asyncio.sleep(0)
+
+    def _tick(self) -> None:
+        for row in reversed(range(len(self._live))):
+            if self._live[row].future.done():  # Its caller was cancelled.
+                self._remove(row)
+        self._admit()
+        if not self._live:
+            return
+        logits = self._logits()
+        self._num_cached = len(self._live)
+        seeds = np.array([request.seed % 2**64 for request in self._live], dtype=np.uint64)
+        indices = np.array([len(request.tokens) for request in self._live], dtype=np.uint64)
+        tokens, logprobs = sampler.sample(
+            logits, [request.sampling for request in self._live], sampler.uniforms(seeds, indices)
+        )
+        self.num_tokens += len(tokens)
+        for row in reversed(range(len(tokens))):
+            self._append(row, tokens[row], logprobs[row])
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._live) < self._max_running:
+            request = self._waiting.popleft()
+            if not request.future.done():
+                self._live.append(request)
+
+    def _logits(self) -> Tensor:
+        """The next-token logits of every live row, [R, V]."""
+        decoded, fresh = self._live[: self._num_cached], self._live[self._num_cached :]
+        parts = []
+        if decoded:
+            positions = [len(request.prompt) + len(request.tokens) - 1 for request in decoded]
+            parts.append(self._cache.decode([request.tokens[-1] for request in decoded], positions))
+        if fresh:
+            parts.append(self._prefill(fresh))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _prefill(self, fresh: Sequence[_Request]) -> Tensor:
+        """Fills the rows from `num_cached` on; equal sequences are computed once. Next-token logits, [N, V]."""
+        members: dict[tuple[int, ...], list[int]] = {}
+        for index, request in enumerate(fresh):
+            members.setdefault((*request.prompt, *request.tokens), []).append(index)
+        order: list[int] = []
+        parts = []
+        for chunk in _chunks(sorted(members, key=len, reverse=True)):
+            indices = [index for sequence in chunk for index in members[sequence]]
+            owners = [owner for owner, sequence in enumerate(chunk) for _ in members[sequence]]
+            logits = self._cache.prefill(chunk, owners, [self._num_cached + index for index in indices])
+            parts.append(logits[torch.tensor(owners, device=logits.device)])
+            order.extend(indices)
+            self.num_prefill_tokens += sum(map(len, chunk))
+        logits = torch.cat(parts)
+        return torch.empty_like(logits).index_copy_(0, torch.tensor(order, device=logits.device), logits)
+
+    def _append(self, row: int, token: int, logprob: float) -> None:
+        request = self._live[row]
+        request.tokens.append(token)
+        request.logprobs.append(logprob)
+        request.versions.append(self._version)
+        if token in request.sampling.stop_token_ids:
+            self._finish(request, "stop")
+        elif len(request.tokens) == request.sampling.max_new_tokens:
+            self._finish(request, "length")
+        else:
+            return
+        self._remove(row)
+
+    def _finish(self, request: _Request, finish: Finish) -> None:
+        if request.future.done():
+            return
+        completion = Completion(
+            token_ids=np.array(request.tokens, dtype=np.int32),
+            logprobs=np.array(request.logprobs, dtype=np.float32),
+            versions=np.array(request.versions, dtype=np.int32),
+            finish=finish,
+            digests={version: self._digests[version] for version in sorted(set(request.versions))},
+        )
+        request.future.set_result(completion)
+
+    def _remove(self, row: int) -> None:
+        """Frees a row; the last row moves into the hole, so that the live rows stay the first ones."""
+        last = len(self._live) - 1
+        if row != last:
+            self._live[row] = self._live[last]
+            if last < self._num_cached:
+                self._cache.move(last, row)
+        self._live.pop()
+        self._num_cached = min(self._num_cached, last)
+
+    def _fail(self, error: Exception) -> None:
+        for request in (*self._live, *self._waiting):
+            if not request.future.done():
+                request.future.set_exception(error)
+        self._live.clear()
+        self._waiting.clear()
+        self._num_cached = 0
+
+
+def _chunks(sequences: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """Cuts sequences, longest first, into batches of at most `_PREFILL_TOKENS` padded tokens (or of one sequence)."""
+    chunks: list[list[tuple[int, ...]]] = []
+    for sequence in sequences:
+        if chunks and (len(chunks[-1]) + 1) * len(chunks[-1][0]) <= _PREFILL_TOKENS:
+            chunks[-1].append(sequence)
+        else:
+            chunks.append([sequence])
+    return chunks

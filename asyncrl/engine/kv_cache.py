@@ -1,0 +1,139 @@
+"""The keys and values of every live request, in fixed slots, and the two forwards that fill them.
+
+    slot    positions ->
+      0     k k k k k k .  .  .        row 0 of a decode forward
+      1     k k k .  .  .  .  .        row 1
+      2     k k k k .  .  .  .  .      row 2: live rows are 0..R-1, so a slice is the batch
+      3     .  .  .  .  .  .  .  .     free
+
+A model's own forward calls `update` once per layer on what it is given as its cache. A prefill attends within itself
+and leaves a copy in the slots; a decode step writes one position per row and attends over the slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ROUND = 16  # Positions are read in whole multiples: the GPU attention kernels want an aligned mask.
+
+
+class SlotCache:
+    """Keys and values, [2 * layers, rows, kv_heads, max_length, head_dim], and the mask of what is filled."""
+
+    def __init__(self, model: Any, num_rows: int, max_length: int) -> None:
+        """Allocates everything at once. Raises `ValueError` for a model whose layers do not all attend to everything."""
+        config = model.config
+        _check(config, max_length)
+        self.num_rows, self.max_length = num_rows, -(-max_length // _ROUND) * _ROUND
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self._model, self._device, dtype = model, model.device, model.dtype
+        # Zeros, not garbage: a masked position has weight 0, and 0 times NaN is NaN.
+        shape = (2 * config.num_hidden_layers, num_rows, kv_heads, self.max_length, head_dim)
+        self._slots = torch.zeros(shape, dtype=dtype, device=self._device)
+        self._flat = self._slots.flatten(1, 3).unbind(0)
+        # Added to the attention scores: 0 where a slot is filled, -inf elsewhere.
+        self._mask = torch.full((num_rows, self.max_length), -torch.inf, dtype=dtype, device=self._device)
+        self._steps = torch.arange(self.max_length, device=self._device)
+        # Where each row of the mask, and each (row, head) of the slots, starts when flattened.
+        self._mask_starts = self.max_length * torch.arange(num_rows, device=self._device)
+        self._slot_starts = self.max_length * torch.arange(num_rows * kv_heads, device=self._device).view(num_rows, -1)
+
+    def move(self, source: int, target: int) -> None:
+        """Copies the row `source` over the row `target`."""
+        self._slots[:, target] = self._slots[:, source]
+        self._mask[target] = self._mask[source]
+
+    def decode(self, token_ids: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """One token for each of rows 0..R-1; row r's token goes to `positions[r]`. Next-token logits, [R, V]."""
+        num_rows, longest = len(token_ids), max(positions) + 1
+        ids, at = torch.tensor([token_ids, positions], device=self._device)
+        self._mask.view(-1).index_fill_(0, self._mask_starts[:num_rows] + at, 0.0)
+        positions_in = at.unsqueeze(1)
+        where = (self._slot_starts[:num_rows] + positions_in).view(-1)
+        span = -(-longest // _ROUND) * _ROUND
+        cache = _Decode(self._flat, self._slots[:, :num_rows, :, :span].unbind(0), where)
+        return self._forward(ids.unsqueeze(1), positions_in, self._mask[:num_rows, None, None, :span], cache)
+
+    def prefill(self, sequences: Sequence[Sequence[int]], owners: Sequence[int], rows: Sequence[int]) -> Tensor:
+        """Fills slots from whole sequences; slot `rows[i]` gets `sequences[owners[i]]`. Next-token logits, [U, V].
+
+        The U sequences are padded on the left, so that the last position of each is the one that needs logits.
+        """
+        longest = max(map(len, sequences))
+        pads = torch.tensor([longest - len(sequence) for sequence in sequences], device=self._device).unsqueeze(1)
+        ids = torch.tensor([[0] * (longest - len(s)) + list(s) for s in sequences], device=self._device)
+        steps = self._steps[:longest]
+        # Causal, without the padding; a padding position sees itself, as an empty softmax would be NaN.
+        visible = (steps <= steps[:, None]) & ((steps >= pads.unsqueeze(2)) | (steps == steps[:, None]))
+        mask = torch.zeros(visible.shape, dtype=self._slots.dtype, device=self._device)
+        mask.masked_fill_(~visible, -torch.inf)
+        owner, row = torch.tensor([owners, rows], device=self._device)
+        # Position t of a slot is position t + pad of the padded sequence; what lies past its end is masked.
+        gather = (steps + pads).clamp_(max=longest - 1)[owner]
+        filled = (self._steps + pads)[owner] < longest
+        self._mask[row] = torch.zeros(filled.shape, dtype=mask.dtype, device=self._device).masked_fill_(
+            ~filled, -torch.inf
+        )
+        cache = _Prefill(self._slots, owner.unsqueeze(1), gather, row)
+        return self._forward(ids, (steps - pads).clamp_(min=0), mask.unsqueeze(1), cache)
+
+    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> Tensor:
+        output = self._model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
+
+
+class _Decode:
+    """The cache of one decode step: writes one position per row, reads all that is filled."""
+
+    def __init__(self, flat: Sequence[Tensor], readable: Sequence[Tensor], where: Tensor) -> None:
+        self._flat, self._readable, self._where = flat, readable, where
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
+        """`keys` and `values` are [R, kv_heads, 1, head_dim]; returns [R, kv_heads, span, head_dim]."""
+        self._flat[2 * layer].index_copy_(0, self._where, keys.flatten(0, 2))
+        self._flat[2 * layer + 1].index_copy_(0, self._where, values.flatten(0, 2))
+        return self._readable[2 * layer], self._readable[2 * layer + 1]
+
+
+class _Prefill:
+    """The cache of one prefill: copies what was computed into the slots and hands it back."""
+
+    def __init__(self, slots: Tensor, owner: Tensor, gather: Tensor, row: Tensor) -> None:
+        self._slots, self._owner, self._gather, self._row = slots, owner, gather, row
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
+        """`keys` and `values` are [U, kv_heads, longest, head_dim]."""
+        length = keys.shape[2]
+        for index, computed in ((2 * layer, keys), (2 * layer + 1, values)):
+            # Indexing by two tensors around a slice puts their dimensions first: [rows, length, kv_heads, head_dim].
+            copied = computed[self._owner, :, self._gather]
+            self._slots[index, self._row, :, :length] = copied.transpose(1, 2)
+        return keys, values
+
+
+def _check(config: Any, max_length: int) -> None:
+    attention = config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        raise ValueError(f"the embedded engine needs attention 'sdpa' or 'eager', the model uses {attention!r}")
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"the embedded engine runs attention layers only, the model has {sorted(kinds)}")
+    if window is not None and kinds != {"full_attention"} and window < max_length:
+        raise ValueError(
+            f"max_length {max_length} exceeds the model's sliding attention window of {window}, which the embedded "
+            f"engine does not apply: set max_length to {window} or less"
+        )

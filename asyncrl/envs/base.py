@@ -1,0 +1,90 @@
+"""The environment protocol: where prompts come from and what an attempt is worth.
+
+An environment is named by import path, `env.path = "asyncrl.envs.largest_digit:LargestDigit"`, and built with the
+tokenizer and the table `[env.args]`. There is no registry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+
+from asyncrl.types import Completion, Prompt, Trajectory
+
+Split: TypeAlias = Literal["train", "heldout"]
+Generate: TypeAlias = Callable[[Sequence[int]], Awaitable[Completion]]
+"""Token ids of the context -> completion, with the sampling settings and seed of the attempt already bound."""
+
+
+class Tokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that environments use."""
+
+    @property
+    def eos_token_id(self) -> int:
+        """The end token."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]:
+        """Token ids of `text`."""
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = ...) -> str:
+        """Text of `token_ids`."""
+
+
+class Env(Protocol):
+    """Prompts and rewards. One instance lives in every rollout actor and one in the driver."""
+
+    max_prompt_tokens: int
+    """No prompt is longer: it sizes the engine's cache and the learner's rows."""
+
+    def prompts(self, split: Split, seed: int) -> Iterator[Prompt]:
+        """Endless and deterministic: the n-th prompt of a seed has id n and is always the same."""
+
+    async def play(self, prompt: Prompt, generate: Generate) -> Trajectory:
+        """One scored attempt. An exception is a failed rollout: retried, counted, never a silent zero."""
+
+    def baselines(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """What policies without skill score on these prompts, by name; printed beside every curve."""
+
+
+class Teacher(Protocol):
+    """An environment that can also show: needed by the supervised warm-up."""
+
+    def demonstrations(self, seed: int) -> Iterator[tuple[list[int], list[int]]]:
+        """Endless pairs of prompt and reply token ids, the end token included."""
+
+
+def load_env(path: str, tokenizer: Tokenizer, args: dict[str, Any]) -> Env:
+    """The environment at `module:Class`. Raises `ValueError` saying which half of the path is wrong."""
+    module_name, _, class_name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"env.path {path!r}: no module {error.name!r}; write 'package.module:Class'") from error
+    if not class_name or not hasattr(module, class_name):
+        raise ValueError(f"env.path {path!r}: module {module_name!r} has no {class_name!r}; write 'package.module:Class'")
+    env: Env = getattr(module, class_name)(tokenizer, **args)
+    return env
+
+
+def single_turn(prompt: Prompt, completion: Completion, reward: float, **metrics: float) -> Trajectory:
+    """The trajectory of an attempt that is one prompt and one completion."""
+    num_prompt, num_new = len(prompt.token_ids), len(completion.token_ids)
+    return Trajectory(
+        token_ids=np.concatenate([np.array(prompt.token_ids, np.int32), completion.token_ids]),
+        mask=np.repeat([False, True], [num_prompt, num_new]),
+        logprobs=np.concatenate([np.zeros(num_prompt, np.float32), completion.logprobs]),
+        versions=np.concatenate([np.zeros(num_prompt, np.int32), completion.versions]),
+        reward=reward,
+        finish=completion.finish,
+        digests=completion.digests,
+        metrics=metrics,
+    )
+
+
+def split_of(text: str) -> Split:
+    """Ten per cent of all texts are held out, by hash: the same ones in every run and every process."""
+    return "heldout" if hashlib.blake2b(text.encode(), digest_size=2).digest()[0] < 26 else "train"

@@ -1,0 +1,148 @@
+"""One training job from its configuration: prepares the weights, starts the actors, runs the loop, leaves a run folder.
+
+    runs/20261122-193000-largest-digit/
+        config.json  run.json        resolved configuration; git commit, command, no-skill scores
+        metrics.jsonl  tensorboard/  every metric of every step
+        checkpoints/step-000160/     loads with transformers as it is
+        curves.png                   reward, held-out accuracy, lag, utilisation
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+
+from asyncrl import checkpoint
+from asyncrl.buffer import Buffer
+from asyncrl.config import Config, to_tree
+from asyncrl.envs.base import Env, load_env
+from asyncrl.loop import PromptQueue, System, run
+from asyncrl.metrics import Metrics, plot
+from asyncrl.model import load_tokenizer
+from asyncrl.rollout import RolloutPool
+from asyncrl.warmup import prepare
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a job left behind."""
+
+    folder: Path
+    version: int
+    accuracy: float | None
+    """Held-out, greedy, of the last version that was evaluated."""
+    baselines: dict[str, float]
+
+
+async def train(config: Config, resume: Path | None = None, *, quiet: bool = False) -> Result:
+    """Runs the job to its last step, or to Ctrl-C; `resume` is the run folder of an earlier job to go on with."""
+    runtime = load_runtime(config.runtime)
+    initial = str(prepare(config, quiet=quiet))
+    env = load_env(config.env.path, load_tokenizer(initial), config.env.args)
+    heldout = list(islice(env.prompts("heldout", 0), config.eval.num_prompts))
+    baselines = env.baselines(heldout)
+    folder = resume or new_folder(config, baselines)
+    saved = checkpoint.latest(folder / "checkpoints").absolute() if resume else None
+    cursor = checkpoint.load_cursor(saved) if saved else None
+    with Metrics(folder, config.num_steps, first_step=cursor.version if cursor else 0, quiet=quiet) as metrics:
+        for name, score in baselines.items():
+            metrics.say(f"no skill: {name!r} scores {score:.2f} on the {len(heldout)} held-out prompts")
+        metrics.say(f"starting {config.rollout.num_actors} rollout actors and the learner")
+        async with runtime.open_actors(config, initial, saved) as (learner, actors):
+            prompts = PromptQueue(env.prompts("train", config.seed), cursor)
+            pool = RolloutPool(actors, config.rollout.max_attempts)
+            buffer = make_buffer(config)
+            system = System(config, prompts, heldout, pool, learner, buffer, metrics, (folder / "checkpoints").absolute())
+            with _stop_on_ctrl_c(buffer, metrics):
+                await run(system)
+            version = learner.version
+        plot(folder, max(baselines.values()))
+        metrics.say(report(version, config.num_steps, metrics.last_accuracy, baselines, folder))
+    return Result(folder, version, metrics.last_accuracy, baselines)
+
+
+def load_runtime(name: str) -> ModuleType:
+    """The module that starts the actors; Ray is imported only where it is used."""
+    if name == "local":
+        from asyncrl.runtime import local
+
+        return local
+    from asyncrl.runtime import cluster
+
+    return cluster
+
+
+def make_buffer(config: Config) -> Buffer:
+    return Buffer(
+        config.learner.groups_per_step,
+        config.buffer.max_staleness,
+        order=config.buffer.order,
+        window=config.buffer.window or config.learner.groups_per_step,
+        reuse=config.buffer.reuse,
+    )
+
+
+def new_folder(config: Config, baselines: dict[str, float]) -> Path:
+    """A new run folder with its configuration and origin written down."""
+    task = config.env.path.rpartition(":")[2].lower()
+    stem = time.strftime(f"%Y%m%d-%H%M%S-{task}")
+    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+        folder = Path(config.run_dir) / f"{stem}{suffix}"
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            continue
+    (folder / "config.json").write_text(json.dumps(to_tree(config), indent=2) + "\n")
+    origin = {"commit": _commit(), "command": sys.argv, "no_skill": baselines, "python": sys.version.split()[0]}
+    (folder / "run.json").write_text(json.dumps(origin, indent=2) + "\n")
+    return folder
+
+
+def report(version: int, num_steps: int, accuracy: float | None, baselines: dict[str, float], folder: Path) -> str:
+    """The last lines of a run."""
+    best = max(baselines, key=baselines.__getitem__)
+    lines = [f"done: step {version} of {num_steps}"]
+    if accuracy is not None:
+        lines[0] += f" | held-out greedy {accuracy:.3f}, no skill {baselines[best]:.2f} ({best})"
+    lines.append(f"run folder: {folder}")
+    if version < num_steps:
+        lines.append(f"go on with: python launch/run.py --resume {folder}")
+    return "\n".join(lines)
+
+
+def _commit() -> str | None:
+    """The commit of the working directory, marked where files differ from it; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@contextmanager
+def _stop_on_ctrl_c(buffer: Buffer, metrics: Metrics) -> Iterator[None]:
+    """The first Ctrl-C closes the buffer: the step under way ends, then the run is saved. The second one interrupts."""
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        metrics.say("stopping after this step, with a checkpoint; once more to interrupt at once")
+        loop.remove_signal_handler(signal.SIGINT)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        buffer.close()
+
+    loop.add_signal_handler(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)

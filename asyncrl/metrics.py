@@ -1,0 +1,172 @@
+"""Where metrics go: JSONL, TensorBoard, one console line a step, and a plot at the end. One row a step, area/name keys."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from asyncrl.algo.diagnostics import METRICS as DIAGNOSTICS
+
+METRICS: dict[str, str] = {
+    "reward/mean": "mean reward of the batch, made by lagged policies",
+    "reward/std": "standard deviation of the rewards of the batch",
+    "reward/zero_variance": "share of groups whose rewards are all equal: they teach nothing",
+    "eval/accuracy": "held-out reward, one greedy attempt a prompt, of the version it is logged under",
+    "completion/mean_length": "sampled tokens a trajectory, mean",
+    "completion/max_length": "sampled tokens a trajectory, maximum",
+    "completion/truncated": "share of trajectories that ran out of tokens",
+    "completion/mixed_versions": "share of groups that more than one weight version generated",
+    **DIAGNOSTICS,
+    "gradient/norm": "gradient norm before clipping",
+    "gradient/cosine": "cosine with the gradient of the step before, on a fixed random slice of coordinates",
+    "gradient/learning_rate": "learning rate of the step",
+    "learner/num_tokens": "trained tokens in the batch",
+    "learner/row_fill": "share of row positions that hold a token; the rest is padding",
+    "learner/idle": "share of the step's time that the learner waited for groups",
+    "rollout/idle": "share of the time since the last step that engines had nothing to generate, mean over actors",
+    "rollout/num_tokens": "tokens generated since the last step, all actors",
+    "rollout/num_actors": "rollout actors alive",
+    "rollout/failures": "failed rollouts and dead actors so far",
+    "rollout/tokens_per_s": "tokens generated a second, all actors",
+    "buffer/ready": "finished groups that wait for the learner, after the step",
+    "buffer/pending": "groups being generated, after the step",
+    "buffer/wait_s": "seconds from a group's completion until its batch was trained and live, mean",
+    "buffer/dropped": "groups dropped so far, with or without use, all reasons",
+    "sync/total_s": "seconds of the weight update, as the driver saw it",
+    "sync/pause_s": "seconds that generation stood still for it, the slowest actor",
+    "time/wait_s": "seconds of the step spent waiting for groups",
+    "time/step_s": "seconds of the step spent in the learner",
+    "time/sync_s": "seconds of the step spent in the weight update",
+    "time/total_s": "seconds of the step",
+}
+"""Every metric that a run logs, with its meaning; `completion/` also holds what an environment reports itself."""
+
+
+def page() -> str:
+    """The table as Markdown: docs/metrics.md."""
+    lines = ["# Metrics", "", "Logged at every learner step unless said otherwise, to `metrics.jsonl` and TensorBoard.", ""]
+    lines += ["| metric | meaning |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in METRICS.items())]
+    return "\n".join(lines) + "\n"
+
+
+class Metrics:
+    """The sink of one run. Use it as a context manager; on exit everything is flushed and the plot is written."""
+
+    def __init__(self, folder: Path, num_steps: int, *, first_step: int = 0, quiet: bool = False) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
+        self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=quiet or not self._console.is_terminal,
+        )
+        self._bar = self._progress.add_task("training", total=num_steps, completed=first_step)
+        self._began = time.time()
+        self.last_accuracy: float | None = None
+
+    def __enter__(self) -> Metrics:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        self._file.close()
+        self._board.close()
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        self._console.print(text, markup=False)
+
+    def step(self, version: int, row: dict[str, float], max_lag: int) -> None:
+        """One learner step."""
+        row["rollout/tokens_per_s"] = row["rollout/num_tokens"] / max(row["time/total_s"], 1e-9)
+        self._record(version, row)
+        self._progress.update(self._bar, completed=version)
+        self.say(self._line(version, row, max_lag))
+
+    def evaluation(self, version: int, accuracy: float) -> None:
+        """A held-out evaluation of `version`; it may arrive after later steps."""
+        self.last_accuracy = accuracy
+        self._record(version, {"eval/accuracy": accuracy})
+        self.say(f"eval {version} | held-out {accuracy:.3f}")
+
+    def _record(self, version: int, row: dict[str, float]) -> None:
+        values = {name: None if math.isnan(value) else round(value, 7) for name, value in row.items()}
+        self._file.write(json.dumps({"version": version, "time": round(time.time() - self._began, 3), **values}) + "\n")
+        for name, value in row.items():
+            self._board.add_scalar(name, value, version)
+
+    def _line(self, version: int, row: dict[str, float], max_lag: int) -> str:
+        accuracy = "-" if self.last_accuracy is None else f"{self.last_accuracy:.2f}"
+        return (
+            f"step {version} | reward {row['reward/mean']:.2f} | eval {accuracy} | "
+            f"lag {row['lag/mean']:.1f}/{max_lag} | "
+            f"idle learner {row['learner/idle']:.0%} rollout {row['rollout/idle']:.0%} | "
+            f"{_thousands(row['rollout/tokens_per_s'])} tok/s | sync {row['sync/total_s']:.3f} s"
+        )
+
+
+def _thousands(value: float) -> str:
+    return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
+
+
+def read(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.jsonl, in the order written."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def plot(folder: Path, baseline: float) -> Path:
+    """Writes curves.png: reward and held-out accuracy, lag, utilisation and weight sync over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read(folder)
+    steps = [row for row in rows if "reward/mean" in row]
+    evals = [row for row in rows if "eval/accuracy" in row]
+
+    def column(name: str, source: list[dict[str, float]] = steps) -> list[float]:
+        return [row[name] if row[name] is not None else math.nan for row in source]
+
+    at = column("version")
+    figure, ((rewards, lags), (idle, sync)) = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    rewards.plot(at, column("reward/mean"), label="training reward")
+    rewards.plot(column("version", evals), column("eval/accuracy", evals), "o-", label="held-out, greedy")
+    rewards.axhline(baseline, color="grey", linestyle=":", label=f"no skill {baseline:.2f}")
+    rewards.set(title="reward", ylim=(-0.03, 1.03))
+    lags.plot(at, column("lag/mean"), label="mean")
+    lags.plot(at, column("lag/max"), label="maximum")
+    lags.set(title="lag of trained tokens, learner steps", ylim=(-0.1, None))
+    idle.plot(at, [1 - value for value in column("learner/idle")], label="learner")
+    idle.plot(at, [1 - value for value in column("rollout/idle")], label="rollout actors")
+    idle.set(title="utilisation", ylim=(-0.03, 1.03))
+    sync.plot(at, column("sync/total_s"), label="weight update")
+    sync.plot(at, column("sync/pause_s"), label="generation paused")
+    sync.set(title="weight update, seconds", ylim=(0, None))
+    for axes in (rewards, lags, idle, sync):
+        axes.set_xlabel("learner step")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    path = folder / "curves.png"
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path

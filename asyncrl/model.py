@@ -1,0 +1,140 @@
+"""Hugging Face models and tokenizers: the only file that imports `transformers`.
+
+It loads what a folder holds, and it makes the tiny model that runs everywhere: a Qwen2 architecture with random
+weights and a tokenizer of 25 single characters, saved as an ordinary folder that any other loader can read too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+TINY = "tiny"
+"""The model name that stands for `build_tiny`."""
+
+_PAD, _EOS = "<pad>", "<eos>"
+_VOCABULARY = (_PAD, _EOS, *"0123456789", *"=+-*,:", " ", *"msarcg")
+
+
+def build_tiny(
+    folder: str | Path,
+    *,
+    num_layers: int = 2,
+    hidden_size: int = 128,
+    intermediate_size: int = 384,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    init_std: float = 0.05,
+    seed: int,
+) -> None:
+    """Writes a random float32 model and its character tokenizer to `folder`; 0.40 M parameters with the defaults.
+
+    The same arguments give the same weights. The caller's random state is left as it was.
+    """
+    _quiet()
+    tokenizer = _character_tokenizer()
+    config = Qwen2Config(
+        vocab_size=len(_VOCABULARY),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        initializer_range=init_std,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(config).float()
+    # Only the generation settings name the pad token: in the model's own it would pin that embedding to zero.
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_model(
+    path: str | Path, dtype: torch.dtype, device: str | torch.device, attention: str = "sdpa"
+) -> PreTrainedModel:
+    """The causal language model at `path`, in eval mode and without dropout.
+
+    `attention` is a Hugging Face attention implementation. Raises `ValueError` when no model can be read from `path`.
+    """
+    _quiet()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no model could be loaded from {str(path)!r}: {error}") from error
+    _remove_dropout(model)
+    return model.to(device).eval()
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`. Raises `ValueError` when none can be read from there."""
+    _quiet()
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer could be loaded from {str(path)!r}: {error}") from error
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """The tokens of `text`, no special tokens added.
+
+    Raises `ValueError` naming the characters that a character tokenizer does not have.
+    """
+    try:
+        return tuple(tokenizer.encode(text, add_special_tokens=False))
+    except Exception as error:  # The tokenizers library raises nothing narrower.
+        known = tokenizer.get_vocab()
+        unknown = sorted({character for character in text if character not in known})
+        raise ValueError(f"the tokenizer cannot encode {unknown} in {text!r}: {error}") from error
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end a completion: those of the model's generation settings and the tokenizer's own, sorted."""
+    found: set[int] = set()
+    settings = getattr(model, "generation_config", None)
+    for ids in (getattr(settings, "eos_token_id", None), tokenizer.eos_token_id):
+        found.update([ids] if isinstance(ids, int) else ids or ())
+    return tuple(sorted(found))
+
+
+def _character_tokenizer() -> PreTrainedTokenizerFast:
+    # A word-level vocabulary without an unknown token refuses characters that it lacks; others would drop them.
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(_VOCABULARY)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=_PAD, eos_token=_EOS, clean_up_tokenization_spaces=False
+    )
+
+
+def _remove_dropout(model: nn.Module) -> None:
+    """Dropout in training would make the learner's log-probs differ from the engine's."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+
+
+def _quiet() -> None:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

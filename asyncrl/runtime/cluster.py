@@ -1,0 +1,182 @@
+"""Ray: placement, actors and the thin proxies that the driver holds. The only file that imports `ray`.
+
+    driver (event loop, metadata) --calls--> RolloutActor x N (event loop on uvloop, engine)
+                                  --calls--> LearnerActor
+    Token columns stay in the object store: a rollout actor returns them as a second value, whose reference the driver
+    passes on to the learner without reading it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from asyncrl.checkpoint import Cursor
+from asyncrl.config import Config
+from asyncrl.rollout import ActorDied, UpdateReport
+from asyncrl.runtime.parts import LearnerPart, build_rollout
+from asyncrl.types import Group, Prompt, Trajectory, Version
+from asyncrl.weights import Bucket, Rendezvous
+
+_STORE_BYTES = 256 * 2**20
+
+
+class RolloutActor:
+    """A rollout actor's process: its own event loop and its own engine."""
+
+    def __init__(self, config: Config, folder: str) -> None:
+        torch.set_num_threads(config.rollout.num_threads)
+        self._rollout = build_rollout(config, folder, ray.util.get_node_ip_address())
+
+    async def describe(self) -> dict[str, Any]:
+        """Returns once the actor is up: its process id and the kind of its event loop."""
+        return {"pid": os.getpid(), "loop": type(asyncio.get_running_loop()).__module__}
+
+    @ray.method(num_returns=2)
+    async def run(self, prompt: Prompt) -> tuple[Group, Sequence[Trajectory]]:
+        group = await self._rollout.run(prompt)
+        return replace(group, trajectories=None), group.trajectories
+
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[float]:
+        return await self._rollout.evaluate(prompts)
+
+    async def join(self, where: Rendezvous, first_rank: int) -> None:
+        await self._rollout.join(where, first_rank)
+
+    async def update_weights(self, buckets: Sequence[Bucket], version: Version) -> UpdateReport:
+        return await self._rollout.update_weights(buckets, version)
+
+    async def close(self) -> None:
+        await self._rollout.close()
+
+
+class LearnerActor:
+    """The learner's process."""
+
+    def __init__(self, config: Config, folder: str, resume: Path | None) -> None:
+        torch.set_num_threads(config.learner.num_threads)
+        self._part = LearnerPart(config, folder, resume, ray.util.get_node_ip_address())
+        self._learner = self._part.learner
+
+    def describe(self) -> tuple[Version, list[Bucket]]:
+        return self._learner.version, self._learner.buckets
+
+    def step(self, *groups: Sequence[Trajectory]) -> tuple[Version, dict[str, float]]:
+        metrics = self._learner.step(groups)
+        return self._learner.version, metrics
+
+    def rendezvous(self, world_size: int) -> Rendezvous:
+        return self._learner.rendezvous(world_size)
+
+    def join(self) -> None:
+        self._learner.join()
+
+    def broadcast(self) -> str:
+        return self._learner.broadcast()
+
+    def save(self, folder: Path, cursor: Cursor) -> None:
+        self._part.save(folder, cursor)
+
+
+class RemoteRollout:
+    """A rollout actor as the driver sees it."""
+
+    num_ranks = 1
+
+    def __init__(self, name: str, actor: Any) -> None:
+        self.name = name
+        self.actor = actor
+
+    async def run(self, prompt: Prompt) -> Group:
+        group, trajectories = self.actor.run.remote(prompt)
+        return replace(await self._reply(group), trajectories=trajectories)
+
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[float]:
+        rewards: list[float] = await self._reply(self.actor.evaluate.remote(prompts))
+        return rewards
+
+    async def join(self, where: Rendezvous, first_rank: int) -> None:
+        await self._reply(self.actor.join.remote(where, first_rank))
+
+    async def update_weights(self, buckets: Sequence[Bucket], version: Version) -> UpdateReport:
+        report: UpdateReport = await self._reply(self.actor.update_weights.remote(buckets, version))
+        return report
+
+    async def close(self) -> None:
+        await self._reply(self.actor.close.remote())
+
+    async def _reply(self, reference: Any) -> Any:
+        try:
+            return await reference
+        except ray.exceptions.RayActorError as error:
+            raise ActorDied(f"{self.name}: {error}") from error
+
+
+class RemoteLearner:
+    """The learner as the driver sees it."""
+
+    def __init__(self, actor: Any, version: Version, buckets: Sequence[Bucket]) -> None:
+        self.actor = actor
+        self.version = version
+        self.buckets = buckets
+
+    async def step(self, groups: Sequence[Group]) -> dict[str, float]:
+        metrics: dict[str, float]
+        self.version, metrics = await self.actor.step.remote(*(group.trajectories for group in groups))
+        return metrics
+
+    async def rendezvous(self, world_size: int) -> Rendezvous:
+        where: Rendezvous = await self.actor.rendezvous.remote(world_size)
+        return where
+
+    async def join(self) -> None:
+        await self.actor.join.remote()
+
+    async def broadcast(self) -> str:
+        digest: str = await self.actor.broadcast.remote()
+        return digest
+
+    async def save(self, folder: Path, cursor: Cursor) -> None:
+        await self.actor.save.remote(folder, cursor)
+
+
+@asynccontextmanager
+async def open_actors(
+    config: Config, folder: str, resume: Path | None
+) -> AsyncIterator[tuple[RemoteLearner, list[RemoteRollout]]]:
+    """Starts Ray and the actors; on the way out nothing of them is left."""
+    _start_ray()
+    try:
+        # No logical CPUs are reserved: actors share the machine's cores, each with a set number of threads.
+        rollout_class = ray.remote(num_cpus=0)(RolloutActor)
+        rollouts = [
+            RemoteRollout(f"rollout {index}", rollout_class.options(max_concurrency=10_000).remote(config, folder))
+            for index in range(config.rollout.num_actors)
+        ]
+        actor = ray.remote(num_cpus=0)(LearnerActor).remote(config, str(Path(folder).absolute()), resume)
+        version, buckets = await actor.describe.remote()
+        await asyncio.gather(*(rollout.actor.describe.remote() for rollout in rollouts))
+        yield RemoteLearner(actor, version, buckets), rollouts
+    finally:
+        ray.shutdown()
+
+
+def _start_ray() -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(
+        include_dashboard=False,
+        object_store_memory=_STORE_BYTES,
+        logging_level=logging.WARNING,
+        log_to_driver=True,
+        configure_logging=False,
+    )

@@ -1,0 +1,86 @@
+"""Everything in one process: for debugging and for tests that need determinism. The loop above is the same.
+
+Each engine runs in the driver's event loop; the learner works in a thread, so generation goes on beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import torch
+
+from asyncrl.checkpoint import Cursor
+from asyncrl.config import Config
+from asyncrl.rollout import Rollout, UpdateReport
+from asyncrl.runtime.parts import LearnerPart, build_rollout
+from asyncrl.types import Group, Prompt, Version
+from asyncrl.weights import Bucket, Rendezvous
+
+
+class LocalRollout:
+    """A rollout actor that is an object."""
+
+    num_ranks = 1
+
+    def __init__(self, name: str, rollout: Rollout) -> None:
+        self.name = name
+        self._rollout = rollout
+
+    async def run(self, prompt: Prompt) -> Group:
+        return await self._rollout.run(prompt)
+
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[float]:
+        return await self._rollout.evaluate(prompts)
+
+    async def join(self, where: Rendezvous, first_rank: int) -> None:
+        await self._rollout.join(where, first_rank)
+
+    async def update_weights(self, buckets: Sequence[Bucket], version: Version) -> UpdateReport:
+        return await self._rollout.update_weights(buckets, version)
+
+    async def close(self) -> None:
+        await self._rollout.close()
+
+
+class LocalLearner:
+    """A learner that is an object; its calls run in a thread."""
+
+    def __init__(self, part: LearnerPart) -> None:
+        self._part, self._learner = part, part.learner
+        self.buckets: Sequence[Bucket] = self._learner.buckets
+
+    @property
+    def version(self) -> Version:
+        return self._learner.version
+
+    async def step(self, groups: Sequence[Group]) -> dict[str, float]:
+        return await asyncio.to_thread(self._learner.step, [group.trajectories for group in groups])
+
+    async def rendezvous(self, world_size: int) -> Rendezvous:
+        return self._learner.rendezvous(world_size)
+
+    async def join(self) -> None:
+        await asyncio.to_thread(self._learner.join)
+
+    async def broadcast(self) -> str:
+        return await asyncio.to_thread(self._learner.broadcast)
+
+    async def save(self, folder: Path, cursor: Cursor) -> None:
+        await asyncio.to_thread(self._part.save, folder, cursor)
+
+
+@asynccontextmanager
+async def open_actors(
+    config: Config, folder: str, resume: Path | None
+) -> AsyncIterator[tuple[LocalLearner, list[LocalRollout]]]:
+    """The learner and the rollout actors, closed on the way out."""
+    torch.set_num_threads(config.learner.num_threads)
+    learner = LocalLearner(LearnerPart(config, folder, resume))
+    rollouts = [LocalRollout(f"rollout {i}", build_rollout(config, folder)) for i in range(config.rollout.num_actors)]
+    try:
+        yield learner, rollouts
+    finally:
+        await asyncio.gather(*(rollout.close() for rollout in rollouts))

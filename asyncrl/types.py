@@ -1,0 +1,112 @@
+"""The values that flow through the system, and the one index convention.
+
+    Prompt --generate--> Completion --env.play--> Trajectory --x G--> Group --buffer--> [Group] --packing--> Batch
+
+Index convention: `x[t]` describes token `t`, everywhere. `logprobs[t]` is the log-probability of `token_ids[t]` given
+the tokens before it; `mask[t]` says whether token `t` is trained on. The shift to next-token targets happens once, in
+`packing.py`. Columns are one-dimensional numpy arrays of equal length; every value here is frozen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Version: TypeAlias = int
+"""Learner steps baked into a set of weights; 0 is the initial checkpoint."""
+
+Finish: TypeAlias = Literal["stop", "length", "abort"]
+"""Why a completion ended: a stop token, the token budget, or an abort."""
+
+Ints: TypeAlias = npt.NDArray[np.int32]
+Floats: TypeAlias = npt.NDArray[np.float32]
+Bools: TypeAlias = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One draw from an environment.
+
+    `id` counts draws from 0: it names the group, seeds its samples and is the cursor that a resumed run continues from.
+    """
+
+    id: int
+    token_ids: tuple[int, ...]
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 are off; stop tokens end a completion
+    and are part of it."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Completion:
+    """What an engine generated for one request; columns of length n, the stop token included.
+
+    `logprobs` are of the distribution that was sampled from, after temperature, top-p and top-k. `versions` is stamped
+    by the engine, token by token; `digests` maps each of those versions to the digest of the weights that made it.
+    """
+
+    token_ids: Ints
+    logprobs: Floats
+    versions: Ints
+    finish: Finish
+    digests: dict[Version, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trajectory:
+    """One scored attempt: prompt, completions and tool output in one row of length T.
+
+    Tokens that the model did not sample (prompt, tool output) have `mask` False; their `logprobs` and `versions` are 0.
+    """
+
+    token_ids: Ints
+    mask: Bools
+    logprobs: Floats
+    versions: Ints
+    reward: float
+    finish: Finish
+    digests: dict[Version, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.token_ids), len(self.mask), len(self.logprobs), len(self.versions)}
+        if len(lengths) != 1:
+            raise RuntimeError(f"the columns of a trajectory differ in length: {sorted(lengths)}")
+        if not self.mask.any() or self.mask[0]:
+            raise RuntimeError("a trajectory starts with a prompt token and holds at least one sampled token")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """The G trajectories of one prompt: the unit of buffering and of advantages, never split.
+
+    The driver sees this metadata only. `trajectories` is either the trajectories themselves or the runtime's reference
+    to them, resolved where the learner runs.
+    """
+
+    prompt: Prompt
+    rewards: tuple[float, ...]
+    lengths: tuple[int, ...]
+    oldest: Version
+    newest: Version
+    digests: dict[Version, str]
+    metrics: dict[str, float]
+    trajectories: Any
+
+    @property
+    def has_variance(self) -> bool:
+        """Whether the rewards differ; without variance every group-relative advantage is zero."""
+        return min(self.rewards) != max(self.rewards)

@@ -1,0 +1,80 @@
+"""The initial checkpoint of a run: a model made in code or loaded, after an optional supervised warm-up. Cached."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from rich.progress import track
+from torch import nn
+
+from asyncrl.config import Config
+from asyncrl.envs.base import Env, load_env
+from asyncrl.model import TINY, build_tiny, load_model, load_tokenizer
+
+
+def prepare(config: Config, *, quiet: bool = False) -> Path:
+    """The folder of the weights that version 0 stands for, as a path or a Hugging Face id.
+
+    Made once for each combination of the settings that it depends on; a folder that exists is complete.
+    """
+    if config.model.path != TINY and config.warmup.num_steps == 0:
+        return Path(config.model.path)
+    depends_on = msgspec.json.encode((config.seed, config.model, config.env, config.warmup))
+    folder = Path(config.run_dir) / "cache" / hashlib.blake2b(depends_on, digest_size=8).hexdigest()
+    if folder.exists():
+        return folder
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    source = Path(config.model.path)
+    if config.model.path == TINY:
+        source = partial
+        build_tiny(partial, num_layers=config.model.num_layers, seed=config.seed)
+    if config.warmup.num_steps:
+        tokenizer = load_tokenizer(str(source))
+        env = load_env(config.env.path, tokenizer, config.env.args)
+        model = load_model(str(source), dtype=torch.float32, device="cpu")
+        warm_up(model, env, config, quiet=quiet)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    if folder.exists():  # another process was faster
+        shutil.rmtree(partial)
+    else:
+        partial.rename(folder)
+    return folder
+
+
+def warm_up(model: nn.Module, env: Env, config: Config, *, quiet: bool) -> None:
+    """Supervised steps on the environment's demonstrations, in place. The loss is on the replies only."""
+    if not hasattr(env, "demonstrations"):
+        raise ValueError(
+            f"warmup.num_steps is {config.warmup.num_steps}, but {config.env.path} has no demonstrations(); "
+            "set warmup.num_steps=0 or add the method (see asyncrl.envs.base.Teacher)"
+        )
+    demonstrations = env.demonstrations(config.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.warmup.learning_rate, betas=(0.9, 0.95), weight_decay=0)
+    for _ in track(range(config.warmup.num_steps), description="warm-up", disable=quiet):
+        input_ids, labels = _collate(demonstrations, config.warmup.batch_size)
+        loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+
+def _collate(demonstrations: Iterator[tuple[list[int], list[int]]], count: int) -> tuple[Any, Any]:
+    """Padded on the right: causal attention never sees the padding, and labels of -100 carry no loss."""
+    pairs = [next(demonstrations) for _ in range(count)]
+    length = max(len(prompt) + len(reply) for prompt, reply in pairs)
+    input_ids = torch.zeros(count, length, dtype=torch.long)
+    labels = torch.full((count, length), -100)
+    for row, (prompt, reply) in enumerate(pairs):
+        end = len(prompt) + len(reply)
+        input_ids[row, :end] = torch.tensor(prompt + reply)
+        labels[row, len(prompt) : end] = torch.tensor(reply)
+    return input_ids, labels

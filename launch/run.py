@@ -1,0 +1,67 @@
+"""Runs a training job: command line -> configuration -> actors -> the loop -> exit code.
+
+python launch/run.py [CONFIG.toml] [--num-rollout-actors 4] [section.key=value ...] [--dry-run] [--resume RUN_DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import uvloop
+
+from asyncrl import config as configuration
+from asyncrl.config import Config
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        config = resolve(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.dry_run:
+        print(json.dumps(configuration.to_tree(config), indent=2))
+        return 0
+    from asyncrl.job import train  # after the checks: it imports torch, transformers and Ray
+
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(train(config, options.resume))
+    except* ValueError as errors:
+        for error in errors.exceptions:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="CONFIG.toml | section.key=value")
+    parser.add_argument("--num-rollout-actors", type=int, metavar="N", help="short for rollout.num_actors=N")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on from the newest checkpoint of a run")
+    return parser.parse_args(arguments)
+
+
+def resolve(options: argparse.Namespace) -> Config:
+    """The configuration that the command line asks for."""
+    files = [word for word in options.words if "=" not in word]
+    overrides = [word for word in options.words if "=" in word]
+    if len(files) > 1:
+        raise ValueError(f"one configuration file at most, got {', '.join(files)}")
+    if options.num_rollout_actors is not None:
+        overrides.append(f"rollout.num_actors={options.num_rollout_actors}")
+    if options.resume is None:
+        return configuration.load(files[0] if files else None, overrides)
+    if files:
+        raise ValueError("--resume takes its configuration from the run folder; give section.key=value words only")
+    return configuration.load(options.resume / "config.json", overrides)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

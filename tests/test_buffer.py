@@ -1,0 +1,245 @@
+"""The buffer against a model of its rules: the bound, the slots, the order, back-pressure, reuse."""
+
+import asyncio
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asyncrl.buffer import ORDERS, Buffer, Ticket
+from asyncrl.types import Group, Prompt
+
+
+def group(number: int, version: int) -> Group:
+    return Group(Prompt(number, (1,), ""), (0.0, 1.0), (1, 1), version, version, {}, {}, ())
+
+
+def run(coroutine):
+    async def bounded():
+        async with asyncio.timeout(20):
+            return await coroutine
+
+    return asyncio.run(bounded())
+
+
+async def ready(awaitable) -> bool:
+    """Whether it completes without anything else happening."""
+    task = asyncio.ensure_future(awaitable)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    if task.done():
+        await task
+        return True
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return False
+
+
+class Simulation:
+    """Drives a buffer with arbitrary completion order and drops, as the loop would, and keeps its own accounts."""
+
+    def __init__(self, buffer: Buffer, choices) -> None:
+        self.buffer, self.choices = buffer, choices
+        self.version, self.admitted = 0, 0
+        self.generating: dict[int, tuple[Ticket, int]] = {}
+        self.trained: Counter[int] = Counter()
+        self.dropped: set[int] = set()
+        self.lags: list[int] = []
+        self.batches: list[list[int]] = []
+
+    async def fill(self) -> None:
+        while self.buffer.charged < self.buffer.capacity:
+            ticket = await self.buffer.admit()
+            self.generating[ticket.number] = (ticket, self.version)
+            self.admitted += 1
+        assert self.buffer.charged == self.buffer.capacity
+        assert not await ready(self.buffer.admit())
+
+    def finish_one(self) -> None:
+        number = self.choices(sorted(self.generating))
+        ticket, version = self.generating.pop(number)
+        if self.choices([False] * 9 + [True]):
+            self.buffer.drop(ticket, "test")
+            self.dropped.add(number)
+        else:
+            self.buffer.put(ticket, group(number, version))
+
+    async def step(self) -> None:
+        batch: list[Group] = []
+
+        async def take() -> None:
+            batch.extend(await self.buffer.take(self.version))
+
+        while not await ready(take()):
+            assert self.generating, "the buffer waits although nothing is being generated"
+            self.finish_one()
+            await self.fill()
+        numbers = [item.prompt.id for item in batch]
+        assert len(set(numbers)) == len(numbers) == self.buffer.groups_per_step
+        self.batches.append(numbers)
+        self.lags += [self.version - item.oldest for item in batch]
+        self.trained.update(numbers)
+        self.version += 1
+        self.buffer.release()
+        await self.fill()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    groups_per_step=st.integers(1, 5),
+    staleness=st.integers(0, 4),
+    window=st.integers(1, 30),
+    order=st.sampled_from(sorted(ORDERS)),
+    reuse=st.integers(1, 3),
+    random=st.randoms(use_true_random=False),
+)
+def test_bound_slots_and_accounts_hold(groups_per_step, staleness, window, order, reuse, random):
+    buffer = Buffer(groups_per_step, staleness, order=order, window=window, reuse=reuse)
+    simulation = Simulation(buffer, random.choice)
+
+    async def play():
+        await simulation.fill()
+        for _ in range(25):
+            await simulation.step()
+
+    run(play())
+    assert max(simulation.lags) <= buffer.max_lag
+    assert max(simulation.trained.values()) <= reuse
+    known = set(simulation.trained) | simulation.dropped | set(simulation.generating) | set(buffer._ready)
+    assert known == set(range(simulation.admitted)), "a group was lost"
+    if order == "fifo" and reuse == 1:
+        assert sum(simulation.batches, []) == sorted(sum(simulation.batches, []))
+        assert buffer.max_lag == staleness
+
+
+@pytest.mark.parametrize(("staleness", "window", "bound"), [(0, 8, 0), (3, 1, 3), (3, 10, 5), (3, 32, 7), (1, 8, 2)])
+def test_bound_is_reached_by_a_straggler(staleness, window, bound):
+    """The bound is tight: one prompt that never finishes until everybody allowed has overtaken it."""
+
+    async def play() -> int:
+        buffer = Buffer(8, staleness, window=window)
+        assert buffer.max_lag == bound
+        tickets, version = {}, 0
+        straggler, lag = None, None
+        while lag is None:
+            while buffer.charged < buffer.capacity:
+                ticket = await buffer.admit()
+                tickets[ticket.number] = (ticket, version)
+                # Admitted last into a full buffer at the start of a step: everything older goes first.
+                if straggler is None and version == 2 and buffer.charged == buffer.capacity:
+                    straggler = ticket.number
+            for number in [n for n in tickets if n != straggler]:
+                ticket, born = tickets.pop(number)
+                buffer.put(ticket, group(number, born))
+            if len(buffer._pick_untrained()) < buffer.groups_per_step:
+                ticket, born = tickets.pop(straggler)
+                buffer.put(ticket, group(straggler, born))
+            batch = await buffer.take(version)
+            lag = next((version - item.oldest for item in batch if item.prompt.id == straggler), None)
+            version += 1
+            buffer.release()
+        return lag
+
+    assert run(play()) == bound
+
+
+def test_windowed_order_lets_exactly_window_minus_one_overtake():
+    async def play():
+        buffer = Buffer(1, 7, window=4)
+        tickets = [await buffer.admit() for _ in range(8)]
+        for ticket in tickets[1:]:
+            buffer.put(ticket, group(ticket.number, 0))
+        overtaken = []
+        while await ready(take_one(buffer, overtaken)):
+            buffer.release()
+        assert overtaken == [1, 2, 3]
+        buffer.put(tickets[0], group(0, 0))
+        await take_one(buffer, overtaken)
+        assert overtaken[-1] == 0
+
+    async def take_one(buffer, into):
+        into += [item.prompt.id for item in await buffer.take(0)]
+
+    run(play())
+
+
+def test_freshest_takes_the_newest_allowed_first():
+    async def play():
+        buffer = Buffer(2, 3, order="freshest", window=4)
+        for number in range(8):
+            buffer.put(await buffer.admit(), group(number, 0))
+        return [item.prompt.id for item in await buffer.take(0)]
+
+    assert run(play()) == [3, 2]
+
+
+def test_admission_waits_for_release_not_for_take():
+    async def play():
+        buffer = Buffer(2, 0)
+        for number in range(2):
+            buffer.put(await buffer.admit(), group(number, 0))
+        assert not await ready(buffer.admit())
+        await buffer.take(0)
+        assert not await ready(buffer.admit()), "prompts admitted before release would see old weights"
+        buffer.release()
+        assert await ready(buffer.admit())
+
+    run(play())
+
+
+def test_a_cancelled_waiter_passes_its_turn_on():
+    async def play():
+        buffer = Buffer(1, 0)
+        ticket = await buffer.admit()
+        first, second = asyncio.ensure_future(buffer.admit()), asyncio.ensure_future(buffer.admit())
+        await asyncio.sleep(0)
+        buffer.drop(ticket, "test")
+        first.cancel()
+        assert (await second).number == 1
+        assert buffer.dropped == {"test": 1}
+
+    run(play())
+
+
+def test_reused_groups_fill_the_batch_until_spent():
+    async def play():
+        buffer = Buffer(2, 0, reuse=2)
+        for number in range(2):
+            buffer.put(await buffer.admit(), group(number, 0))
+        first = [item.prompt.id for item in await buffer.take(0)]
+        buffer.release()
+        assert buffer.charged == 2, "groups that may be trained again keep their slots"
+        again = [item.prompt.id for item in await buffer.take(1)]
+        buffer.release()
+        assert first == again == [0, 1]
+        assert buffer.charged == 0
+
+    run(play())
+
+
+def test_close_releases_everyone_who_waits():
+    async def play():
+        buffer = Buffer(1, 0)
+        await buffer.admit()
+        waiters = [asyncio.ensure_future(buffer.admit()), asyncio.ensure_future(buffer.take(0))]
+        await asyncio.sleep(0)
+        buffer.close()
+        assert await asyncio.gather(*waiters) == [None, []]
+
+    run(play())
+
+
+def test_broken_use_is_refused():
+    async def play():
+        buffer = Buffer(1, 0)
+        ticket = await buffer.admit()
+        buffer.put(ticket, group(0, 0))
+        with pytest.raises(RuntimeError, match="spent before"):
+            buffer.drop(ticket, "twice")
+        with pytest.raises(RuntimeError, match="above the bound 0"):
+            await buffer.take(1)
+        with pytest.raises(ValueError, match="groups_per_step"):
+            Buffer(0, 0)
+
+    run(play())

@@ -1,0 +1,79 @@
+"""The configuration: every shipped file loads, and every rule says what is wrong and what to do."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from asyncrl import config as configuration
+from asyncrl.config import Config
+
+FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+
+
+def test_there_are_configs():
+    assert FILES
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_every_shipped_config_loads(path):
+    assert configuration.load(path) != Config(), "a file that changes nothing"
+
+
+def test_words_override_the_file_and_the_defaults(tmp_path):
+    path = tmp_path / "some.toml"
+    path.write_text("num_steps = 7\n[rollout]\ngroup_size = 4\n")
+    config = configuration.load(path, ["rollout.group_size=16", "model.path=some/folder", "buffer.order=fifo"])
+    assert (config.num_steps, config.rollout.group_size) == (7, 16)
+    assert (config.model.path, config.buffer.order) == ("some/folder", "fifo")
+
+
+def test_a_resolved_config_reads_back_the_same():
+    config = configuration.load(None, ["algorithm.loss.entropy_bonus=0.5", "learner.betas=[0.8, 0.9]"])
+    assert configuration.from_tree(msgspec.json.decode(msgspec.json.encode(configuration.to_tree(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["rollout.group_sise=4"], "unknown key 'rollout.group_sise'.*did you mean 'rollout.group_size'"),
+        (["rolout.group_size=4"], "unknown key 'rolout'.*did you mean 'rollout'"),
+        (["rollout=4"], "'rollout' is a table"),
+        (["num_steps=3", "num_steps.x=4"], "num_steps.x.*is a value, not a table"),
+        (["rollout.group_size=many"], r"Expected `int`, got `str` - at `\$.rollout.group_size`"),
+        (["rollout.group_size"], "write section.key=value"),
+        (["rollout.num_actors=0"], "rollout.num_actors must be at least 1, got 0"),
+        (["rollout.top_p=1.5"], "rollout.top_p must be above 0 and at most 1, got 1.5"),
+        (["rollout.temperature=0"], "greedy samples of a group are all equal"),
+        (["rollout.group_size=1"], "rollout.group_size is 1.*raise rollout.group_size"),
+        (["buffer.window=0"], "buffer.window must be at least 1"),
+        (["algorithm.preset=async_defautl"], "async_default"),
+        (["algorithm.loss.entropi_bonus=1"], "entropy_bonus"),
+        (
+            ["algorithm.preset=reinforce"],
+            "buffer.max_staleness is 1.*'reinforce' has no importance correction.*allow_uncorrected=true",
+        ),
+        (
+            ["algorithm.preset=reinforce", "buffer.max_staleness=0", "rollout.top_p=0.9"],
+            "truncated sampling needs a corrected loss: rollout.top_p is 0.9",
+        ),
+    ],
+)
+def test_a_mistake_gets_its_rule_value_and_remedy(words, message):
+    with pytest.raises(ValueError, match=message):
+        configuration.load(None, words)
+
+
+@pytest.mark.parametrize(
+    "words", [["buffer.max_staleness=0"], ["algorithm.allow_uncorrected=true"]], ids=["synchronous", "told otherwise"]
+)
+def test_an_uncorrected_loss_is_accepted_where_it_is_sound_or_asked_for(words):
+    assert configuration.load(None, ["algorithm.preset=reinforce", *words])
+
+
+def test_unreadable_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match="cannot read the configuration.*nowhere.toml"):
+        configuration.load(tmp_path / "nowhere.toml")
+    (tmp_path / "broken.toml").write_text("a = = 3")
+    with pytest.raises(ValueError, match="not valid TOML"):
+        configuration.load(tmp_path / "broken.toml")

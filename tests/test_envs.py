@@ -1,0 +1,105 @@
+"""The built-in tasks: deterministic prompts, disjoint splits, exact scoring, honest no-skill scores."""
+
+import itertools
+
+import numpy as np
+import pytest
+from helpers import run
+
+from asyncrl.envs.base import load_env
+from asyncrl.model import build_tiny, load_tokenizer
+from asyncrl.types import Completion
+
+TASKS = ["asyncrl.envs.digits:LargestDigit", "asyncrl.envs.digits:SortDigits"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    build_tiny(folder, seed=0)
+    return load_tokenizer(folder)
+
+
+def draw(env, split, seed, count=400):
+    return list(itertools.islice(env.prompts(split, seed), count))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_prompts_are_numbered_repeatable_and_split(tokenizer, task):
+    env = load_env(task, tokenizer, {})
+    train = draw(env, "train", 0)
+    assert [prompt.id for prompt in train] == list(range(400))
+    assert train == draw(load_env(task, tokenizer, {}), "train", 0)
+    assert train != draw(env, "train", 1)
+    heldout = draw(env, "heldout", 0)
+    assert not {p.token_ids for p in train} & {p.token_ids for p in heldout}
+    assert max(len(p.token_ids) for p in train + heldout) == env.max_prompt_tokens
+
+
+def right_answer(task, question):
+    digits = [int(character) for character in question[1:-1]]
+    assert len(set(digits)) == len(digits)
+    return str(max(digits)) if "Largest" in task else "".join(map(str, sorted(digits)))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_only_the_right_reply_with_its_end_token_scores(tokenizer, task):
+    env = load_env(task, tokenizer, {})
+    end = tokenizer.eos_token_id
+
+    def score(prompt, reply, finish):
+        ids = np.array(reply, np.int32)
+
+        async def generate(token_ids):
+            assert tuple(token_ids) == prompt.token_ids
+            return Completion(ids, np.full(len(ids), -1, np.float32), np.full(len(ids), 3, np.int32), finish)
+
+        trajectory = run(env.play(prompt, generate))
+        assert trajectory.mask.sum() == len(ids)
+        assert trajectory.token_ids[trajectory.mask].tolist() == reply
+        assert set(trajectory.versions[trajectory.mask]) == {3}
+        return trajectory.reward
+
+    for prompt in draw(env, "train", 0, 20):
+        right = tokenizer.encode(right_answer(task, tokenizer.decode(list(prompt.token_ids))))
+        wrong = [token + 1 if token < 11 else token - 1 for token in right]
+        assert score(prompt, [*right, end], "stop") == 1.0
+        assert score(prompt, right, "length") == 0.0
+        assert score(prompt, [*right, *right], "length") == 0.0
+        assert score(prompt, [*wrong, end], "stop") == 0.0
+        assert score(prompt, [end], "stop") == 0.0
+
+
+def test_no_skill_scores_are_those_of_their_policies(tokenizer):
+    env = load_env(TASKS[0], tokenizer, {})
+    prompts = draw(env, "heldout", 0)
+    scores = env.baselines(prompts)
+    questions = [tokenizer.decode(list(prompt.token_ids)) for prompt in prompts]
+    constants = [sum(max(q[1:-1]) == str(d) for q in questions) / len(questions) for d in range(10)]
+    (best,) = (score for name, score in scores.items() if name.startswith("always"))
+    assert best == max(constants)
+    assert scores["first digit"] == sum(q[1] == max(q[1:-1]) for q in questions) / len(questions)
+
+
+def test_demonstrations_are_of_mixed_quality_and_never_held_out(tokenizer):
+    env = load_env(TASKS[1], tokenizer, {})
+    heldout = {prompt.token_ids for prompt in draw(env, "heldout", 0, 2000)}
+    right = falling = 0
+    for prompt, reply in itertools.islice(env.demonstrations(0), 2000):
+        assert tuple(prompt) not in heldout
+        assert reply[-1] == tokenizer.eos_token_id
+        answer = right_answer(TASKS[1], tokenizer.decode(prompt))
+        text = tokenizer.decode(reply[:-1])
+        right += text == answer
+        falling += text == answer[::-1]
+    assert 0.25 < right / 2000 < 0.33
+    assert 0.40 < falling / 2000 < 0.50
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("asyncrl.envs.nothing:X", "no module 'asyncrl.envs.nothing'"), ("asyncrl.envs.digits:Nothing", "has no 'Nothing'")],
+)
+def test_a_wrong_path_says_which_half_is_wrong(tokenizer, path, message):
+    with pytest.raises(ValueError, match=message):
+        load_env(path, tokenizer, {})

@@ -1,0 +1,126 @@
+"""The learner on the tiny model: parity with the engine, invariance to packing, and a state that can be resumed."""
+
+import asyncio
+import copy
+import itertools
+
+import pytest
+import torch
+from helpers import run, trajectory
+
+from asyncrl import config as configuration
+from asyncrl.algo.presets import PRESETS
+from asyncrl.engine.embedded import EmbeddedEngine
+from asyncrl.envs.base import load_env
+from asyncrl.learner import Learner
+from asyncrl.model import build_tiny, load_model, load_tokenizer, stop_token_ids
+from asyncrl.packing import pack
+from asyncrl.rollout import Rollout
+from asyncrl.types import Sampling
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    build_tiny(path, seed=3)
+    return str(path)
+
+
+def make_learner(folder, *words):
+    return Learner(configuration.load(None, list(words)), load_model(folder, dtype=torch.float32, device="cpu"), 64)
+
+
+def play(folder, temperature, num_groups=6):
+    """Groups of variable length from the engine, on the weights in the folder."""
+
+    async def body():
+        model, tokenizer = load_model(folder, dtype=torch.float32, device="cpu"), load_tokenizer(folder)
+        env = load_env("asyncrl.envs.digits:SortDigits", tokenizer, {})
+        engine = EmbeddedEngine(model, max_running=16, max_length=64)
+        sampling = Sampling(12, temperature, stop_token_ids=stop_token_ids(model, tokenizer))
+        rollout = Rollout(engine, env, sampling, group_size=4, seed=0)
+        prompts = itertools.islice(env.prompts("train", 0), num_groups)
+        groups = await asyncio.gather(*(rollout.run(prompt) for prompt in prompts))
+        await rollout.close()
+        return [group.trajectories for group in groups]
+
+    return run(body())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_parity_the_learner_reproduces_the_engines_logprobs(folder, temperature):
+    """At lag 0 in float32: catches a shifted log-prob, a forgotten temperature and positions that are not reset."""
+    groups = play(folder, temperature)
+    assert len({len(t.token_ids) for group in groups for t in group}) > 2, "lengths must vary for rows to be packed"
+    learner = make_learner(folder, f"rollout.temperature={temperature}")
+    batch = pack(groups, learner.loss, row_tokens=64, micro_batch_tokens=128, max_new_tokens=12)
+    assert batch.fill > 0.9
+    for part in batch.micro_batches:
+        with torch.no_grad():
+            logprobs, entropy = learner.score(part)
+        assert (logprobs - part.behavior_logprobs).abs().max() < 1e-5
+        assert (entropy > 0).all()
+
+
+def test_parity_shows_in_the_metrics(folder):
+    metrics = make_learner(folder, "rollout.max_new_tokens=12").step(play(folder, 1.0))
+    assert metrics["mismatch/k3"] < 1e-9
+    assert metrics["ess/token"] == pytest.approx(1, abs=1e-6)
+    assert metrics["lag/max"] == 0
+
+
+def gradients(folder, groups, *words):
+    learner = make_learner(folder, "learner.max_grad_norm=1e9", *words)
+    learner.step(groups)
+    return torch.cat([parameter.grad.flatten() for parameter in learner.model.parameters()])
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_gradients_do_not_depend_on_packing_or_on_the_order_of_groups(folder, preset):
+    groups = [
+        [trajectory(3 + g, 2 + 2 * i, seed=10 * g + i, reward=float(i == g)) for i in range(3)] for g in range(3)
+    ]
+    words = [f"algorithm.preset={preset}", "buffer.max_staleness=0"]
+    whole = gradients(folder, groups, *words, "learner.micro_batch_tokens=100000")
+    small = gradients(folder, groups[::-1], *words, "learner.micro_batch_tokens=1")
+    assert whole.norm() > 0
+    assert torch.allclose(whole, small, atol=1e-6 * float(whole.abs().max()) + 1e-9, rtol=1e-3)
+
+
+def test_an_entropy_bonus_alone_raises_entropy(folder):
+    groups = [[trajectory(4, 6, seed=i, reward=0.0) for i in range(4)]]
+    learner = make_learner(folder, "algorithm.loss.entropy_bonus=1.0", "learner.learning_rate=1e-3")
+    entropies = [learner.step(groups)["policy/entropy"] for _ in range(8)]
+    assert entropies[-1] > entropies[0]
+
+
+def test_steps_raise_the_probability_of_what_was_rewarded(folder):
+    good, bad = trajectory(4, 6, seed=1, reward=1.0), trajectory(4, 6, seed=2, reward=0.0)
+    learner = make_learner(folder, "algorithm.preset=reinforce", "algorithm.allow_uncorrected=true")
+    part = pack([[good, bad]], learner.loss, row_tokens=64, micro_batch_tokens=64, max_new_tokens=6).micro_batches[0]
+    with torch.no_grad():
+        before = learner.score(part)[0]
+    for _ in range(5):
+        learner.step([[good, bad]])
+    with torch.no_grad():
+        gain = learner.score(part)[0] - before
+    assert gain[part.advantages > 0].mean() > 0 > gain[part.advantages < 0].mean()
+
+
+def test_a_saved_state_goes_on_exactly(folder):
+    groups = [[trajectory(4, 5, seed=i, reward=float(i % 2)) for i in range(4)]]
+    first = make_learner(folder)
+    first.step(groups)
+    second = make_learner(folder)
+    second.model.load_state_dict(copy.deepcopy(first.model.state_dict()))
+    second.load_state(first.state(), version=1)
+    for learner in (first, second):
+        learner.step(groups)
+    assert first.version == second.version == 2
+    for one, other in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_broadcast_before_a_group_exists_is_refused(folder):
+    with pytest.raises(RuntimeError, match="before join"):
+        make_learner(folder).broadcast()

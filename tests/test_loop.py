@@ -1,0 +1,182 @@
+"""The loop on the local runtime: staleness 0 is synchronous training, bounds hold, failures end the run and say why."""
+
+import asyncio
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import run
+
+from asyncrl import checkpoint, job, metrics
+from asyncrl import config as configuration
+from asyncrl.checkpoint import Cursor
+from asyncrl.envs.base import load_env
+from asyncrl.loop import PromptQueue, check_digests
+from asyncrl.model import load_model, load_tokenizer
+from asyncrl.runtime.local import open_actors
+from asyncrl.types import Group, Prompt
+from asyncrl.warmup import prepare
+
+SMALL = [
+    "runtime=local",
+    "num_steps=4",
+    "env.path=asyncrl.envs.digits:SortDigits",
+    "rollout.max_new_tokens=8",
+    "rollout.group_size=4",
+    "learner.groups_per_step=4",
+    "eval.num_prompts=8",
+    "eval.every=2",
+]
+
+
+def small(tmp_path, *words):
+    return configuration.load(None, [*SMALL, f"run_dir={tmp_path}", *words])
+
+
+def parameters(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_model(folder, dtype=torch.float32, device="cpu").named_parameters())
+
+
+async def synchronous(config):
+    """Plain synchronous training, without the loop and the buffer: sample a batch, step, update, again."""
+    folder = str(prepare(config, quiet=True))
+    env = load_env(config.env.path, load_tokenizer(folder), config.env.args)
+    prompts = env.prompts("train", config.seed)
+    async with open_actors(config, folder, None) as (learner, actors):
+        where = await learner.rendezvous(1 + len(actors))
+        await asyncio.gather(learner.join(), *(actor.join(where, rank + 1) for rank, actor in enumerate(actors)))
+        for _ in range(config.num_steps):
+            batch = list(itertools.islice(prompts, config.learner.groups_per_step))
+            groups = await asyncio.gather(*(actors[i % len(actors)].run(prompt) for i, prompt in enumerate(batch)))
+            await learner.step(groups)
+            await asyncio.gather(
+                learner.broadcast(), *(actor.update_weights(learner.buckets, learner.version) for actor in actors)
+            )
+        return {name: p.detach().clone() for name, p in learner._learner.model.named_parameters()}
+
+
+@pytest.mark.parametrize("preset", ["async_default", "dapo", "decoupled_ppo"])
+def test_staleness_0_reproduces_synchronous_training_exactly(tmp_path, preset):
+    config = small(tmp_path, "buffer.max_staleness=0", f"algorithm.preset={preset}", "learner.learning_rate=1e-3")
+    expected = run(synchronous(config))
+    result = run(job.train(config, quiet=True))
+    trained = parameters(checkpoint.latest(result.folder / "checkpoints"))
+    initial = parameters(prepare(config, quiet=True))
+    assert any(not torch.equal(initial[name], trained[name]) for name in trained), "nothing was learnt"
+    assert all(torch.equal(expected[name], trained[name]) for name in expected)
+
+
+def test_weights_change_under_requests_and_the_bound_holds(tmp_path):
+    """Engines with few rows have requests in flight at every update; their versions show in the trained batches."""
+    config = small(tmp_path, "buffer.max_staleness=2", "num_steps=12", "rollout.max_running=6", "rollout.num_actors=1")
+    result = run(job.train(config, quiet=True))
+    rows = [row for row in metrics.read(result.folder) if "lag/max" in row]
+    assert [row["version"] for row in rows] == list(range(1, 13))
+    bound = job.make_buffer(config).max_lag
+    assert 0 < max(row["lag/max"] for row in rows) <= bound == 3
+    assert max(row["completion/mixed_versions"] for row in rows) > 0
+    assert max(row["lag/span"] for row in rows) > 0
+
+
+def test_a_run_folder_holds_everything_it_promises(tmp_path):
+    config = small(tmp_path, "checkpoint.every=2", "checkpoint.keep=1")
+    result = run(job.train(config, quiet=True))
+    assert configuration.load(result.folder / "config.json") == config
+    origin = json.loads((result.folder / "run.json").read_text())
+    assert origin["no_skill"] == result.baselines
+    names = {name for row in metrics.read(result.folder) for name in row} - {"version", "time"}
+    assert names == set(metrics.METRICS), "the table of metrics and what is logged differ"
+    assert list((result.folder / "tensorboard").glob("events*"))
+    assert (result.folder / "curves.png").stat().st_size > 10_000
+    assert [folder.name for folder in (result.folder / "checkpoints").iterdir()] == ["step-000004"]
+    folder = checkpoint.latest(result.folder / "checkpoints")
+    assert checkpoint.load_cursor(folder).version == 4
+    assert load_tokenizer(folder).encode("s12=") == load_tokenizer(str(prepare(config))).encode("s12=")
+    evaluated = {row["version"] for row in metrics.read(result.folder) if "eval/accuracy" in row}
+    assert evaluated == {2, 4}
+
+
+def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):
+    """At staleness 0 the schedule is fixed, so stopping after two steps and going on must not change a bit."""
+    words = ["buffer.max_staleness=0", "learner.learning_rate=1e-3"]
+    unbroken = run(job.train(small(tmp_path, *words), quiet=True))
+    first = run(job.train(small(tmp_path, *words, "num_steps=2"), quiet=True))
+    second = run(job.train(small(tmp_path, *words), first.folder, quiet=True))
+    assert second.version == 4
+    one, other = (parameters(checkpoint.latest(r.folder / "checkpoints")) for r in (unbroken, second))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    rows = [row["version"] for row in metrics.read(second.folder) if "reward/mean" in row]
+    assert rows == [1, 2, 3, 4]
+
+
+def test_prompts_that_were_open_are_issued_again_and_none_is_skipped():
+    def prompts():
+        return (Prompt(number, (1,), "") for number in itertools.count())
+
+    queue = PromptQueue(prompts())
+    issued = [queue.issue() for _ in range(6)]
+    queue.settle([issued[0], issued[3]])
+    cursor = queue.cursor(version=1)
+    assert cursor == Cursor(1, 6, [1, 2, 4, 5])
+    again = PromptQueue(prompts(), cursor)
+    assert again.cursor(1) == cursor, "nothing issued yet: a second stop must not forget them"
+    assert [again.issue().id for _ in range(6)] == [1, 2, 4, 5, 6, 7]
+
+
+class Failing:
+    """Sort digits, but some prompts raise: always, or only on the first tries."""
+
+    tries: dict[int, int]
+
+    def __new__(cls, tokenizer, bad, times):
+        from asyncrl.envs.digits import SortDigits
+
+        env = SortDigits(tokenizer)
+        play, failures = env.play, dict.fromkeys(bad, times)
+
+        async def failing(prompt, generate):
+            if failures.get(prompt.id, 0) > 0:
+                failures[prompt.id] -= 1
+                raise ArithmeticError("this scorer cannot count")
+            return await play(prompt, generate)
+
+        env.play = failing
+        return env
+
+
+def test_a_failing_rollout_is_tried_again_and_counted(tmp_path):
+    config = small(tmp_path, "env.path=test_loop:Failing", "env.args={bad=[1, 5], times=1}")
+    result = run(job.train(config, quiet=True))
+    rows = [row for row in metrics.read(result.folder) if "rollout/failures" in row]
+    # Every engine has its own environment, so a prompt may fail once on each; none was lost.
+    assert 2 <= rows[-1]["rollout/failures"] <= 4
+    assert result.version == 4
+
+
+def test_a_prompt_that_always_fails_ends_the_run_and_is_named(tmp_path):
+    config = small(tmp_path, "env.path=test_loop:Failing", "env.args={bad=[3], times=1000}")
+    with pytest.raises(ExceptionGroup) as failure:
+        run(job.train(config, quiet=True))
+    (error,) = failure.value.exceptions
+    assert "prompt 3 failed 3 times" in str(error)
+    assert "this scorer cannot count" in str(error)
+    assert "rollout.max_attempts" in str(error)
+
+
+def test_zero_variance_groups_are_replaced_not_lost(tmp_path):
+    config = small(
+        tmp_path, "algorithm.drop_zero_variance=true", "warmup.num_steps=60", "rollout.group_size=8", "num_steps=3"
+    )
+    result = run(job.train(config, quiet=True))
+    rows = [row for row in metrics.read(result.folder) if "buffer/dropped" in row]
+    assert rows[-1]["buffer/dropped"] > 0
+    assert all(row["reward/zero_variance"] == 0 for row in rows)
+
+
+def test_tokens_of_unknown_weights_end_the_run():
+    group = Group(Prompt(7, (1,), ""), (0.0,), (1,), 2, 2, {2: "aaaa"}, {}, ())
+    check_digests([group], {2: "aaaa"})
+    with pytest.raises(RuntimeError, match="group 7 was generated by weights aaaa under version 2.*published as bbbb"):
+        check_digests([group], {2: "bbbb"})

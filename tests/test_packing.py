@@ -1,0 +1,81 @@
+"""Packing: nothing cut, nothing lost, every trained token where the model predicts it."""
+
+import dataclasses
+
+import pytest
+import torch
+from helpers import trajectory
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asyncrl.algo.presets import resolve
+from asyncrl.packing import pack
+
+LOSS = resolve("async_default", {})
+
+
+def groups_of(sizes):
+    return [
+        [trajectory(p, n, seed=97 * g + i, reward=float(i % 2)) for i, (p, n) in enumerate(group)]
+        for g, group in enumerate(sizes)
+    ]
+
+
+lengths = st.tuples(st.integers(1, 9), st.integers(1, 9))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(lengths, min_size=2, max_size=5), min_size=1, max_size=6), st.integers(18, 60), st.integers(1, 200))
+def test_every_token_is_packed_once_and_every_trained_token_is_predicted_from_the_one_before(sizes, row, micro):
+    groups = groups_of(sizes)
+    batch = pack(groups, LOSS, row_tokens=row, micro_batch_tokens=micro, max_new_tokens=9)
+    flat = [item for group in groups for item in group]
+    assert batch.num_tokens == sum(int(item.mask.sum()) for item in flat)
+    seen = []
+    for part in batch.micro_batches:
+        assert part.input_ids.shape[1] <= row
+        for number in range(part.num_sequences):
+            where = part.segments == number
+            tokens = part.input_ids[where]
+            assert torch.equal(part.positions[where], torch.arange(len(tokens)))
+            mine = part.sequence == number
+            starts = torch.nonzero(where)[0]
+            at = part.columns[mine] - starts[1]
+            assert (part.rows[mine] == starts[0]).all()
+            assert torch.equal(part.targets[mine], tokens[at + 1]), "a prediction is one place before its token"
+            seen.append((tuple(tokens.tolist()), tuple((at + 1).tolist()), tuple(part.behavior_logprobs[mine].tolist())))
+    wanted = [
+        (tuple(t.token_ids.tolist()), tuple(t.mask.nonzero()[0].tolist()), tuple(t.logprobs[t.mask].tolist()))
+        for t in flat
+    ]
+    assert sorted(seen) == sorted(wanted)
+
+
+def test_attention_sees_its_own_trajectory_and_nothing_later():
+    (part,) = pack(groups_of([[(2, 1), (1, 2)]]), LOSS, row_tokens=8, micro_batch_tokens=99, max_new_tokens=2).micro_batches
+    mask = part.attention_mask()[0, 0]
+    triangle = torch.ones(3, 3).tril().bool()
+    assert torch.equal(mask, torch.block_diag(triangle, triangle).bool())
+
+
+def test_denominators_come_from_the_whole_batch():
+    groups = groups_of([[(3, 4), (3, 2)], [(5, 6), (5, 8)]])
+    whole = pack(groups, LOSS, row_tokens=30, micro_batch_tokens=1000, max_new_tokens=9)
+    parts = pack(groups, LOSS, row_tokens=13, micro_batch_tokens=1, max_new_tokens=9)
+    assert len(parts.micro_batches) > len(whole.micro_batches) == 1
+    for batch in (whole, parts):
+        total = sum(float(part.normalizers.sum()) for part in batch.micro_batches)
+        assert total == pytest.approx(1.0), "token mean: the weights of all trained tokens add up to one"
+
+
+def test_truncated_trajectories_keep_their_place_in_the_denominator():
+    groups = groups_of([[(3, 4), (3, 4)]])
+    groups[0][1] = dataclasses.replace(groups[0][1], finish="length")
+    batch = pack(groups, LOSS, row_tokens=20, micro_batch_tokens=99, max_new_tokens=9, mask_truncated=True)
+    assert batch.advantages.tolist() == [-0.5, 0.0]
+    assert float(batch.micro_batches[0].normalizers.sum()) == pytest.approx(1.0)
+
+
+def test_a_trajectory_that_cannot_fit_is_an_error_not_a_drop():
+    with pytest.raises(RuntimeError, match="18 tokens does not fit a row of 10"):
+        pack(groups_of([[(9, 9), (1, 1)]]), LOSS, row_tokens=10, micro_batch_tokens=99, max_new_tokens=9)

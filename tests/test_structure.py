@@ -1,0 +1,69 @@
+"""What keeps the tree readable: one home for each heavy import, one direction of imports, docs that match the code."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from asyncrl import metrics
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "asyncrl").rglob("*.py"))
+
+HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboard": {"metrics.py"}}
+
+# Each layer may import itself and the ones before it.
+LAYERS = [
+    {"types", "algo.presets", "config"},
+    {"algo.advantage", "algo.loss", "algo.diagnostics", "buffer", "weights", "model", "envs.base"},
+    {"metrics", "checkpoint", "packing", "engine.base", "envs.digits"},
+    {"engine.kv_cache", "engine.sampler", "engine.embedded", "engine.sglang", "rollout", "learner", "warmup"},
+    {"loop"},
+    {"runtime.parts", "runtime.local", "runtime.cluster"},
+    {"job"},
+]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("library", HOMES)
+def test_a_heavy_library_has_one_home(library):
+    users = {
+        str(path.relative_to(ROOT / "asyncrl"))
+        for path in FILES
+        if any(library in name.split(".") for name in imports(path))
+    }
+    assert users == HOMES[library]
+
+
+def test_imports_go_one_way():
+    level = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+    for path in FILES:
+        name = ".".join(path.relative_to(ROOT / "asyncrl").with_suffix("").parts)
+        if name.endswith("__init__"):
+            continue
+        assert name in level, f"give {name} a layer"
+        for imported in imports(path):
+            target = imported.removeprefix("asyncrl.")
+            if imported.startswith("asyncrl.") and target in level:
+                assert level[target] <= level[name], f"{name} imports {target}"
+
+
+def test_the_configuration_imports_nothing_heavy():
+    code = "import sys, asyncrl.config; print({'torch', 'ray', 'transformers'} & set(sys.modules) or 'light')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "light\n"
+
+
+def test_the_metrics_page_is_the_table():
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    assert page == metrics.page(), "run `make docs`"

@@ -1,0 +1,126 @@
+"""Buckets, the digest and the broadcast group."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asyncrl.weights import (
+    DTYPES,
+    BroadcastGroup,
+    Rendezvous,
+    digest,
+    make_buckets,
+    open_rendezvous,
+    publish,
+    tensor_digest,
+)
+
+CPU = torch.device("cpu")
+
+
+def tensors(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"embed": (25, 16), "odd": (3,), "scalar": (), "wide": (7, 33)}
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 4000), st.sampled_from(sorted(DTYPES)))
+def test_buckets_keep_every_tensor_whole_and_in_order(max_bytes, dtype):
+    named = tensors(0)
+    buckets = make_buckets(named.items(), dtype, max_bytes)
+    assert [name for bucket in buckets for name in bucket.names] == list(named)
+    for bucket in buckets:
+        assert bucket.num_bytes <= max_bytes or len(bucket.names) == 1
+        flat = bucket.pack(named, CPU)
+        assert flat.dtype == torch.uint8
+        assert len(flat) == bucket.num_bytes
+        for name, tensor in bucket.unpack(flat):
+            assert torch.equal(tensor, named[name].to(DTYPES[dtype]))
+
+
+def test_digest_is_the_written_formula():
+    tensor = torch.tensor([1.5, -2.25, 3.0])
+    words = tensor.numpy().view(np.int16)
+    by_hand = sum(int(word) * (2 * index + 1) for index, word in enumerate(words)) % 2**64
+    assert tensor_digest(tensor) == by_hand
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_digest_sees_one_bit_a_swap_and_a_rename_but_not_the_order(dtype):
+    named = tensors(1, dtype)
+    reference = digest(named.items())
+    assert digest(reversed(named.items())) == reference
+
+    flipped = dict(named, wide=named["wide"].clone())
+    flipped["wide"].view(torch.int16).view(-1)[-1] ^= 1
+    assert digest(flipped.items()) != reference
+
+    swapped = dict(named, odd=named["odd"][[1, 0, 2]])
+    assert digest(swapped.items()) != reference
+    assert digest([(name.replace("odd", "even"), tensor) for name, tensor in named.items()]) != reference
+
+
+def in_threads(functions):
+    """Runs each function in a thread; returns their results, raises the first error."""
+    results: list = [None] * len(functions)
+
+    def call(index, function):
+        try:
+            results[index] = function()
+        except Exception as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=call, args=item) for item in enumerate(functions)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
+
+
+def test_a_broadcast_is_bit_equal_everywhere_and_groups_can_be_rebuilt():
+    named = tensors(2)
+    buckets = make_buckets(named.items(), "float32", 1000)
+    assert len(buckets) > 1
+
+    def engine(where, rank):
+        group = BroadcastGroup(where, rank)
+        received = {}
+        for bucket in buckets:
+            flat = torch.empty(bucket.num_bytes, dtype=torch.uint8)
+            group.broadcast(flat)
+            received |= dict(bucket.unpack(flat))
+        return received
+
+    for num_engines in (2, 1):
+        where, store = open_rendezvous("127.0.0.1", 1 + num_engines, 20)
+
+        def learner(where=where, store=store):
+            return publish(BroadcastGroup(where, 0, store=store), buckets, named, CPU)
+
+        sent, *received = in_threads(
+            [learner, *(lambda where=where, rank=rank: engine(where, rank + 1) for rank in range(num_engines))]
+        )
+        for copy in received:
+            assert all(torch.equal(copy[name], tensor) for name, tensor in named.items())
+            assert digest(copy.items()) == sent
+
+
+def test_a_member_that_never_comes_is_an_error_that_names_the_group():
+    where, store = open_rendezvous("127.0.0.1", 2, 0.3)
+    with pytest.raises(RuntimeError, match=rf"rank 0 of 2 could not join.*'{where.name}'.*within 0.3 s"):
+        BroadcastGroup(where, 0, store=store)
+
+
+def test_an_unknown_backend_is_refused():
+    _, store = open_rendezvous("127.0.0.1", 1, 5)
+    with pytest.raises(RuntimeError, match="must be 'gloo', got 'smoke'"):
+        BroadcastGroup(Rendezvous("127.0.0.1", store.port, 1, "x", "smoke", 5), 0, store=store)
