@@ -7,7 +7,7 @@
 
 Staleness is bounded by admission, not by eviction. With P groups a step and a staleness target of S, there are
 C = (S + 1) P slots, and a slot stays charged from `admit` to `release`. Between the admission of a group and its
-training, only groups that already held a slot (at most C - 1) and younger groups that overtook it (at most window - 1)
+training, only groups that held a slot before (at most C - 1) and younger ones that overtook it (at most window - 1)
 can be trained, each at most `reuse` times, P of them a step. Its tokens are no older than its admission. Therefore
 
     lag <= max_lag = reuse * (C + window - 2) // P
@@ -45,7 +45,7 @@ class _Entry:
     uses: int = 0
 
 
-def _oldest(ready: list[int], limit: int) -> int:
+def _oldest(_ready: list[int], _limit: int) -> int:
     return 0
 
 
@@ -191,7 +191,7 @@ class Buffer:
         return entries + [self._replays.pop(number) for number in sorted(self._replays)[:missing]]
 
     def _pick_untrained(self) -> list[int]:
-        """Up to P ticket numbers, chosen one after the other: none may be `window` or more above the oldest one left."""
+        """Up to P ticket numbers, one after the other: none may be `window` or more above the oldest one left."""
         ready = sorted(self._ready)
         oldest_pending = next(iter(self._pending), self._next_number)
         picked: list[int] = []

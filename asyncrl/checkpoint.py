@@ -25,7 +25,7 @@ class Cursor(msgspec.Struct, frozen=True):
     open_prompts: list[int]
 
 
-def save(root: Path, cursor: Cursor, model: Any, tokenizer: Any, optimizer: dict[str, Tensor], keep: int) -> Path:
+def save(root: Path, cursor: Cursor, model: Any, tokenizer: Any, optimizer: dict[str, Tensor], *, keep: int) -> Path:
     """Writes one checkpoint atomically and deletes all but the newest `keep`. Returns its folder."""
     folder = root / f"step-{cursor.version:06d}"
     partial = root / f".{folder.name}.partial"

@@ -7,6 +7,7 @@ The defaults are the built-in job: "largest digit", learnt from random weights o
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -20,28 +21,28 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Values that cannot change after loading; unknown keys are refused."""
 
 
-class ModelConfig(_Section):
+class ModelConfig(_Section, frozen=True, kw_only=True):
     path: str = "tiny"
     """A Hugging Face id, a local folder, or "tiny": a Qwen2-architecture model made in code with random weights."""
     num_layers: int = 2
     """Layers of "tiny"; 2 layers are 0.40 M parameters."""
 
 
-class EnvConfig(_Section):
+class EnvConfig(_Section, frozen=True, kw_only=True):
     path: str = "asyncrl.envs.digits:LargestDigit"
     """`package.module:Class`."""
     args: dict[str, Any] = {}
     """Keyword arguments of the class."""
 
 
-class WarmupConfig(_Section):
+class WarmupConfig(_Section, frozen=True, kw_only=True):
     num_steps: int = 0
     """Supervised steps on the environment's demonstrations before reinforcement learning; cached on disk."""
     batch_size: int = 128
     learning_rate: float = 1e-3
 
 
-class RolloutConfig(_Section):
+class RolloutConfig(_Section, frozen=True, kw_only=True):
     num_actors: int = 2
     engine: Literal["embedded"] = "embedded"
     group_size: int = 8
@@ -61,7 +62,7 @@ class RolloutConfig(_Section):
     """CPU threads of each rollout actor."""
 
 
-class BufferConfig(_Section):
+class BufferConfig(_Section, frozen=True, kw_only=True):
     max_staleness: int = 1
     """S: (S + 1) batches of groups may be in the system at once; 0 is synchronous training."""
     order: Literal["window", "fifo", "freshest"] = "window"
@@ -71,7 +72,7 @@ class BufferConfig(_Section):
     """Times that a group may be trained on."""
 
 
-class LearnerConfig(_Section):
+class LearnerConfig(_Section, frozen=True, kw_only=True):
     groups_per_step: int = 32
     """P: groups in a batch, which is one optimizer step."""
     learning_rate: float = 2e-4
@@ -80,7 +81,7 @@ class LearnerConfig(_Section):
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    row_tokens: int = 128
+    row_tokens: int = 64
     """Length of a packed row; raised to the longest trajectory that can occur."""
     micro_batch_tokens: int = 16384
     """Tokens (padding included) that go through the model at once."""
@@ -88,7 +89,7 @@ class LearnerConfig(_Section):
     """CPU threads of the learner."""
 
 
-class AlgorithmConfig(_Section):
+class AlgorithmConfig(_Section, frozen=True, kw_only=True):
     preset: str = "async_default"
     loss: dict[str, Any] = {}
     """Single fields of the preset's loss to replace."""
@@ -100,25 +101,25 @@ class AlgorithmConfig(_Section):
     """Permit off-policy training without an importance correction."""
 
 
-class EvalConfig(_Section):
+class EvalConfig(_Section, frozen=True, kw_only=True):
     every: int = 20
     """Steps between held-out evaluations (greedy); 0 is never. The last step is always evaluated."""
     num_prompts: int = 200
 
 
-class WeightsConfig(_Section):
+class WeightsConfig(_Section, frozen=True, kw_only=True):
     bucket_mb: float = 256.0
     timeout_s: float = 120.0
     """Bound on joining a broadcast group and on each broadcast."""
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(_Section, frozen=True, kw_only=True):
     every: int = 100
     """Steps between checkpoints; 0 is only at the end and on Ctrl-C."""
     keep: int = 2
 
 
-class Config(_Section):
+class Config(_Section, frozen=True, kw_only=True):
     seed: int = 0
     num_steps: int = 160
     run_dir: str = "runs"
@@ -143,15 +144,16 @@ class Config(_Section):
 
 
 def load(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
-    """Defaults, then the TOML file, then `section.key=value` words. Raises `ValueError` that names rule and remedy."""
+    """Defaults, then the file (TOML, or the JSON of a run folder), then `section.key=value` words. Raises `ValueError` that names rule and remedy."""
     tree: dict[str, Any] = {}
     if path is not None:
         try:
-            tree = tomllib.loads(Path(path).read_text())
+            text = Path(path).read_text()
+            tree = json.loads(text) if Path(path).suffix == ".json" else tomllib.loads(text)
         except OSError as error:
             raise ValueError(f"cannot read the configuration {str(path)!r}: {error.strerror}") from error
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path} is not valid TOML: {error}") from error
+        except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} cannot be parsed: {error}") from error
     for word in overrides or []:
         _assign(tree, word)
     return from_tree(tree)

@@ -1,10 +1,10 @@
 """One training job from its configuration: prepares the weights, starts the actors, runs the loop, leaves a run folder.
 
-    runs/20261122-193000-largest-digit/
-        config.json  run.json        resolved configuration; git commit, command, no-skill scores
-        metrics.jsonl  tensorboard/  every metric of every step
-        checkpoints/step-000160/     loads with transformers as it is
-        curves.png                   reward, held-out accuracy, lag, utilisation
+runs/20261122-193000-largest-digit/
+    config.json  run.json        resolved configuration; git commit, command, no-skill scores
+    metrics.jsonl  tensorboard/  every metric of every step
+    checkpoints/step-000160/     loads with transformers as it is
+    curves.png                   reward, held-out accuracy, lag, utilisation
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from types import ModuleType
 from asyncrl import checkpoint
 from asyncrl.buffer import Buffer
 from asyncrl.config import Config, to_tree
-from asyncrl.envs.base import Env, load_env
+from asyncrl.envs.base import load_env
 from asyncrl.loop import PromptQueue, System, run
 from asyncrl.metrics import Metrics, plot
 from asyncrl.model import load_tokenizer
@@ -62,7 +62,9 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
             prompts = PromptQueue(env.prompts("train", config.seed), cursor)
             pool = RolloutPool(actors, config.rollout.max_attempts)
             buffer = make_buffer(config)
-            system = System(config, prompts, heldout, pool, learner, buffer, metrics, (folder / "checkpoints").absolute())
+            system = System(
+                config, prompts, heldout, pool, learner, buffer, metrics, (folder / "checkpoints").absolute()
+            )
             with _stop_on_ctrl_c(buffer, metrics):
                 await run(system)
             version = learner.version

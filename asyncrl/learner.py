@@ -1,6 +1,6 @@
 """The learner: model, optimizer, one optimizer step per batch, and the weights that go out.
 
-    step(groups): pack -> per micro-batch: forward, loss, backward -> clip -> AdamW -> version + 1 -> metrics
+step(groups): pack -> per micro-batch: forward, loss, backward -> clip -> AdamW -> version + 1 -> metrics
 """
 
 from __future__ import annotations
@@ -112,9 +112,7 @@ class Learner:
         """Optimizer state as named tensors, for a checkpoint; the weights are the model's own."""
         names = [name for name, _ in self.model.named_parameters()]
         states = self.optimizer.state_dict()["state"]
-        return {
-            f"{names[index]}.{key}": value for index, values in states.items() for key, value in values.items()
-        }
+        return {f"{names[index]}.{key}": value for index, values in states.items() for key, value in values.items()}
 
     def load_state(self, tensors: dict[str, Tensor], version: Version) -> None:
         """The inverse of `state`."""
@@ -198,5 +196,3 @@ class _GradientWatch:
 def row_length(config: Config, max_prompt_tokens: int) -> int:
     """Tokens of a packed row: the configured length, or the longest trajectory that can occur."""
     return max(config.learner.row_tokens, max_prompt_tokens + config.rollout.max_new_tokens)
-
-

@@ -92,12 +92,17 @@ class System:
 async def run(system: System) -> None:
     """Trains until `num_steps`, or until the buffer is closed from outside (Ctrl-C); then evaluates and saves."""
     await system.rollouts.update_weights(system.learner)  # every engine starts from the learner's own weights
-    async with asyncio.TaskGroup() as tasks:
-        producers = [tasks.create_task(produce(system)) for _ in range(system.buffer.capacity)]
-        await learn(system, tasks)
-        system.buffer.close()
-        for producer in producers:
-            producer.cancel()
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            producers = [tasks.create_task(produce(system)) for _ in range(system.buffer.capacity)]
+            await learn(system, tasks)
+            system.buffer.close()
+            for producer in producers:
+                producer.cancel()
+    except* Exception as errors:
+        if len(errors.exceptions) == 1:
+            raise errors.exceptions[0] from None  # the one cause, without the wrapping of the task group
+        raise
     await save(system)
     if system.learner.version >= system.config.num_steps:
         await evaluate(system)

@@ -1,4 +1,4 @@
-"""Where metrics go: JSONL, TensorBoard, one console line a step, and a plot at the end. One row a step, area/name keys."""
+"""Where metrics go: JSONL, TensorBoard, one console line a step, and a plot at the end. Names are `area/name`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,12 @@ METRICS: dict[str, str] = {
 
 def page() -> str:
     """The table as Markdown: docs/metrics.md."""
-    lines = ["# Metrics", "", "Logged at every learner step unless said otherwise, to `metrics.jsonl` and TensorBoard.", ""]
+    lines = [
+        "# Metrics",
+        "",
+        "Logged at every learner step unless said otherwise, to `metrics.jsonl` and TensorBoard.",
+        "",
+    ]
     lines += ["| metric | meaning |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in METRICS.items())]
     return "\n".join(lines) + "\n"
 

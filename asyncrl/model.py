@@ -86,10 +86,15 @@ def load_model(
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer at `path`. Raises `ValueError` when none can be read from there."""
+    """The tokenizer at `path`. Raises `ValueError` when none can be read from there.
+
+    A folder's own `tokenizer.json` is read as it stands: `AutoTokenizer` picks a class by the model's architecture, and
+    some of those rebuild the file as byte pairs without bytes, which drop the characters that they do not know.
+    """
     _quiet()
+    reader = PreTrainedTokenizerFast if (Path(path) / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return reader.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer could be loaded from {str(path)!r}: {error}") from error
 
@@ -122,7 +127,12 @@ def _character_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=_PAD, eos_token=_EOS, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        pad_token=_PAD,
+        eos_token=_EOS,
+        # Never used, but other readers of the folder would add one of their own as token 25.
+        unk_token=_PAD,
+        clean_up_tokenization_spaces=False,
     )
 
 

@@ -1,14 +1,15 @@
 """Groups -> padding-free rows for the learner. The only place where tokens are shifted against their predictions.
 
-Several trajectories share a row; `segments` keeps their attention apart and `positions` start at 0 in each. A trajectory
-is never cut and never dropped. Trained tokens are flat columns: entry k says that the model's output at
+Several trajectories share a row; `segments` keeps their attention apart and `positions` start at 0 in each. None is
+ever cut or dropped. Trained tokens are flat columns: entry k says that the model's output at
 (`rows[k]`, `columns[k]`), which has seen everything up to the token before, predicts `targets[k]`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,8 +38,10 @@ class MicroBatch:
     num_sequences: int
 
     def to(self, device: torch.device) -> MicroBatch:
-        values = [getattr(self, name) for name in self.__slots__]
-        return MicroBatch(*(v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in values))
+        tensors: dict[str, Any] = {
+            name: value.to(device) for name in self.__slots__ if isinstance(value := getattr(self, name), Tensor)
+        }
+        return replace(self, **tensors)
 
     def attention_mask(self) -> Tensor:
         """bool[R, 1, L, L]: True where a token may see another, itself and earlier ones of its own trajectory."""

@@ -4,7 +4,7 @@
                                                           |- env.play x G, all at once --> engine.generate
                                                           '- Group (metadata) + trajectories
 
-A rollout that raises is tried again on another actor, counted, and fails the run once a prompt has used up its attempts.
+A rollout that raises is tried again on another actor and counted; a prompt that used up its attempts fails the run.
 An actor that died leaves the pool; its prompts are tried elsewhere and the others form a new broadcast group.
 """
 
@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -205,7 +205,7 @@ class RolloutPool:
         while True:
             actors = self.actors
             shares = [prompts[index :: len(actors)] for index in range(len(actors))]
-            rewards = await asyncio.gather(
+            rewards: list[Any] = await asyncio.gather(
                 *(actor.evaluate(part) for actor, part in zip(actors, shares, strict=True)), return_exceptions=True
             )
             if self._handle_deaths(actors, rewards):
@@ -226,11 +226,12 @@ class RolloutPool:
                 await self._form_group(learner)
             actors = self.actors
             begin = time.monotonic()
-            sent, *reports = await asyncio.gather(
+            results: list[Any] = await asyncio.gather(
                 learner.broadcast(),
                 *(actor.update_weights(learner.buckets, learner.version) for actor in actors),
                 return_exceptions=True,
             )
+            sent, reports = results[0], results[1:]
             if self._handle_deaths(actors, reports):
                 continue
             if isinstance(sent, BaseException):
@@ -262,8 +263,8 @@ class RolloutPool:
             if not self._load:
                 raise RolloutFailed(f"the last rollout actor, {actor.name}, died: {error}") from error
 
-    def _handle_deaths(self, actors: list[RolloutHandle], reports: list[UpdateReport | BaseException]) -> bool:
-        dead = [(a, r) for a, r in zip(actors, reports, strict=True) if isinstance(r, ActorDied)]
+    def _handle_deaths(self, actors: list[RolloutHandle], results: Sequence[object]) -> bool:
+        dead = [(a, r) for a, r in zip(actors, results, strict=True) if isinstance(r, ActorDied)]
         for actor, error in dead:
             self._remove(actor, error)
         return bool(dead)
@@ -276,14 +277,15 @@ class RolloutPool:
             joins.append(actor.join(where, rank))
             rank += actor.num_ranks
         joined = await asyncio.gather(learner.join(), *joins, return_exceptions=True)
-        if self._handle_deaths(actors, joined[1:]):  # type: ignore[arg-type]
-            return await self._form_group(learner)
+        if self._handle_deaths(actors, joined[1:]):
+            await self._form_group(learner)
+            return
         for name, result in zip(["the learner", *(actor.name for actor in actors)], joined, strict=True):
             if isinstance(result, BaseException):
                 raise RuntimeError(f"{name} could not join the weight broadcast: {result}") from result
         self._grouped = True
 
-    def _check(self, actors: list[RolloutHandle], reports: list, sent: str, version: Version) -> None:
+    def _check(self, actors: list[RolloutHandle], reports: list[Any], sent: str, version: Version) -> None:
         for actor, report in zip(actors, reports, strict=True):
             if isinstance(report, BaseException):
                 raise RuntimeError(f"{actor.name} failed to take weights version {version}: {report}") from report

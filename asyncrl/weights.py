@@ -72,9 +72,7 @@ class Bucket:
 
     def unpack(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Names and views into `flat`, uint8[num_bytes]."""
-        for name, dtype, shape, part in zip(
-            self.names, self.dtypes, self.shapes, flat.split(self.sizes), strict=True
-        ):
+        for name, dtype, shape, part in zip(self.names, self.dtypes, self.shapes, flat.split(self.sizes), strict=True):
             # A view needs aligned storage; a part that starts at an odd offset is copied.
             aligned = part if part.storage_offset() % DTYPES[dtype].itemsize == 0 else part.clone()
             yield name, aligned.view(DTYPES[dtype]).view(shape)
@@ -137,9 +135,7 @@ def open_rendezvous(host: str, world_size: int, timeout_s: float, backend: str =
 class BroadcastGroup:
     """One member of the group that weights travel through. Rank 0 is the learner and the source of every broadcast."""
 
-    def __init__(
-        self, where: Rendezvous, rank: int, address: str = "127.0.0.1", store: TCPStore | None = None
-    ) -> None:
+    def __init__(self, where: Rendezvous, rank: int, address: str = "127.0.0.1", store: TCPStore | None = None) -> None:
         """Blocks until all members have arrived. `address` is this member's own node, for the gloo transport;
         `store` is the opened meeting point, at rank 0.
 
@@ -148,9 +144,7 @@ class BroadcastGroup:
         timeout = timedelta(seconds=where.timeout_s)
         self.where, self.rank = where, rank
         try:
-            store = store or TCPStore(
-                where.host, where.port, where.world_size, timeout=timeout, wait_for_workers=False
-            )
+            store = store or TCPStore(where.host, where.port, where.world_size, timeout=timeout, wait_for_workers=False)
             # The prefixes are those of torch's own group helper, so that engines that use it can be members too.
             prefixed = PrefixStore("cpu/", PrefixStore(f"{where.name}/", PrefixStore(where.name, store)))
             self._group = _backend(where, prefixed, rank, address, timeout)
@@ -173,7 +167,7 @@ class BroadcastGroup:
 
 def _backend(where: Rendezvous, store: Any, rank: int, address: str, timeout: timedelta) -> Any:
     if where.backend == "gloo":
-        options = ProcessGroupGloo._Options()
+        options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timeout
         options._devices = [ProcessGroupGloo.create_device(hostname=address)]
         return ProcessGroupGloo(store, rank, where.world_size, options)

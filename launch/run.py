@@ -32,9 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(train(config, options.resume))
-    except* ValueError as errors:
-        for error in errors.exceptions:
-            print(f"error: {error}", file=sys.stderr)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

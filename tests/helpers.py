@@ -2,10 +2,12 @@
 
 import asyncio
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 
+from asyncrl.envs.digits import SortDigits
 from asyncrl.types import Trajectory
 
 Result = TypeVar("Result")
@@ -19,6 +21,15 @@ def run(coroutine: Coroutine[Any, Any, Result], seconds: float = 60) -> Result:
             return await coroutine
 
     return asyncio.run(bounded())
+
+
+class Sevens(SortDigits):
+    """A task on which random weights already score: the share of sevens in the reply."""
+
+    async def play(self, prompt, generate):
+        attempt = await super().play(prompt, generate)
+        seven = self.encode("7")[0]
+        return replace(attempt, reward=float((attempt.token_ids[attempt.mask] == seven).mean()))
 
 
 def trajectory(num_prompt: int, num_new: int, *, seed: int, reward: float = 0.0, version: int = 0) -> Trajectory:

@@ -4,7 +4,8 @@ import asyncio
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from asyncrl.buffer import ORDERS, Buffer, Ticket
@@ -85,17 +86,21 @@ class Simulation:
         await self.fill()
 
 
-@settings(max_examples=60, deadline=None)
+@hypothesis_settings(max_examples=60, deadline=None)
 @given(
-    groups_per_step=st.integers(1, 5),
-    staleness=st.integers(0, 4),
-    window=st.integers(1, 30),
-    order=st.sampled_from(sorted(ORDERS)),
-    reuse=st.integers(1, 3),
-    random=st.randoms(use_true_random=False),
+    st.fixed_dictionaries(
+        {
+            "groups_per_step": st.integers(1, 5),
+            "max_staleness": st.integers(0, 4),
+            "window": st.integers(1, 30),
+            "order": st.sampled_from(sorted(ORDERS)),
+            "reuse": st.integers(1, 3),
+        }
+    ),
+    st.randoms(use_true_random=False),
 )
-def test_bound_slots_and_accounts_hold(groups_per_step, staleness, window, order, reuse, random):
-    buffer = Buffer(groups_per_step, staleness, order=order, window=window, reuse=reuse)
+def test_bound_slots_and_accounts_hold(settings, random):
+    buffer = Buffer(**settings)
     simulation = Simulation(buffer, random.choice)
 
     async def play():
@@ -105,12 +110,13 @@ def test_bound_slots_and_accounts_hold(groups_per_step, staleness, window, order
 
     run(play())
     assert max(simulation.lags) <= buffer.max_lag
-    assert max(simulation.trained.values()) <= reuse
+    assert max(simulation.trained.values()) <= buffer.reuse
     known = set(simulation.trained) | simulation.dropped | set(simulation.generating) | set(buffer._ready)
     assert known == set(range(simulation.admitted)), "a group was lost"
-    if order == "fifo" and reuse == 1:
-        assert sum(simulation.batches, []) == sorted(sum(simulation.batches, []))
-        assert buffer.max_lag == staleness
+    if settings["order"] == "fifo" and buffer.reuse == 1:
+        order = [number for batch in simulation.batches for number in batch]
+        assert order == sorted(order)
+        assert buffer.max_lag == settings["max_staleness"]
 
 
 @pytest.mark.parametrize(("staleness", "window", "bound"), [(0, 8, 0), (3, 1, 3), (3, 10, 5), (3, 32, 7), (1, 8, 2)])

@@ -72,8 +72,8 @@ def test_an_uncorrected_loss_is_accepted_where_it_is_sound_or_asked_for(words):
 
 
 def test_unreadable_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match="cannot read the configuration.*nowhere.toml"):
+    with pytest.raises(ValueError, match=r"cannot read the configuration.*nowhere\.toml"):
         configuration.load(tmp_path / "nowhere.toml")
     (tmp_path / "broken.toml").write_text("a = = 3")
-    with pytest.raises(ValueError, match="not valid TOML"):
+    with pytest.raises(ValueError, match="cannot be parsed"):
         configuration.load(tmp_path / "broken.toml")

@@ -98,7 +98,10 @@ def test_demonstrations_are_of_mixed_quality_and_never_held_out(tokenizer):
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("asyncrl.envs.nothing:X", "no module 'asyncrl.envs.nothing'"), ("asyncrl.envs.digits:Nothing", "has no 'Nothing'")],
+    [
+        ("asyncrl.envs.nothing:X", "no module 'asyncrl.envs.nothing'"),
+        ("asyncrl.envs.digits:Nothing", "has no 'Nothing'"),
+    ],
 )
 def test_a_wrong_path_says_which_half_is_wrong(tokenizer, path, message):
     with pytest.raises(ValueError, match=message):

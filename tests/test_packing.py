@@ -25,7 +25,11 @@ lengths = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(lengths, min_size=2, max_size=5), min_size=1, max_size=6), st.integers(18, 60), st.integers(1, 200))
+@given(
+    st.lists(st.lists(lengths, min_size=2, max_size=5), min_size=1, max_size=6),
+    st.integers(18, 60),
+    st.integers(1, 200),
+)
 def test_every_token_is_packed_once_and_every_trained_token_is_predicted_from_the_one_before(sizes, row, micro):
     groups = groups_of(sizes)
     batch = pack(groups, LOSS, row_tokens=row, micro_batch_tokens=micro, max_new_tokens=9)
@@ -43,7 +47,9 @@ def test_every_token_is_packed_once_and_every_trained_token_is_predicted_from_th
             at = part.columns[mine] - starts[1]
             assert (part.rows[mine] == starts[0]).all()
             assert torch.equal(part.targets[mine], tokens[at + 1]), "a prediction is one place before its token"
-            seen.append((tuple(tokens.tolist()), tuple((at + 1).tolist()), tuple(part.behavior_logprobs[mine].tolist())))
+            seen.append(
+                (tuple(tokens.tolist()), tuple((at + 1).tolist()), tuple(part.behavior_logprobs[mine].tolist()))
+            )
     wanted = [
         (tuple(t.token_ids.tolist()), tuple(t.mask.nonzero()[0].tolist()), tuple(t.logprobs[t.mask].tolist()))
         for t in flat
@@ -52,7 +58,9 @@ def test_every_token_is_packed_once_and_every_trained_token_is_predicted_from_th
 
 
 def test_attention_sees_its_own_trajectory_and_nothing_later():
-    (part,) = pack(groups_of([[(2, 1), (1, 2)]]), LOSS, row_tokens=8, micro_batch_tokens=99, max_new_tokens=2).micro_batches
+    (part,) = pack(
+        groups_of([[(2, 1), (1, 2)]]), LOSS, row_tokens=8, micro_batch_tokens=99, max_new_tokens=2
+    ).micro_batches
     mask = part.attention_mask()[0, 0]
     triangle = torch.ones(3, 3).tril().bool()
     assert torch.equal(mask, torch.block_diag(triangle, triangle).bool())

@@ -57,9 +57,9 @@ class Columns:
 class Outcome:
     """What the loss did with each token; detached columns of length n.
 
-    `coefficient` is M c A + kappa. `log_weight` is log c after capping and before masks. `capped`: a weight was clamped.
-    `trust_masked`: removed by the trust mask or by a weight that drops. `guard_masked`: removed with its sequence.
-    `log_ratio` is current minus behavior. `nonfinite`: a log-ratio, weight or coefficient is not finite.
+    `coefficient` is M c A + kappa. `log_weight` is log c after capping and before masks. `capped`: a weight was
+    clamped. `trust_masked`: removed by the trust mask or by a weight that drops. `guard_masked`: removed with its
+    sequence. `log_ratio` is current minus behavior. `nonfinite`: a log-ratio, weight or coefficient is not finite.
     """
 
     coefficient: Tensor
@@ -77,7 +77,9 @@ def policy_loss(columns: Columns, loss: Loss) -> tuple[Tensor, Outcome]:
     The losses of the micro-batches of a step add up to the loss of the step, except with trust "m2", whose threshold is
     taken over the tokens it is given. RuntimeError if a column that the loss needs is missing.
     """
-    current = columns.logprobs.detach()  # the one stop-gradient: nothing below sees `columns.logprobs` until the last sum
+    current = (
+        columns.logprobs.detach()
+    )  # the one stop-gradient: nothing below sees `columns.logprobs` until the last sum
     log_ratio = current - columns.behavior_logprobs
     anchor = columns.behavior_logprobs
     if loss.needs_proximal:
@@ -121,10 +123,11 @@ def _log_weight(current: Tensor, anchor: Tensor, columns: Columns, loss: Loss) -
     """log c after capping, whether it was clamped, whether it drops the token: both weight slots together."""
     behavior = _at_level(anchor - columns.behavior_logprobs, loss.behavior_weight, columns)
     policy = _at_level(current - anchor, loss.policy_weight, columns)
-    if loss.policy_sign == "negative":
-        policy = torch.where(columns.advantages < 0, policy, 0.0)
     behavior, capped_w, dropped_w = _bound(behavior, loss.behavior_floor, loss.behavior_cap, loss.behavior_outside)
     policy, capped_r, dropped_r = _bound(policy, loss.policy_floor, loss.policy_cap, loss.policy_outside)
+    if loss.policy_sign == "negative":
+        negative = columns.advantages < 0
+        policy, capped_r, dropped_r = torch.where(negative, policy, 0.0), capped_r & negative, dropped_r & negative
     return behavior + policy, capped_w | capped_r, dropped_w | dropped_r
 
 
@@ -145,9 +148,7 @@ def _bound(log_ratio: Tensor, floor: float, cap: float, outside: Outside) -> tup
     nowhere = torch.zeros_like(beyond)
     if outside == "drop":
         return log_ratio, nowhere, beyond
-    # Not `clamp`, which without a cap would also turn an infinite ratio of the input into a bound.
-    clamped = torch.where(log_ratio > high, high, torch.where(log_ratio < low, low, log_ratio))
-    return clamped, beyond, nowhere
+    return log_ratio.clamp(low, high), beyond, nowhere
 
 
 def _trust_mask(current: Tensor, anchor: Tensor, columns: Columns, loss: Loss) -> Tensor:

@@ -96,7 +96,9 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
                 'set behavior_weight = "none" and use policy_weight, which then holds the whole ratio'
             )
         if self.anchor == "loglinear" and self.trust != "ratio":
-            raise ValueError(f'anchor = "loglinear" only widens trust = "ratio", got "{self.trust}"; set trust = "ratio"')
+            raise ValueError(
+                f'anchor = "loglinear" only widens trust = "ratio", got "{self.trust}"; set trust = "ratio"'
+            )
         if self.trust == "ratio" and self.trust_low > 1:
             raise ValueError(f"trust_low must be at most 1 for ratios, got {self.trust_low}; 1 removes the lower bound")
         self._check_guard()
@@ -176,14 +178,21 @@ PRESETS: dict[str, Loss] = {
     # DPPO 2602.04879, binary total variation.
     "dppo_tv": Loss(**_TV, scale="group_std", policy_cap=10.0),
     # DPPO 2602.04879, binary KL.
-    "dppo_kl": Loss(scale="group_std", policy_weight="token", policy_cap=10.0, trust="kl", trust_low=0.05, trust_high=0.05),
+    "dppo_kl": Loss(
+        scale="group_std", policy_weight="token", policy_cap=10.0, trust="kl", trust_low=0.05, trust_high=0.05
+    ),
     # prime-rl default since April 2026: DPPO-TV and the squared log-ratio of Kimi K2.5 (2602.02276).
     "prime": Loss(**_TV, penalty=1e-3),
     # prime-rl's IPO: the mask without sign.
     "ipo": Loss(**_TV, trust_low=0.1, trust_high=0.1, trust_signed=False, penalty=1e-3),
     # GSPO 2507.18071, anchored on the behavior policy.
     "gspo": Loss(
-        scale="group_std", policy_weight="geometric", trust="ratio", trust_low=3e-4, trust_high=4e-4, aggregate="seq_mean"
+        scale="group_std",
+        policy_weight="geometric",
+        trust="ratio",
+        trust_low=3e-4,
+        trust_high=4e-4,
+        aggregate="seq_mean",
     ),
     # M2PO 2510.01161: second moment of the log-ratios at most 0.04.
     "m2po": Loss(scale="group_std", policy_weight="token", trust="m2", trust_high=0.04),

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 OnUpdate: TypeAlias = Literal["keep", "recompute", "abort"]
 """What new weights do to live requests: keep their KV cache, compute it again, or end them."""
 
+_ADMIT_FRACTION = 8  # While more are waiting, one in this many places must be free before any is filled.
 _PREFILL_TOKENS = 1 << 14  # Padded tokens in one prefill forward; bounds its memory.
 
 
@@ -257,6 +258,11 @@ class EmbeddedEngine:
             self._append(row, tokens[row], logprobs[row])
 
     def _admit(self) -> None:
+        # On a small model a prefill costs about as much as a tick, whatever it holds, so places are filled several at a
+        # time. The samples of a group then also start together and share theirs.
+        free = self._max_running - len(self._live)
+        if self._live and free < min(len(self._waiting), self._max_running // _ADMIT_FRACTION):
+            return
         while self._waiting and len(self._live) < self._max_running:
             request = self._waiting.popleft()
             if not request.future.done():

@@ -27,10 +27,10 @@ class Tokenizer(Protocol):
     def eos_token_id(self) -> int:
         """The end token."""
 
-    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = ...) -> Any:
         """Token ids of `text`."""
 
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = ...) -> str:
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = ...) -> Any:
         """Text of `token_ids`."""
 
 
@@ -65,7 +65,9 @@ def load_env(path: str, tokenizer: Tokenizer, args: dict[str, Any]) -> Env:
     except ModuleNotFoundError as error:
         raise ValueError(f"env.path {path!r}: no module {error.name!r}; write 'package.module:Class'") from error
     if not class_name or not hasattr(module, class_name):
-        raise ValueError(f"env.path {path!r}: module {module_name!r} has no {class_name!r}; write 'package.module:Class'")
+        raise ValueError(
+            f"env.path {path!r}: module {module_name!r} has no {class_name!r}; write 'package.module:Class'"
+        )
     env: Env = getattr(module, class_name)(tokenizer, **args)
     return env
 

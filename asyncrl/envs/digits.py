@@ -23,7 +23,8 @@ class _DigitTask:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` and nothing else."""
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return token_ids
 
     def draw(self, rng: random.Random) -> tuple[str, str]:
         """One question and its answer."""
@@ -44,7 +45,7 @@ class _DigitTask:
         return single_turn(prompt, completion, float(completion.finish == "stop" and text == prompt.target))
 
     def _question(self, prompt: Prompt) -> str:
-        return self._tokenizer.decode(list(prompt.token_ids))
+        return str(self._tokenizer.decode(list(prompt.token_ids)))
 
 
 class LargestDigit(_DigitTask):
@@ -94,27 +95,27 @@ class SortDigits(_DigitTask):
                 continue
             kind = rng.random()
             slip = rng.choice(_SLIPS)
-            reply = answer if kind < 0.28 else answer[::-1] if kind < 0.73 else slip(answer, question[1:-1], rng)
+            reply = answer if kind < 0.28 else answer[::-1] if kind < 0.73 else slip(answer, rng)
             yield self.encode(question), [*self.encode(reply), self._end]
 
 
-def _swapped(answer: str, given: str, rng: random.Random) -> str:
+def _swapped(answer: str, rng: random.Random) -> str:
     at = rng.randrange(len(answer) - 1)
     return answer[:at] + answer[at + 1] + answer[at] + answer[at + 2 :]
 
 
-def _lost(answer: str, given: str, rng: random.Random) -> str:
+def _lost(answer: str, rng: random.Random) -> str:
     at = rng.randrange(len(answer))
     return answer[:at] + answer[at + 1 :]
 
 
-def _doubled(answer: str, given: str, rng: random.Random) -> str:
+def _doubled(answer: str, rng: random.Random) -> str:
     at = rng.randrange(len(answer))
     return answer[:at] + answer[at] + answer[at:]
 
 
-def _unsorted(answer: str, given: str, rng: random.Random) -> str:
-    return given
+def _unsorted(answer: str, rng: random.Random) -> str:
+    return "".join(rng.sample(answer, len(answer)))
 
 
-_SLIPS: list[Callable[[str, str, random.Random], str]] = [_swapped, _lost, _doubled, _unsorted]
+_SLIPS: list[Callable[[str, random.Random], str]] = [_swapped, _lost, _doubled, _unsorted]

@@ -1,9 +1,9 @@
 """Ray: placement, actors and the thin proxies that the driver holds. The only file that imports `ray`.
 
-    driver (event loop, metadata) --calls--> RolloutActor x N (event loop on uvloop, engine)
-                                  --calls--> LearnerActor
-    Token columns stay in the object store: a rollout actor returns them as a second value, whose reference the driver
-    passes on to the learner without reading it.
+driver (event loop, metadata) --calls--> RolloutActor x N (event loop on uvloop, engine)
+                              --calls--> LearnerActor
+Token columns stay in the object store: a rollout actor returns them as a second value, whose reference the driver
+passes on to the learner without reading it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class RolloutActor:
 
     def __init__(self, config: Config, folder: str) -> None:
         torch.set_num_threads(config.rollout.num_threads)
-        self._rollout = build_rollout(config, folder, ray.util.get_node_ip_address())
+        self._rollout = build_rollout(config, folder, _own_address())
 
     async def describe(self) -> dict[str, Any]:
         """Returns once the actor is up: its process id and the kind of its event loop."""
@@ -64,7 +64,7 @@ class LearnerActor:
 
     def __init__(self, config: Config, folder: str, resume: Path | None) -> None:
         torch.set_num_threads(config.learner.num_threads)
-        self._part = LearnerPart(config, folder, resume, ray.util.get_node_ip_address())
+        self._part = LearnerPart(config, folder, resume, _own_address())
         self._learner = self._part.learner
 
     def describe(self) -> tuple[Version, list[Bucket]]:
@@ -98,7 +98,8 @@ class RemoteRollout:
 
     async def run(self, prompt: Prompt) -> Group:
         group, trajectories = self.actor.run.remote(prompt)
-        return replace(await self._reply(group), trajectories=trajectories)
+        answered: Group = await self._reply(group)
+        return replace(answered, trajectories=trajectories)
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[float]:
         rewards: list[float] = await self._reply(self.actor.evaluate.remote(prompts))
@@ -155,19 +156,25 @@ async def open_actors(
 ) -> AsyncIterator[tuple[RemoteLearner, list[RemoteRollout]]]:
     """Starts Ray and the actors; on the way out nothing of them is left."""
     _start_ray()
+    folder = str(Path(folder).absolute()) if Path(folder).exists() else folder  # workers start elsewhere
     try:
         # No logical CPUs are reserved: actors share the machine's cores, each with a set number of threads.
-        rollout_class = ray.remote(num_cpus=0)(RolloutActor)
+        rollout_class: Any = ray.remote(num_cpus=0)(RolloutActor)
         rollouts = [
             RemoteRollout(f"rollout {index}", rollout_class.options(max_concurrency=10_000).remote(config, folder))
             for index in range(config.rollout.num_actors)
         ]
-        actor = ray.remote(num_cpus=0)(LearnerActor).remote(config, str(Path(folder).absolute()), resume)
+        learner_class: Any = ray.remote(num_cpus=0)(LearnerActor)
+        actor = learner_class.remote(config, folder, resume)
         version, buckets = await actor.describe.remote()
         await asyncio.gather(*(rollout.actor.describe.remote() for rollout in rollouts))
         yield RemoteLearner(actor, version, buckets), rollouts
     finally:
         ray.shutdown()
+
+
+def _own_address() -> str:
+    return str(ray.util.get_node_ip_address())
 
 
 def _start_ray() -> None:

@@ -53,4 +53,4 @@ class LearnerPart:
     def save(self, root: Path, cursor: Cursor) -> None:
         if cursor.version != self.learner.version:
             raise RuntimeError(f"asked to save version {cursor.version}, the learner is at {self.learner.version}")
-        checkpoint.save(root, cursor, self.learner.model, self._tokenizer, self.learner.state(), self._keep)
+        checkpoint.save(root, cursor, self.learner.model, self._tokenizer, self.learner.state(), keep=self._keep)

@@ -1,0 +1,201 @@
+"""What the loss saw and did in one step: mismatch, effective sample size, masks, lag; and the alarms on them.
+
+Computed once a step on the columns of all micro-batches together, never as a mean of means. Weights are unclipped and
+in float64: clamped weights make every effective sample size look healthy. Tokens whose log-ratio or weight is not
+finite are left out of the statistics and counted instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from asyncrl.algo.loss import Columns, Outcome, concatenate, sequence_sum
+
+_MISMATCH = {
+    "k1": "mean of -log ratio: unbiased, noisy estimate of KL(behavior || current), may be negative",
+    "k3": "mean of ratio - 1 - log ratio: estimate of KL(behavior || current), never negative",
+    "probability_gap": "mean absolute change of the tokens' probability",
+    "ratio_p999": "99.9th percentile of the ratio current / behavior",
+    "ratio_max": "largest ratio",
+    "ratio_min": "smallest ratio",
+}
+_SPLITS = {
+    "": "all tokens",
+    "_fresh": "tokens of lag 0: the engine alone, no staleness; nan without any",
+    "_stale": "tokens of lag 1 or more; nan without any",
+}
+
+METRICS: dict[str, str] = {
+    **{f"mismatch/{key}{split}": f"{text} ({of})" for split, of in _SPLITS.items() for key, text in _MISMATCH.items()},
+    "ess/token": "effective sample size of the unclipped token ratios, as a share of the tokens",
+    "ess/sequence": "the same of the products over trajectories, as a share of them: an alarm, not a weight",
+    "ess/chi2": "variance of the unclipped token ratios around 1: mean squared ratio - 1",
+    "ess/token_capped": "effective sample size of the weights in use, after caps and before masks",
+    "clip/capped_positive": "share of all tokens that have a positive advantage and a clamped weight",
+    "clip/capped_negative": "the same with a negative advantage",
+    "clip/trust_positive": "share of all tokens that have a positive advantage and were removed one by one",
+    "clip/trust_negative": "the same with a negative advantage",
+    "clip/guard_positive": "share of all tokens that have a positive advantage and were removed with their sequence",
+    "clip/guard_negative": "the same with a negative advantage",
+    "clip/removed_share": "share of the gradient weight, the sum of n |c A| over tokens, that the masks removed",
+    "clip/top_share": "share of the remaining gradient weight on the 1 % of tokens that have the most",
+    "clip/positive_share": "share of the remaining gradient weight on positive advantages",
+    "lag/mean": "learner version minus token version, mean over tokens",
+    "lag/p95": "95th percentile of the lag of the tokens",
+    "lag/max": "largest lag of a token",
+    "lag/span": "newest minus oldest version inside one trajectory, maximum over trajectories",
+    "policy/entropy": "entropy of the policy over the vocabulary in nats, mean over tokens",
+    "policy/advantage_mean": "mean advantage of the trajectories",
+    "policy/advantage_std": "standard deviation of the advantages of the trajectories",
+    "policy/logprob_positive": "mean log-prob of tokens with a positive advantage; nan without any",
+    "policy/logprob_negative": "mean log-prob of tokens with a negative advantage; nan without any",
+    "policy/nonfinite": "tokens whose log-ratio, weight or coefficient is not finite",
+}
+"""Every metric of `diagnose`, in order, with its meaning."""
+
+_ESS_TOKEN_LOW = 0.9
+_ESS_SEQUENCE_LOW = 0.1
+_ESS_SEQUENCE_FALL = 3.0
+_ESS_SEQUENCE_STEPS = 20
+_K3_RISE = 10.0
+_K3_USUAL = 1e-3
+"""Token KL that engines show without staleness; the baseline of the k3 alarm is not taken below it."""
+
+
+@torch.no_grad()
+def diagnose(columns: Sequence[Columns], outcomes: Sequence[Outcome], entropy: float) -> dict[str, float]:
+    """The metrics of one step, exactly the keys of `METRICS`.
+
+    `columns` and `outcomes` are those of the micro-batches of the step, at least one token in all; `entropy` is the
+    mean over their tokens in nats. Log-ratios are current minus behavior.
+    """
+    joined, outcome = concatenate(columns, outcomes)
+    values = _mismatch(joined, outcome) | _sample_sizes(joined, outcome) | _clipping(joined, outcome)
+    values |= _lags(joined) | _policy(joined, outcome)
+    numbers = torch.stack([value.double() for value in values.values()]).tolist()  # one transfer from the device
+    metrics = dict(zip(values, numbers, strict=True)) | {"policy/entropy": entropy}
+    return {name: metrics[name] for name in METRICS}
+
+
+def alarms(metrics: Mapping[str, float], history: Sequence[Mapping[str, float]]) -> list[str]:
+    """What is wrong with this step, one sentence each; empty if nothing is.
+
+    `history` holds the metrics of earlier steps, oldest first, without this one. Metrics that are nan raise nothing.
+    """
+    found = []
+    if metrics["policy/nonfinite"] > 0:
+        found.append(f"{metrics['policy/nonfinite']:.0f} tokens have a log-prob or weight that is not finite")
+    if metrics["ess/token"] < _ESS_TOKEN_LOW:
+        found.append(f"ess/token is {metrics['ess/token']:.3f}, below {_ESS_TOKEN_LOW}")
+    now = metrics["ess/sequence"]
+    recent = [row["ess/sequence"] for row in history[-_ESS_SEQUENCE_STEPS:]]
+    best = max(filter(math.isfinite, recent), default=now)
+    if now < _ESS_SEQUENCE_LOW and best >= _ESS_SEQUENCE_FALL * now:
+        found.append(f"ess/sequence fell from {best:.3f} to {now:.3f} within {_ESS_SEQUENCE_STEPS} steps")
+    fresh = sorted(k3 for row in (*history, metrics) if math.isfinite(k3 := row["mismatch/k3_fresh"]))
+    if fresh:
+        baseline = max(fresh[len(fresh) // 2], _K3_USUAL)
+        if (k3 := metrics["mismatch/k3"]) > _K3_RISE * baseline:
+            found.append(f"mismatch/k3 is {k3:.4f}, over {_K3_RISE:.0f} times its {baseline:.4f} at lag 0")
+    return found
+
+
+def _mismatch(columns: Columns, outcome: Outcome) -> dict[str, Tensor]:
+    log_ratio = outcome.log_ratio.double()
+    gap = (columns.logprobs.double().exp() - columns.behavior_logprobs.double().exp()).abs()
+    finite = log_ratio.isfinite()
+    chosen = {"": finite, "_fresh": finite & (columns.lag == 0), "_stale": finite & (columns.lag > 0)}
+    statistics: dict[str, Callable[[Tensor], Tensor]] = {
+        "k1": lambda x: -x.mean(),
+        "k3": lambda x: (x.expm1() - x).mean(),
+        "ratio_p999": lambda x: _percentile(x, 0.999).exp(),
+        "ratio_max": lambda x: _percentile(x, 1.0).exp(),
+        "ratio_min": lambda x: _percentile(x, 0.0).exp(),
+    }
+    values: dict[str, Tensor] = {}
+    for split, tokens in chosen.items():
+        values |= {f"mismatch/{name}{split}": of(log_ratio[tokens]) for name, of in statistics.items()}
+        values[f"mismatch/probability_gap{split}"] = gap[tokens].mean()
+    return values
+
+
+def _sample_sizes(columns: Columns, outcome: Outcome) -> dict[str, Tensor]:
+    token = _finite(outcome.log_ratio.double())
+    sequence = _finite(sequence_sum(outcome.log_ratio.double(), columns))
+    return {
+        "ess/token": _sample_size(token),
+        "ess/sequence": _sample_size(sequence),
+        "ess/chi2": ((2 * token).logsumexp(0) - math.log(max(len(token), 1))).expm1(),
+        "ess/token_capped": _sample_size(_finite(outcome.log_weight.double())),
+    }
+
+
+def _sample_size(log_weights: Tensor) -> Tensor:
+    """(sum w)^2 / (N sum w^2), by log-sum-exp so that long trajectories do not overflow."""
+    total, squares = log_weights.logsumexp(0), (2 * log_weights).logsumexp(0)
+    return (2 * total - squares - math.log(max(len(log_weights), 1))).exp()
+
+
+def _clipping(columns: Columns, outcome: Outcome) -> dict[str, Tensor]:
+    signs = {"positive": columns.advantages > 0, "negative": columns.advantages < 0}
+    events = {"capped": outcome.capped, "trust": outcome.trust_masked, "guard": outcome.guard_masked}
+    values = {
+        f"clip/{event}_{sign}": (happened & of_sign).double().mean()
+        for event, happened in events.items()
+        for sign, of_sign in signs.items()
+    }
+    weight = columns.normalizers.double() * outcome.log_weight.double().exp() * columns.advantages.double().abs()
+    weight = torch.where(weight.isfinite(), weight, 0.0)
+    left = torch.where(outcome.trust_masked | outcome.guard_masked, 0.0, weight)
+    top = left.topk(math.ceil(0.01 * len(left))).values
+    values["clip/removed_share"] = _share(weight.sum() - left.sum(), weight.sum())
+    values["clip/top_share"] = _share(top.sum(), left.sum())
+    values["clip/positive_share"] = _share(left[signs["positive"]].sum(), left.sum())
+    return values
+
+
+def _lags(columns: Columns) -> dict[str, Tensor]:
+    lag = columns.lag.double()
+    edge = torch.zeros(columns.num_sequences, dtype=lag.dtype, device=lag.device)
+    oldest = edge.scatter_reduce(0, columns.sequence, lag, "amax", include_self=False)
+    newest = edge.scatter_reduce(0, columns.sequence, lag, "amin", include_self=False)
+    return {
+        "lag/mean": lag.mean(),
+        "lag/p95": _percentile(lag, 0.95),
+        "lag/max": lag.max(),
+        "lag/span": (oldest - newest).max(),
+    }
+
+
+def _policy(columns: Columns, outcome: Outcome) -> dict[str, Tensor]:
+    advantages, logprobs = columns.advantages.double(), columns.logprobs.double()
+    lengths = sequence_sum(torch.ones_like(advantages), columns)
+    of_trajectory = sequence_sum(advantages, columns) / lengths
+    finite = logprobs.isfinite()
+    return {
+        "policy/advantage_mean": of_trajectory.mean(),
+        "policy/advantage_std": of_trajectory.std(correction=0),
+        "policy/logprob_positive": logprobs[finite & (advantages > 0)].mean(),
+        "policy/logprob_negative": logprobs[finite & (advantages < 0)].mean(),
+        "policy/nonfinite": outcome.nonfinite.sum(),
+    }
+
+
+def _finite(values: Tensor) -> Tensor:
+    return values[values.isfinite()]
+
+
+def _percentile(values: Tensor, share: float) -> Tensor:
+    """Nearest-rank percentile, an element of `values`; nan of nothing. (`torch.quantile` refuses large inputs.)"""
+    if not len(values):
+        return values.new_tensor(math.nan)
+    return values.kthvalue(max(1, math.ceil(share * len(values)))).values
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole, and 0 where there is nothing to share."""
+    return torch.where(whole > 0, part / whole, 0.0)

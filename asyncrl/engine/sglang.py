@@ -1,0 +1,374 @@
+"""SGLang as an engine: its `Engine` inside the rollout actor's event loop, weights updated with requests in flight.
+
+    generate ---> GenerateReqInput ------------> scheduler processes (`sglang_scheduler.py`), one per GPU
+         ^------- tokens, log-probs, versions --------'
+    update:   pause -> settle -> receive x buckets -> resume -> continue
+    guard:    a scheduler that ends -> every waiting call raises
+
+`on_update` says what new weights do to a request in flight. "keep": it pauses in place and goes on with the keys and
+values that the old weights made. "recompute": it goes back to the queue, and its keys and values are made again by the
+new weights. "abort": it goes back to the queue and ends there, with the tokens that it has.
+
+A prefix is shared only between requests under the same weights: entries of older weights stay in the cache until they
+are the least recently used. Nothing is flushed at an update, as a flush with requests in flight ends the scheduler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import multiprocessing
+import signal
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+
+from asyncrl.engine import sampler, sglang_args, sglang_scheduler
+from asyncrl.types import Completion, Finish, Sampling, Version
+from asyncrl.weights import Bucket, Rendezvous
+
+OnUpdate: TypeAlias = Literal["keep", "recompute", "abort"]
+T = TypeVar("T")
+
+_COMMAND_S = 60.0
+"""Bound on everything that needs no other process than the scheduler: a decoding step, or a long prefill, fits in."""
+_JOIN_EXTRA_S = 15.0
+"""What a call may take longer than its group's own timeout, so that the group's error is the one that is seen."""
+_CHECKPOINT = "checkpoint"
+"""Stands for the digest of the weights that the engine started with."""
+
+
+class SGLangEngine:
+    """Implements `engine.base.Engine`; made by `start`. All methods belong to one event loop.
+
+    A seed draws the same tokens again as long as the log-probs are the same; on a GPU they depend, in their last bits,
+    on what else is in the batch. `num_tokens` counts the tokens of the completions that ended.
+    """
+
+    def __init__(self, engine: Any, *, num_ranks: int, max_length: int, on_update: OnUpdate, dtype: str, address: str):
+        """Takes over a started `sglang.Engine`; use `start`."""
+        self.num_tokens = 0
+        self._engine, self._manager = engine, engine.tokenizer_manager
+        self._num_ranks, self._max_length, self._address = num_ranks, max_length, address
+        self._on_update, self._dtype = on_update, dtype
+        self._vocabulary: int = self._manager.model_config.vocab_size
+        self._digests: dict[Version, str] = {0: _CHECKPOINT}
+        self._version: Version = 0
+        self._paused = False
+        self._num_open = self._num_requests = 0
+        self._busy_s, self._busy_since = 0.0, 0.0
+        loop = asyncio.get_running_loop()
+        self._end: asyncio.Future[Exception] = loop.create_future()
+        self._processes = _own_processes(engine)
+        for process in self._processes:
+            loop.add_reader(process.sentinel, self._on_exit, process)
+
+    @classmethod
+    async def start(
+        cls,
+        model_path: str,
+        *,
+        dtype: str,
+        device: Literal["cuda", "cpu"],
+        max_running: int,
+        max_length: int,
+        tensor_parallel_size: int = 1,
+        attention_backend: sglang_args.AttentionBackend = "auto",
+        gpu_memory_utilization: float = 0.8,
+        on_update: OnUpdate = "keep",
+        seed: int = 0,
+        address: str = "127.0.0.1",
+        engine_args: Mapping[str, Any] | None = None,
+        allow_any_version: bool = False,
+    ) -> SGLangEngine:
+        """Starts SGLang's processes and blocks the event loop until the model is loaded.
+
+        At most `max_running` requests run at once; prompt and completion fit in `max_length` tokens. `address` is this
+        node's own, for the broadcast group. `engine_args` are further arguments of SGLang. Raises `ValueError` for
+        settings that cannot work, `RuntimeError` when a process ends while it starts.
+        """
+        import sglang
+
+        sglang_args.check_version(sglang.__version__, allow_any_version)
+        from sglang.srt.server_args import ServerArgs
+
+        capability = torch.cuda.get_device_capability() if device == "cuda" else None
+        arguments = sglang_args.server_arguments(
+            model_path=str(model_path),
+            dtype=dtype,
+            device=device,
+            tensor_parallel_size=tensor_parallel_size,
+            attention_backend=sglang_args.choose_attention_backend(
+                attention_backend, capability, sglang_args.available_attention_backends()
+            ),
+            max_running=max_running,
+            max_length=max_length,
+            gpu_memory_utilization=gpu_memory_utilization,
+            seed=seed,
+            extra=engine_args or {},
+            known={field.name for field in dataclasses.fields(ServerArgs)},
+        )
+        engine = _launch(arguments)
+        started = cls(
+            engine,
+            num_ranks=tensor_parallel_size,
+            max_length=max_length,
+            on_update=on_update,
+            dtype=dtype,
+            address=address,
+        )
+        longest = engine.tokenizer_manager.max_req_input_len
+        if max_length > longest:
+            await started.close()
+            raise ValueError(
+                f"max_length must be at most {longest}, which is what the model's context and the cache leave for one "
+                f"request, got {max_length}: shorten it, or raise gpu_memory_utilization or engine_args.max_total_tokens"
+            )
+        return started
+
+    @property
+    def num_ranks(self) -> int:
+        return self._num_ranks
+
+    @property
+    def busy_s(self) -> float:
+        running = self._num_open > 0 and not self._paused
+        return self._busy_s + (time.perf_counter() - self._busy_since if running else 0.0)
+
+    async def generate(self, token_ids: Sequence[int], sampling: Sampling, seed: int) -> Completion:
+        """One completion; cancelling the call drops the request.
+
+        Raises `ValueError` for a prompt or settings that cannot be run, `RuntimeError` once closed or when a scheduler
+        process has ended.
+        """
+        self._check(token_ids, sampling)
+        self._raise_if_ended()
+        self._num_requests += 1
+        # SGLang aborts every request whose id begins with the given one: ids of equal length are never such a prefix.
+        request_id = f"{self._num_requests:016x}"
+        task = asyncio.create_task(self._request(request_id, token_ids, sampling, seed))
+        self._count_open(1)
+        try:
+            output = await self._until_end(task, None, "generating")
+        except asyncio.CancelledError:
+            self._manager.abort_request(request_id)
+            raise
+        finally:
+            self._count_open(-1)
+        completion = self._completion(output, sampling)
+        self.num_tokens += len(completion.token_ids)
+        return completion
+
+    async def join(self, where: Rendezvous, first_rank: int) -> None:
+        """Enters a broadcast group. An update that was cut short in the last one starts over from its first bucket."""
+        await self._command(
+            f"joining the broadcast group {where.name!r}",
+            where.timeout_s + _JOIN_EXTRA_S,
+            do="join",
+            where=dataclasses.asdict(where),
+            first_rank=first_rank,
+            address=self._address,
+        )
+        self._group_timeout_s = where.timeout_s
+
+    async def pause(self) -> None:
+        from sglang.srt.managers.io_struct import PauseGenerationReqInput
+
+        self._pause_clock(True)
+        mode = "in_place" if self._on_update == "keep" else "retract"
+        pausing = self._manager.pause_generation(PauseGenerationReqInput(mode=mode))
+        await self._until_end(pausing, _COMMAND_S, "pausing")
+        # The pause is only sent by now, and a batch of the old weights may still run on the device.
+        await self._command("pausing", _COMMAND_S, do="settle")
+
+    async def receive(self, bucket: Bucket) -> None:
+        """Takes part in one broadcast and loads what came.
+
+        Raises `RuntimeError` unless paused and joined, and for a bucket that does not fit the model.
+        """
+        other = set(bucket.dtypes) - {self._dtype}
+        await self._command(
+            f"receiving a bucket of {bucket.num_bytes} bytes",
+            getattr(self, "_group_timeout_s", _COMMAND_S) + _JOIN_EXTRA_S,
+            do="receive",
+            names=bucket.names,
+            dtypes=bucket.dtypes,
+            shapes=bucket.shapes,
+        )
+        if other:
+            raise RuntimeError(f"weights arrived as {min(other)}, the engine runs {self._dtype}")
+
+    async def resume(self, version: Version) -> str:
+        """Goes on with the weights that arrived since `pause`, or with the old ones if none did.
+
+        Raises `RuntimeError` when only a part arrived, or when requests in flight may have tokens of this version that
+        other weights made.
+        """
+        from sglang.srt.managers.io_struct import ContinueGenerationReqInput
+
+        if not self._paused:
+            raise RuntimeError("an engine is resumed only after a pause")
+        abort = self._on_update == "abort"
+        arrived = await self._command(
+            f"resuming with version {version}", _COMMAND_S, do="resume", version=version, abort=abort
+        )
+        digest = self._digests[self._version] if arrived is None else str(arrived)
+        before = self._digests.get(version, digest)
+        if before != digest and self._num_open > 0:
+            raise RuntimeError(
+                f"requests are in flight, and weights {digest} are now called version {version}, as weights {before} "
+                "were before"
+            )
+        self._digests[version], self._version = digest, version
+        # Giving back cached memory would cost time at each update.
+        going_on = self._manager.continue_generation(ContinueGenerationReqInput(torch_empty_cache=False))
+        await self._until_end(going_on, _COMMAND_S, "continuing")
+        self._pause_clock(False)
+        return digest
+
+    async def close(self) -> None:
+        """Ends SGLang's processes; requests still in flight raise `RuntimeError`."""
+        self._finish(RuntimeError("the engine was closed with the request in flight"))
+        for task in list(self._manager.asyncio_tasks):
+            task.cancel()
+        await asyncio.to_thread(_end_processes, self._processes)
+
+    def _check(self, token_ids: Sequence[int], sampling: Sampling) -> None:
+        sampler.check(sampling)
+        if not token_ids or min(token_ids) < 0 or max(token_ids) >= self._vocabulary:
+            raise ValueError(f"a prompt needs tokens, all in 0..{self._vocabulary - 1}, got {list(token_ids)}")
+        if len(token_ids) + sampling.max_new_tokens > self._max_length:
+            raise ValueError(
+                f"a prompt of {len(token_ids)} tokens and max_new_tokens {sampling.max_new_tokens} do not fit the "
+                f"engine's max_length {self._max_length}: raise max_length, or shorten the prompt or max_new_tokens"
+            )
+
+    async def _request(self, request_id: str, token_ids: Sequence[int], sampling: Sampling, seed: int) -> Any:
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        truncated = _is_truncated(sampling)
+        request = GenerateReqInput(
+            rid=request_id,
+            input_ids=[int(token) for token in token_ids],
+            sampling_params={
+                "max_new_tokens": sampling.max_new_tokens,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                # The log-probs of a truncated distribution are made from its tokens, which need a finite number.
+                "top_k": sampling.top_k or (self._vocabulary if truncated else -1),
+                "stop_token_ids": list(sampling.stop_token_ids),
+                "sampling_seed": seed % 2**63,
+            },
+            return_logprob=True,
+            return_sampling_mask=truncated,
+            # Nothing is lost without streaming: an end by an update brings the tokens along.
+            stream=False,
+        )
+        async for output in self._manager.generate_request(request, None):
+            return output
+        raise RuntimeError("SGLang ended a request without an answer")
+
+    def _completion(self, output: Mapping[str, Any], sampling: Sampling) -> Completion:
+        info = output["meta_info"]
+        finish = _finish(info["finish_reason"])
+        tokens = np.array(output["output_ids"], dtype=np.int32)
+        if _is_truncated(sampling):
+            logprobs = info["output_token_sampling_logprobs"]
+        else:
+            logprobs = [entry[0] for entry in info["output_token_logprobs"]]
+        versions = info.get(sglang_scheduler.VERSIONS_KEY, [])
+        if not len(tokens) == len(logprobs) == len(versions):
+            raise RuntimeError(
+                f"SGLang returned {len(tokens)} tokens, {len(logprobs)} log-probs and {len(versions)} versions"
+            )
+        return Completion(
+            token_ids=tokens,
+            logprobs=np.array(logprobs, dtype=np.float32),
+            versions=np.array(versions, dtype=np.int32),
+            finish=finish,
+            digests={version: self._digests[version] for version in sorted(set(versions))},
+        )
+
+    async def _command(self, doing: str, timeout_s: float, **command: Any) -> Any:
+        """What `sglang_scheduler` answers to a command; raises `RuntimeError` with its message if it failed there."""
+        from sglang.srt.managers.io_struct import CheckWeightsReqInput
+
+        self._raise_if_ended()
+        asking = self._manager.check_weights(CheckWeightsReqInput(action=json.dumps(command)))
+        success, message, *_ = await self._until_end(asking, timeout_s, doing)
+        reply = json.loads(message)
+        if not success:
+            raise RuntimeError(f"SGLang failed while {doing}: {reply}")
+        return reply
+
+    async def _until_end(self, work: Awaitable[T], timeout_s: float | None, doing: str) -> T:
+        """The result of `work`, unless a process ends or the time is up before."""
+        task = asyncio.ensure_future(work)
+        await asyncio.wait({task, self._end}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        self._raise_if_ended()
+        raise RuntimeError(f"SGLang took longer than {timeout_s:g} s while {doing}")
+
+    def _raise_if_ended(self) -> None:
+        if self._end.done():
+            raise RuntimeError(str(self._end.result())) from self._end.result()
+
+    def _finish(self, error: Exception) -> None:
+        if not self._end.done():
+            self._end.set_result(error)
+            for process in self._processes:
+                asyncio.get_running_loop().remove_reader(process.sentinel)
+
+    def _on_exit(self, process: Any) -> None:
+        process.join(timeout=1)
+        self._finish(RuntimeError(f"the SGLang process {process.pid} ended with exit code {process.exitcode}"))
+
+    def _count_open(self, change: int) -> None:
+        busy_s, self._num_open = self.busy_s, self._num_open + change
+        self._busy_s, self._busy_since = busy_s, time.perf_counter()
+
+    def _pause_clock(self, paused: bool) -> None:
+        busy_s, self._paused = self.busy_s, paused
+        self._busy_s, self._busy_since = busy_s, time.perf_counter()
+
+
+def _is_truncated(sampling: Sampling) -> bool:
+    return sampling.temperature > 0 and (sampling.top_p < 1 or sampling.top_k > 0)
+
+
+def _finish(reason: Mapping[str, Any]) -> Finish:
+    kind, matched = reason["type"], reason.get("matched")
+    if kind == "length":
+        return "length"
+    if kind == "stop" and isinstance(matched, int):
+        return "stop"
+    if kind == "abort" and reason.get("message") == sglang_scheduler.ABORTED:
+        return "abort"
+    raise RuntimeError(f"SGLang ended a request: {reason}")
+
+
+def _launch(arguments: Mapping[str, Any]) -> Any:
+    from sglang.srt.entrypoints.engine import Engine
+
+    class VersionedEngine(Engine):  # type: ignore[misc]
+        """SGLang's engine with the scheduler of `sglang_scheduler`."""
+
+        run_scheduler_process_func = staticmethod(sglang_scheduler.run_scheduler)
+
+        @classmethod
+        def _launch_detokenizer_subprocesses(cls, *_args: Any, **_kwargs: Any) -> tuple[list[Any], list[str]]:
+            # Token ids go straight from the scheduler to this process; the detokenizer would only take memory.
+            return [], []
+
+    with _kept_signal_handlers():
+        engine = VersionedEngine(**arguments)
+        engine.tokenizer_manager.auto_create_handle_loop()
+    # It would answer the end of a child by a signal that ends this process.
+    engine.tokenizer_manager._subprocess_watchdog.stop()
+    return engine

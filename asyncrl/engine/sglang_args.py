@@ -1,0 +1,159 @@
+"""How SGLang is started: which versions, which attention backend, which server arguments. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, TypeAlias
+
+AttentionBackend: TypeAlias = Literal["auto", "flashinfer", "fa3", "triton", "torch_native"]
+Capability: TypeAlias = tuple[int, int]
+
+SUPPORTED_VERSIONS = ("0.5.17",)
+"""SGLang versions that the engine was run with. The next ones differ in what it relies on."""
+
+_PREFERRED = ("flashinfer", "fa3", "triton")
+_CAPABILITIES: dict[str, tuple[Capability, Capability]] = {
+    "flashinfer": ((7, 5), (99, 0)),
+    "fa3": ((8, 0), (9, 0)),
+    "triton": ((7, 0), (99, 0)),
+    "torch_native": ((0, 0), (99, 0)),
+}
+
+_OWNED = {
+    "model_path": "model.path",
+    "dtype": "rollout.dtype",
+    "device": "the machine",
+    "tp_size": "rollout.tensor_parallel_size",
+    "attention_backend": "rollout.attention_backend",
+    "max_running_requests": "rollout.max_running",
+    "mem_fraction_static": "rollout.gpu_memory_utilization",
+    "random_seed": "seed",
+}
+_FIXED = {
+    "skip_tokenizer_init": "prompts and completions are token ids",
+    "stream_interval": "completions are not streamed",
+    "incremental_streaming_output": "completions are not streamed",
+    "dp_size": "weight updates need one replica per engine: raise rollout.num_actors",
+    "pp_size": "weight updates reach tensor-parallel ranks only: raise rollout.tensor_parallel_size",
+    "nnodes": "an engine lives on one node: raise rollout.num_actors",
+    "tokenizer_worker_num": "requests are sent from the rollout actor itself",
+    "weight_version": "versions are stamped token by token",
+    "custom_sigquit_handler": "the engine watches its processes itself",
+    "speculative_algorithm": "the version and the log-prob of a drafted token are not reported",
+    "disaggregation_mode": "weight updates need prefill and decoding in one process",
+    "quantization": "updates bring plain weights, which would have to be quantised again",
+    "sampling_backend": "seeds are followed by the pytorch backend only",
+}
+
+
+def check_version(found: str, allow_any: bool) -> None:
+    """Raises `ValueError` for a version that the engine was not run with, unless `allow_any`."""
+    if found not in SUPPORTED_VERSIONS and not allow_any:
+        raise ValueError(
+            f"sglang must be {' or '.join(SUPPORTED_VERSIONS)}, found {found}: install that version, or set "
+            "allow_any_version to try this one"
+        )
+
+
+def available_attention_backends() -> set[str]:
+    """Attention backends whose packages are installed here."""
+    found = {"torch_native"}
+    packages = {"flashinfer": "flashinfer", "fa3": "sgl_kernel.flash_attn", "triton": "triton"}
+    for backend, package in packages.items():
+        try:
+            if importlib.util.find_spec(package) is not None:
+                found.add(backend)
+        except ModuleNotFoundError:  # The parent package is missing.
+            continue
+    return found
+
+
+def choose_attention_backend(requested: str, capability: Capability | None, available: Collection[str]) -> str:
+    """The attention backend to use on a GPU of this compute capability, or on a CPU (`capability` None).
+
+    Raises `ValueError` with the rule, the values and the remedy for a choice that cannot work.
+    """
+    if requested not in ("auto", *_CAPABILITIES):
+        near = difflib.get_close_matches(requested, _CAPABILITIES, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"attention_backend must be auto, {', '.join(_CAPABILITIES)}, got {requested!r}{hint}")
+    if capability is None:
+        if requested not in ("auto", "torch_native"):
+            raise ValueError(
+                f"attention_backend {requested!r} needs a GPU and this engine runs on a CPU: use 'auto' or 'torch_native'"
+            )
+        return "torch_native"
+    problems = {backend: _problem(backend, capability, available) for backend in _CAPABILITIES}
+    usable = [backend for backend in _PREFERRED if problems[backend] is None]
+    if requested == "auto":
+        if not usable:
+            reasons = "; ".join(f"{backend} {problems[backend]}" for backend in _PREFERRED)
+            raise ValueError(f"no attention backend works on this GPU: {reasons}; 'torch_native' works but is slow")
+        return usable[0]
+    if problems[requested] is not None:
+        raise ValueError(
+            f"attention_backend {requested!r} {problems[requested]}: use {' or '.join(map(repr, ['auto', *usable]))}"
+        )
+    return requested
+
+
+def _problem(backend: str, capability: Capability, available: Collection[str]) -> str | None:
+    low, high = _CAPABILITIES[backend]
+    if not low <= capability <= high:
+        span = f"{low[0]}.{low[1]} to {high[0]}.{high[1]}" if high[0] < 99 else f"{low[0]}.{low[1]} or more"
+        return f"needs compute capability {span}, this GPU has {capability[0]}.{capability[1]}"
+    return None if backend in available else "is not installed"
+
+
+def server_arguments(
+    *,
+    model_path: str,
+    dtype: str,
+    device: str,
+    tensor_parallel_size: int,
+    attention_backend: str,
+    max_running: int,
+    max_length: int,
+    gpu_memory_utilization: float,
+    seed: int,
+    extra: Mapping[str, Any],
+    known: Collection[str],
+) -> dict[str, Any]:
+    """The arguments of `sglang.Engine`; `extra` is the user's table, `known` the names that SGLang has.
+
+    Raises `ValueError` for a key that is set elsewhere, that the engine depends on, or that SGLang does not know.
+    """
+    _check_extra(extra, known)
+    defaults: dict[str, Any] = {"grammar_backend": "none", "log_level": "error"}
+    if device == "cpu":
+        # On a CPU the default cache would take a share of the host's whole memory.
+        defaults |= {"disable_cuda_graph": True, "max_total_tokens": min(max_running * max_length, 1 << 16) + 1024}
+    else:
+        # Graphs of prefills cost start-up time and memory, and a prefill of a whole group gains little from them.
+        defaults |= {"disable_prefill_cuda_graph": True, "cuda_graph_max_bs_decode": max_running}
+    return defaults | {
+        "model_path": model_path,
+        "dtype": dtype,
+        "device": device,
+        "tp_size": tensor_parallel_size,
+        "attention_backend": attention_backend,
+        "sampling_backend": "pytorch",
+        "max_running_requests": max_running,
+        "mem_fraction_static": gpu_memory_utilization,
+        "random_seed": seed,
+        "skip_tokenizer_init": True,
+    } | dict(extra)
+
+
+def _check_extra(extra: Mapping[str, Any], known: Collection[str]) -> None:
+    for key in extra:
+        if key in _OWNED:
+            raise ValueError(f"rollout.engine_args.{key} is set from {_OWNED[key]}: set that instead")
+        if key in _FIXED:
+            raise ValueError(f"rollout.engine_args.{key} cannot be changed: {_FIXED[key]}")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"rollout.engine_args.{key} is not an argument of this SGLang version{hint}")

@@ -1,0 +1,281 @@
+"""What runs inside SGLang's scheduler processes: exact versions, salted prefixes, weights received and proved.
+
+    rollout actor                            scheduler process (one per tensor-parallel rank)
+    -----------------------                  --------------------------------------------------
+    SGLangEngine --requests--------------->  salt = number of the weights; queue
+                                             run a batch -> stamp every token with the version that ran it
+    pause ------------------------------->   stop between batches (in place, or back to the queue)
+    command "settle" -------------------->   wait for the device: nothing of the old weights still runs
+    command "receive" ------------------->   broadcast -> digest of what arrived -> model.load_weights
+    command "resume" -------------------->   all parameters arrived? new version, new salt -> digest
+    continue ---------------------------->   go on
+
+SGLang labels a whole output with one version, read when the output is built, which is wrong for a request that spans
+an update; and with the overlapped scheduler the batch that is in flight at a pause belongs to the old weights. Here the
+version is noted when a batch is launched and travels beside its tokens, so no boundary has to be guessed.
+
+The scheduler is the one that `Engine.run_scheduler_process_func` lets a caller replace; SGLang is imported only inside
+functions, as the parent imports this module to name the function for the child.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from asyncrl.weights import BroadcastGroup, Bucket, Rendezvous, tensor_digest
+
+_GOLDEN, _MIX_1, _MIX_2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+VERSIONS_KEY = "asyncrl_versions"
+"""Where in an output's `meta_info` the version of each token is."""
+
+ABORTED = "ended by a weight update"
+"""The message of a completion that an update cut short."""
+
+
+def run_scheduler(*args: Any, **kwargs: Any) -> None:
+    """The target of a scheduler process, in place of SGLang's own."""
+    from sglang.srt.managers import scheduler
+
+    scheduler.Scheduler = _scheduler_class(scheduler.Scheduler)
+    scheduler.run_scheduler_process(*args, **kwargs)
+
+
+def _exits_on_error(method: Any) -> Any:
+    """An exception ends the process at once, and the parent sees that; SGLang would kill the parent by a signal."""
+
+    @functools.wraps(method)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except Exception:
+            traceback.print_exc()
+            os._exit(1)
+
+    return wrapper
+
+
+def _scheduler_class(base: Any) -> Any:
+    class VersionedScheduler(base):  # type: ignore[misc]
+        """SGLang's scheduler with versions, and with the commands of `SGLangEngine`."""
+
+        @_exits_on_error
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._version, self._salt = 0, 0
+            super().__init__(*args, **kwargs)
+            # A completion ends at the stop tokens that its request names, and at no others.
+            self.model_config.hf_eos_token_id = None
+            self._weights = ReceivedWeights(self.tp_worker.model_runner.model, self.ps.tp_rank)
+            _seed_sampling()
+
+        @_exits_on_error
+        def run_event_loop(self) -> None:
+            super().run_event_loop()
+
+        def init_request_dispatcher(self) -> None:
+            from sglang.srt.managers.io_struct import CheckWeightsReqInput
+
+            super().init_request_dispatcher()
+            # The one request of SGLang that carries free text there and back, and is served during a pause.
+            self._request_dispatcher._mapping[CheckWeightsReqInput] = self._obey
+
+        def handle_generate_request(self, recv_req: Any) -> Any:
+            # Salted here and not by the sender: a request may be sent before an update and arrive after it.
+            recv_req.extra_key = str(self._salt)
+            return super().handle_generate_request(recv_req)
+
+        def run_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+            result = super().run_batch(batch, *args, **kwargs)
+            output = getattr(result, "logits_output", None)
+            if output is not None:
+                output.customized_info = {VERSIONS_KEY: [self._version] * len(batch.reqs)}
+            return result
+
+        def _obey(self, request: Any) -> Any:
+            from sglang.srt.managers.io_struct import CheckWeightsReqOutput
+
+            command = json.loads(request.action)
+            try:
+                reply = getattr(self, f"_do_{command.pop('do')}")(**command)
+                success = True
+            except Exception as error:  # Whatever it is, the parent is told and the scheduler lives on.
+                reply, success = f"{type(error).__name__}: {error}", False
+            success, reply = self._agree(success, reply)
+            return CheckWeightsReqOutput(success=success, message=json.dumps(reply))
+
+        def _agree(self, success: bool, reply: Any) -> tuple[bool, Any]:
+            """One answer for all tensor-parallel ranks: the first failure, or what all of them say."""
+            if self.ps.tp_size == 1:
+                return success, reply
+            answers: list[Any] = [None] * self.ps.tp_size
+            torch.distributed.all_gather_object(answers, (success, reply), group=self.tp_cpu_group)
+            for rank, (succeeded, said) in enumerate(answers):
+                if not succeeded:
+                    return False, f"tensor-parallel rank {rank}: {said}"
+                if said != answers[0][1]:
+                    return False, f"tensor-parallel ranks 0 and {rank} disagree: {answers[0][1]} and {said}"
+            return success, reply
+
+        def _do_settle(self) -> None:
+            _synchronize(self._weights.device)
+
+        def _do_join(self, where: Mapping[str, Any], first_rank: int, address: str) -> None:
+            self._weights.join(Rendezvous(**where), first_rank, address)
+
+        def _do_receive(self, names: list[str], dtypes: list[str], shapes: list[list[int]]) -> None:
+            if not self._engine_paused:
+                raise RuntimeError("weights are received only while paused")
+            self._weights.receive(Bucket(tuple(names), tuple(dtypes), tuple(tuple(shape) for shape in shapes)))
+
+        def _do_resume(self, version: int, abort: bool) -> str | None:
+            digest = self._weights.finish()
+            _synchronize(self._weights.device)
+            self._version = version
+            if digest is not None:
+                self._salt += 1
+                if abort:
+                    self._end_started()
+                # Those that wait have no keys and values yet, or lost them: they start over under the new weights.
+                for req in self.waiting_queue:
+                    req.extra_key = str(self._salt)
+            return digest
+
+        def _end_started(self) -> None:
+            """Ends the requests that have tokens; the pause has put all of them back into the queue."""
+            from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+            started = [req for req in self.waiting_queue if len(req.output_ids) > 0]
+            self.waiting_queue[:] = [req for req in self.waiting_queue if len(req.output_ids) == 0]
+            for req in started:
+                req.finished_reason = FINISH_ABORT(ABORTED)
+            if started:
+                # SGLang's own abort would overtake the last tokens: this goes the way that tokens go.
+                self.output_streamer.stream_output(started, True)
+
+    return VersionedScheduler
+
+
+class ReceivedWeights:
+    """The weights of one scheduler process: where they come from and what proves that they are complete.
+
+    The digest is of the tensors as they arrived and were handed to the model's loader. That the loader put them
+    everywhere is proved once: before the first update all parameters are set to NaN, and after it none may be left.
+    Later updates must bring exactly the names of that one.
+    """
+
+    def __init__(self, model: nn.Module, tp_rank: int) -> None:
+        self._model, self._tp_rank = model, tp_rank
+        self.device = next(model.parameters()).device
+        self._group: BroadcastGroup | None = None
+        self._arrived: dict[str, int] = {}
+        self._complete: frozenset[str] | None = None
+
+    def join(self, where: Rendezvous, first_rank: int, address: str) -> None:
+        """Enters a group. An update that was cut short in the one before starts over from its first bucket."""
+        self._group = None
+        self._arrived.clear()
+        self._group = BroadcastGroup(where, first_rank + self._tp_rank, address)
+
+    def receive(self, bucket: Bucket) -> None:
+        """Takes part in one broadcast and loads what came; checked after it, so that no other member waits."""
+        if self._group is None:
+            raise RuntimeError("the engine is in no broadcast group")
+        device = torch.device("cpu") if self._group.where.backend == "gloo" else self.device
+        flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=device)
+        self._group.broadcast(flat)
+        twice = self._arrived.keys() & set(bucket.names)
+        if twice:
+            raise RuntimeError(f"parameter {min(twice)!r} arrived twice in one update")
+        tensors = list(bucket.unpack(flat))
+        if self._complete is None and not self._arrived:
+            self._poison()
+        self._model.load_weights(tensors)  # type: ignore[operator]
+        self._arrived.update((name, tensor_digest(tensor)) for name, tensor in tensors)
+
+    def finish(self) -> str | None:
+        """The digest of the update that ends here, None if nothing arrived. Raises `RuntimeError` for a partial one."""
+        if not self._arrived:
+            return None
+        if self._complete is None:
+            missing = [name for name, parameter in self._model.named_parameters() if _has_nan(parameter)]
+        else:
+            missing = sorted(self._complete ^ self._arrived.keys())
+        if missing:
+            raise RuntimeError(
+                f"the update is partial: {len(missing)} parameters did not arrive, or came as NaN ({missing[0]}, ...)"
+            )
+        self._complete = frozenset(self._arrived)
+        lines = sorted(f"{name}:{value:016x}" for name, value in self._arrived.items())
+        self._arrived.clear()
+        return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
+
+    @torch.no_grad()
+    def _poison(self) -> None:
+        for parameter in self._model.parameters():
+            if parameter.is_floating_point():
+                parameter.fill_(torch.nan)
+
+
+def _has_nan(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.isnan().any())
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _seed_sampling() -> None:
+    """Draws every token from its request's seed and its position; SGLang does so in its deterministic mode only."""
+    from sglang.srt.layers import sampler
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+    make = SamplingBatchInfo.from_schedule_batch
+
+    def from_schedule_batch(batch: Any, vocab_size: int) -> Any:
+        info = make(batch, vocab_size)
+        seeds = [req.sampling_params.sampling_seed or 0 for req in batch.reqs]
+        info.sampling_seed = torch.tensor(seeds, dtype=torch.int64, device=info.temperatures.device)
+        return info
+
+    SamplingBatchInfo.from_schedule_batch = from_schedule_batch
+    # SGLang's own function needs a GPU, and noise of the size of the logits in float64.
+    sampler.multinomial_with_seed = draw
+
+
+def draw(logprobs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """One token per row, int64[R, 1], by inverting the cumulative distribution at a number made of seed and position.
+
+    `logprobs` is [R, V] and need not be normalised; `seeds` and `positions` are int64[R].
+    """
+    cumulative = logprobs.double().exp().cumsum(dim=-1)
+    targets = uniforms(seeds, positions).unsqueeze(1) * cumulative[:, -1:]
+    # The first token whose cumulative probability exceeds the target: one of probability 0 is never that.
+    return torch.searchsorted(cumulative, targets, right=True)
+
+
+def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
+    """One number in [0, 1) for each (seed, position), float64[R], by two rounds of splitmix64 (Steele et al., 2014)."""
+    hashed = _mix(_mix(seeds + _GOLDEN) + (positions.to(torch.int64) + 1) * _GOLDEN)
+    # 52 bits: the largest number times a total near 1 still rounds to less than the total.
+    return _shift(hashed, 12).double() * 2.0**-52
+
+
+def _mix(values: Tensor) -> Tensor:
+    values = (values ^ _shift(values, 30)) * _MIX_1
+    values = (values ^ _shift(values, 27)) * _MIX_2
+    return values ^ _shift(values, 31)
+
+
+def _shift(values: Tensor, bits: int) -> Tensor:
+    """A shift to the right that brings in zeros; torch's own brings in the sign."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,96 @@
+"""Advantages and normalisers against their definitions, group by group."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asyncrl.algo.advantage import advantages, normalizers
+
+CENTERS, SCALES = ("mean", "loo", "none"), ("none", "group_std", "batch_std")
+
+
+@st.composite
+def batches(draw):
+    """Rewards and group names of 1 to 5 groups of 2 to 6 trajectories, in shuffled order."""
+    sizes = draw(st.lists(st.integers(2, 6), min_size=1, max_size=5))
+    names = draw(st.lists(st.integers(0, 10**6), min_size=len(sizes), max_size=len(sizes), unique=True))
+    groups = draw(st.permutations([name for name, size in zip(names, sizes, strict=True) for _ in range(size)]))
+    eighths = st.integers(-16, 16).map(lambda number: number / 8)
+    rewards = draw(st.lists(eighths, min_size=len(groups), max_size=len(groups)))
+    return torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups)
+
+
+def centered(reward, others, center):
+    if center == "none":
+        return reward
+    peers = others if center == "loo" else [*others, reward]
+    return reward - sum(peers) / len(peers)
+
+
+@settings(deadline=None, max_examples=40)
+@given(batches(), st.sampled_from(CENTERS), st.sampled_from(SCALES))
+def test_advantages_follow_their_definition(batch, center, scale):
+    rewards, groups = batch
+    expected = []
+    for i, reward in enumerate(rewards.tolist()):
+        others = [rewards[j].item() for j in range(len(rewards)) if groups[j] == groups[i] and j != i]
+        expected.append(centered(reward, others, center))
+    for i in range(len(rewards)) if scale == "group_std" else ():
+        group = rewards[groups == groups[i]]
+        expected[i] /= (group - group.mean()).square().mean().sqrt().item() + 1e-6
+    expected = torch.tensor(expected, dtype=torch.float64)
+    if scale == "batch_std":
+        expected = expected / ((expected - expected.mean()).square().mean().sqrt() + 1e-6)
+    torch.testing.assert_close(advantages(rewards, groups, center, scale), expected, rtol=1e-9, atol=1e-7)
+
+
+@settings(deadline=None, max_examples=25)
+@given(batches(), st.sampled_from(CENTERS[:2]), st.sampled_from(SCALES), st.integers(-80, 80))
+def test_a_constant_shift_of_the_rewards_changes_nothing(batch, center, scale, shift):
+    rewards, groups = batch
+    shifted = advantages(rewards + shift / 8, groups, center, scale)
+    assert torch.equal(shifted, advantages(rewards, groups, center, scale))
+
+
+@pytest.mark.parametrize("center", CENTERS[:2])
+@pytest.mark.parametrize("scale", SCALES)
+def test_equal_rewards_have_an_advantage_of_exactly_zero(center, scale):
+    rewards = torch.tensor([0.1, 0.1, 0.1, 0.0, 1.0])
+    values = advantages(rewards, torch.tensor([4, 4, 4, 2, 2]), center, scale)
+    assert values.dtype == torch.float32
+    assert values[:3].tolist() == [0.0, 0.0, 0.0]
+    assert values[3] < 0 < values[4]
+
+
+def test_leave_one_out_refuses_a_group_of_one():
+    rewards, groups = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0, 0, 1])
+    with pytest.raises(ValueError, match="at least 2 trajectories in each group, got a group of 1"):
+        advantages(rewards, groups, "loo", "none")
+    assert advantages(rewards, groups, "mean", "group_std")[2] == 0
+
+
+def test_normalizers_follow_their_definition():
+    lengths, groups = torch.tensor([1, 3, 4, 2]), torch.tensor([7, 7, 5, 7])
+    expected = {
+        "token": [1 / 10] * 4,
+        "seq_mean": [1 / 4, 1 / 12, 1 / 16, 1 / 8],
+        "seq_sum": [1 / 4] * 4,
+        "prompt": [1 / 12, 1 / 12, 1 / 8, 1 / 12],
+        "constant": [1 / 80] * 4,
+    }
+    for aggregate, values in expected.items():
+        torch.testing.assert_close(normalizers(aggregate, lengths, groups, 20), torch.tensor(values))
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.sampled_from(("token", "seq_mean", "prompt")))
+def test_the_factors_of_all_tokens_sum_to_one(lengths, aggregate):
+    counts = torch.tensor(lengths)
+    factors = normalizers(aggregate, counts, torch.arange(len(lengths)) // 3, 50)
+    assert (factors * counts).sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_trajectory_without_trained_tokens_is_refused():
+    with pytest.raises(RuntimeError, match="without trained tokens"):
+        normalizers("token", torch.tensor([3, 0]), torch.tensor([0, 0]), 8)

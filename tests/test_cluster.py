@@ -1,0 +1,111 @@
+"""The main job on Ray actors: what only processes can show. One Ray session a test, small models, few steps."""
+
+import asyncio
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import run
+
+from asyncrl import checkpoint, job, metrics
+from asyncrl import config as configuration
+from asyncrl.envs.base import load_env
+from asyncrl.model import load_tokenizer
+from asyncrl.rollout import RolloutPool
+from asyncrl.runtime.cluster import open_actors
+from asyncrl.warmup import prepare
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "env.path=asyncrl.envs.digits:SortDigits",
+    "rollout.max_new_tokens=8",
+    "rollout.group_size=4",
+    "learner.groups_per_step=4",
+    "eval.num_prompts=8",
+    "eval.every=2",
+]
+
+
+def test_four_rollout_actors_train_and_evaluate(tmp_path):
+    config = configuration.load(None, [*SMALL, f"run_dir={tmp_path}", "rollout.num_actors=4", "num_steps=4"])
+    result = run(job.train(config, quiet=True), seconds=110)
+    rows = [row for row in metrics.read(result.folder) if "lag/max" in row]
+    assert [row["rollout/num_actors"] for row in rows] == [4] * 4
+    assert max(row["lag/max"] for row in rows) <= job.make_buffer(config).max_lag
+    assert result.accuracy is not None
+
+
+def test_actors_run_uvloop_agree_on_weights_and_a_killed_one_loses_no_prompt(tmp_path):
+    """Kills an actor that has prompts in flight: they are played elsewhere, the next update goes to the survivors."""
+    config = configuration.load(None, [*SMALL, f"run_dir={tmp_path}", "rollout.num_actors=3", "rollout.max_running=1"])
+
+    async def body():
+        folder = str(prepare(config, quiet=True))
+        env = load_env(config.env.path, load_tokenizer(folder), config.env.args)
+        prompts = list(itertools.islice(env.prompts("train", 0), 18))
+        async with open_actors(config, folder, None) as (learner, actors):
+            facts = await asyncio.gather(*(actor.actor.describe.remote() for actor in actors))
+            assert {fact["loop"] for fact in facts} == {"uvloop"}
+            pool = RolloutPool(actors, max_attempts=3)
+            await pool.update_weights(learner)
+            assert len(pool.actors) == 3
+            plays = [asyncio.ensure_future(pool.run(prompt)) for prompt in prompts]
+            await asyncio.wait(plays, return_when=asyncio.FIRST_COMPLETED)
+            os.kill(facts[1]["pid"], signal.SIGKILL)
+            groups = await asyncio.gather(*plays)
+            assert [group.prompt for group in groups] == prompts
+            assert pool.failures == {"actor died": 1}
+            await learner.step(groups[:4])
+            report = await pool.update_weights(learner)
+            assert report["rollout/num_actors"] == 2
+            assert set(pool.published) == {0, 1}
+            assert len(set(pool.published.values())) == 2
+            os.kill(facts[0]["pid"], signal.SIGKILL)
+            await learner.step(groups[4:8])
+            assert (await pool.update_weights(learner))["rollout/num_actors"] == 1, "found out during the update"
+            assert (await pool.run(prompts[0])).oldest == 2
+
+    run(body(), seconds=110)
+
+
+@pytest.mark.timeout(200)
+def test_ctrl_c_saves_leaves_no_process_and_the_run_goes_on(tmp_path):
+    words = [*SMALL, f"run_dir={tmp_path}", "num_steps=100000"]
+    command = [sys.executable, str(ROOT / "launch" / "run.py"), *words]
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True) as process:
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("step 3 "):
+                os.kill(process.pid, signal.SIGINT)
+    assert process.returncode == 0, "".join(lines)
+    (folder,) = [path for path in tmp_path.iterdir() if path.name != "cache"]
+    assert f"--resume {folder}" in "".join(lines)
+    saved = checkpoint.load_cursor(checkpoint.latest(folder / "checkpoints"))
+    assert saved.version >= 3
+    assert not _members(process.pid), "processes were left behind"
+
+    config = configuration.load(folder / "config.json", [f"num_steps={saved.version + 2}"])
+    result = run(job.train(config, folder, quiet=True), seconds=90)
+    assert result.version == saved.version + 2
+    versions = [row["version"] for row in metrics.read(folder) if "reward/mean" in row]
+    assert versions == list(range(1, result.version + 1))
+
+
+def _members(session: int) -> list[str]:
+    """Command lines of live processes of a session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = path.read_text()
+        except OSError:
+            continue
+        state, _, _, owner = re.sub(r"^.*\) ", "", text).split()[:4]
+        if int(owner) == session and state != "Z":
+            found.append((path.parent / "cmdline").read_text())
+    return found

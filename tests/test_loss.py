@@ -1,0 +1,437 @@
+"""The one loss against every published surrogate, written out on its own in numpy and differentiated numerically."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asyncrl.algo.loss import Columns, concatenate, policy_loss
+from asyncrl.algo.presets import PRESETS, Loss, resolve
+
+LENGTHS = (9, 14, 6, 20, 11, 4)
+PROMPTS = (0, 0, 1, 1, 2, 2)
+ADVANTAGES = (0.9, -0.7, 1.3, -1.1, 0.4, -0.6)
+MAX_LENGTH = 32
+SEQUENCE = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
+A = np.array(ADVANTAGES)[SEQUENCE]
+
+
+def make_data(seed=0):
+    """Log-probs of a batch: sequences 0, 1 and 2 hardly moved on average, the others moved a lot."""
+    rng = np.random.default_rng(seed)
+    current, behavior = rng.uniform(-4, -0.05, (2, len(A)))
+    for i in (0, 1, 2):
+        noise = rng.normal(0, 0.6, LENGTHS[i])
+        chosen = i == SEQUENCE
+        behavior[chosen] = rng.uniform(-4, -2, LENGTHS[i])
+        current[chosen] = behavior[chosen] + noise - noise.mean() + 1e-4
+    proximal = (current + behavior) / 2 + rng.normal(0, 0.3, len(A))
+    return {
+        "current": current,
+        "behavior": behavior,
+        "proximal": proximal,
+        "reference": current + rng.normal(0, 0.5, len(A)),
+        "lag": rng.integers(0, 4, len(A)),
+    }
+
+
+def normalizers_of(aggregate):
+    tokens_of_prompt = [sum(n for n, q in zip(LENGTHS, PROMPTS, strict=True) if q == p) for p in PROMPTS]
+    of_sequence = {
+        "token": [1 / sum(LENGTHS)] * len(LENGTHS),
+        "seq_mean": [1 / (len(LENGTHS) * n) for n in LENGTHS],
+        "seq_sum": [1 / len(LENGTHS)] * len(LENGTHS),
+        "prompt": [1 / (len(set(PROMPTS)) * n) for n in tokens_of_prompt],
+        "constant": [1 / (len(LENGTHS) * MAX_LENGTH)] * len(LENGTHS),
+    }[aggregate]
+    return np.array(of_sequence)[SEQUENCE]
+
+
+def make_columns(data, aggregate="token", **changes):
+    def tensor(values):
+        return torch.tensor(values, dtype=torch.float64)
+
+    columns = Columns(
+        logprobs=tensor(data["current"]).requires_grad_(),
+        behavior_logprobs=tensor(data["behavior"]),
+        proximal_logprobs=tensor(data["proximal"]),
+        reference_logprobs=tensor(data["reference"]),
+        advantages=tensor(A),
+        normalizers=tensor(normalizers_of(aggregate)),
+        sequence=torch.tensor(SEQUENCE),
+        lag=torch.tensor(data["lag"]),
+        num_sequences=len(LENGTHS),
+    )
+    return dataclasses.replace(columns, **changes)
+
+
+def gradient(columns, loss):
+    total, outcome = policy_loss(columns, loss)
+    (result,) = torch.autograd.grad(total, columns.logprobs)
+    return result, outcome
+
+
+# The published objectives, to be maximised. `logp` are the log-probs that vary, `d` the batch at which anything that a
+# paper puts under a stop-gradient is evaluated.
+
+
+def mean_tokens(values):
+    return values.sum() / len(A)
+
+
+def mean_sequences(values):
+    return np.mean([values[i == SEQUENCE].mean() for i in range(len(LENGTHS))])
+
+
+def ppo(ratio, low, high):
+    return np.minimum(ratio * A, np.clip(ratio, 1 - low, 1 + high) * A)
+
+
+def on_behavior(logp, d, low, high):
+    return ppo(np.exp(logp - d["behavior"]), low, high)
+
+
+def k3(logp, d):
+    gap = d["reference"] - logp
+    return np.exp(gap) - gap - 1
+
+
+def rho(d):
+    return np.exp(d["current"] - d["behavior"])
+
+
+def whole(values, reduce):
+    return np.array([reduce(values[i == SEQUENCE]) for i in range(len(LENGTHS))])[SEQUENCE]
+
+
+def decoupled(logp, d, weight, high=0.2):
+    """`weight` maps exp(proximal - behavior), a constant, to the weight of PPO-clip on the proximal policy."""
+    return mean_tokens(weight(np.exp(d["proximal"] - d["behavior"])) * ppo(np.exp(logp - d["proximal"]), 0.2, high))
+
+
+def geometric_mask(d, low, high):
+    mean = whole(rho(d), lambda ratio: np.prod(ratio) ** (1 / len(ratio)))
+    return (mean >= low) & (mean <= high)
+
+
+def a3po(logp, d):
+    """Decoupled PPO with the interpolated proximal policy under a stop-gradient."""
+    alpha = 1 - 1 / np.maximum(d["lag"], 1)
+    proximal = d["behavior"] + alpha * (d["current"] - d["behavior"])
+    return mean_tokens(np.exp(proximal - d["behavior"]) * ppo(np.exp(logp - proximal), 0.2, 0.2))
+
+
+def tv_keep(d, delta, signed=True):
+    moved = np.exp(d["current"]) - np.exp(d["behavior"])
+    outward = A * moved > 0 if signed else True
+    return ~((np.abs(moved) > delta) & outward)
+
+
+def kl_keep(d, delta):
+    p, q = np.exp(d["behavior"]), np.exp(d["current"])
+    divergence = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+    return ~((divergence > delta) & (A * (q - p) > 0))
+
+
+def m2_keep(d, limit):
+    x = d["current"] - d["behavior"]
+    keep = np.ones(len(A), dtype=bool)
+    outward = x * A > 0
+    while (x[keep & outward] ** 2).mean() > limit:
+        keep[np.argmax(np.where(keep & outward, np.abs(x), -1))] = False
+    return keep
+
+
+def prime(logp, d, keep):
+    x = logp - d["behavior"]
+    return mean_tokens(keep * np.exp(x) * A - 1e-3 * x**2)
+
+
+def gspo(logp, d):
+    values = []
+    for i in range(len(LENGTHS)):
+        chosen = i == SEQUENCE
+        ratio = math.exp((logp[chosen] - d["behavior"][chosen]).mean())
+        a = ADVANTAGES[i]
+        values.append(min(ratio * a, min(max(ratio, 1 - 3e-4), 1 + 4e-4) * a))
+    return np.mean(values)
+
+
+def topr(logp, d):
+    taper = np.where(A > 0, 1.0, np.clip(whole(rho(d), np.prod), 0, 1))
+    return mean_tokens(taper * A * logp)
+
+
+def kimi(logp, d):
+    values = []
+    for i in range(len(LENGTHS)):
+        chosen = i == SEQUENCE
+        log_q = (logp[chosen] - d["behavior"][chosen]).sum()
+        values.append(ADVANTAGES[i] * logp[chosen].sum() - 0.1 / 2 * log_q**2)
+    return np.mean(values)
+
+
+def prompts_equal(values):
+    prompt = np.array(PROMPTS)[SEQUENCE]
+    return np.mean([values[prompt == p].mean() for p in set(PROMPTS)])
+
+
+SURROGATES = {
+    "async_default": lambda logp, d: mean_tokens(tv_keep(d, 0.2) * np.minimum(rho(d), 2) * A * logp),
+    "tis2": lambda logp, d: mean_tokens(np.minimum(rho(d), 2) * A * logp),
+    "reinforce": lambda logp, _: mean_tokens(A * logp),
+    "grpo": lambda logp, d: mean_sequences(on_behavior(logp, d, 0.2, 0.2) - 0.04 * k3(logp, d)),
+    "dr_grpo": lambda logp, d: on_behavior(logp, d, 0.2, 0.2).sum() / (len(LENGTHS) * MAX_LENGTH),
+    "dapo": lambda logp, d: mean_tokens(on_behavior(logp, d, 0.2, 0.28)),
+    "decoupled_ppo": lambda logp, d: decoupled(logp, d, lambda w: np.where(w > 5, 0, w)),
+    "a3po": a3po,
+    "tis_recompute": lambda logp, d: decoupled(logp, d, lambda w: np.minimum(w, 2), 0.28),
+    "tis_seq": lambda logp, d: decoupled(logp, d, lambda w: np.minimum(whole(w, np.prod), 2)),
+    "icepop": lambda logp, d: decoupled(logp, d, lambda w: np.where((w < 0.5) | (w > 5), 0, w)),
+    "seq_mask_tis": lambda logp, d: decoupled(logp, d, lambda w: np.minimum(w, 2) * geometric_mask(d, 0.999, 1.002)),
+    "geo_rs_token_tis": lambda logp, d: decoupled(logp, d, lambda w: np.minimum(w, 2) * geometric_mask(d, 0.99, 1.01)),
+    "aipo": lambda logp, d: mean_tokens(np.minimum(rho(d), 5) * A * logp),
+    "cispo": lambda logp, d: mean_tokens(np.clip(rho(d), 0, 5) * A * logp),
+    "scalerl": lambda logp, d: prompts_equal(np.clip(rho(d), 0, 5) * A * logp),
+    "rollout_is": lambda logp, d: mean_tokens(((rho(d) > 0.8) & (rho(d) < 1.2)) * rho(d) * A * logp),
+    "dppo_tv": lambda logp, d: mean_tokens(tv_keep(d, 0.2) * np.minimum(rho(d), 10) * A * logp),
+    "dppo_kl": lambda logp, d: mean_tokens(kl_keep(d, 0.05) * np.minimum(rho(d), 10) * A * logp),
+    "prime": lambda logp, d: prime(logp, d, tv_keep(d, 0.2)),
+    "ipo": lambda logp, d: prime(logp, d, tv_keep(d, 0.1, signed=False)),
+    "gspo": gspo,
+    "m2po": lambda logp, d: mean_tokens(m2_keep(d, 0.04) * rho(d) * A * logp),
+    "topr": topr,
+    "kimi_k15": kimi,
+}
+
+
+def differences(surrogate, data, step=1e-6):
+    result = np.zeros(len(A))
+    for t in range(len(A)):
+        shift = np.zeros(len(A))
+        shift[t] = step
+        result[t] = (surrogate(data["current"] + shift, data) - surrogate(data["current"] - shift, data)) / (2 * step)
+    return result
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_gradient_is_that_of_the_published_surrogate(name, seed):
+    data = make_data(seed)
+    found, outcome = gradient(make_columns(data, PRESETS[name].aggregate), PRESETS[name])
+    expected = -differences(SURROGATES[name], data)
+    assert np.abs(expected).max() > 1e-3
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-8)
+    factors = make_columns(data, PRESETS[name].aggregate).normalizers
+    torch.testing.assert_close(found, -factors * outcome.coefficient)
+
+
+def test_the_test_batches_exercise_every_mask_and_cap():
+    for name, loss in PRESETS.items():
+        outcomes = [gradient(make_columns(make_data(seed)), loss)[1] for seed in (0, 1, 2)]
+        masked = torch.cat([outcome.trust_masked for outcome in outcomes]).double().mean()
+        guarded = torch.cat([outcome.guard_masked for outcome in outcomes]).double().mean()
+        capped = torch.cat([outcome.capped for outcome in outcomes]).double().mean()
+        drops = loss.trust != "none" or "drop" in (loss.behavior_outside, loss.policy_outside)
+        assert (0 < masked < 1) == drops, name
+        assert (0 < guarded < 1) == (loss.guard != "none"), name
+        clamps = [(loss.behavior_cap, loss.behavior_outside), (loss.policy_cap, loss.policy_outside)]
+        assert (0 < capped < 1) == any(cap and outside == "clamp" for cap, outside in clamps), name
+
+
+def guard_columns(log_ratios, signs):
+    """Sequences of the given log-ratios to the behavior policy."""
+    sequence = torch.tensor([i for i, row in enumerate(log_ratios) for _ in row])
+    flat = torch.tensor([x for row in log_ratios for x in row], dtype=torch.float64)
+    ones = torch.ones_like(flat)
+    logprobs = torch.full_like(flat, -1.0).requires_grad_()
+    lag = sequence * 0
+    return Columns(
+        logprobs, -1 - flat, None, None, torch.tensor(signs).double()[sequence], ones, sequence, lag, len(log_ratios)
+    )
+
+
+@pytest.mark.parametrize(
+    ("guard", "low", "high", "removed"),
+    [
+        ("geometric_band", 0.9, 1.1, [False, True, True, False]),
+        ("negative_kl", 0, 0.1, [False, False, True, False]),
+        ("max_kl", 0, 0.25, [False, False, True, True]),
+        ("veto", 0.5, 0, [False, False, True, False]),
+    ],
+)
+def test_guards_remove_whole_sequences(guard, low, high, removed):
+    columns = guard_columns([[0.3, -0.3], [0.2, 0.2], [-0.9, 0.1], [0.7, -0.6, -0.1]], [1.0, -1.0, -1.0, 1.0])
+    found, outcome = gradient(columns, Loss(guard=guard, guard_low=low, guard_high=high))
+    assert outcome.guard_masked.tolist() == [removed[i] for i in columns.sequence.tolist()]
+    assert torch.equal(found == 0, outcome.guard_masked)
+
+
+def test_the_policy_sign_leaves_positives_at_weight_one():
+    columns = guard_columns([[1.0, 0.5], [-1.0], [1.0]], [1.0, -1.0, -1.0])
+    loss = Loss(policy_weight="token", policy_sign="negative", policy_floor=0.5, policy_cap=2.0)
+    _, outcome = gradient(columns, loss)
+    torch.testing.assert_close(outcome.coefficient, torch.tensor([1, 1, -0.5, -2.0], dtype=torch.float64))
+    assert outcome.capped.tolist() == [False, False, True, True]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from(sorted(PRESETS)), st.permutations(range(len(A))))
+def test_the_order_of_the_tokens_does_not_matter(name, order):
+    columns = make_columns(make_data(), PRESETS[name].aggregate)
+    total, _ = policy_loss(columns, PRESETS[name])
+    before, _ = gradient(columns, PRESETS[name])
+    moved = {
+        field.name: value[order]
+        for field in dataclasses.fields(columns)
+        if isinstance(value := getattr(columns, field.name), torch.Tensor)
+    }
+    shuffled = dataclasses.replace(columns, **moved)
+    torch.testing.assert_close(policy_loss(shuffled, PRESETS[name])[0], total)
+    after = torch.autograd.grad(policy_loss(shuffled, PRESETS[name])[0], columns.logprobs)[0]
+    torch.testing.assert_close(after, before)
+
+
+def part_of(columns, members):
+    """The micro-batch that holds the sequences `members`."""
+    chosen = torch.tensor([i in members for i in columns.sequence.tolist()])
+    parts = {
+        field.name: value[chosen]
+        for field in dataclasses.fields(columns)
+        if isinstance(value := getattr(columns, field.name), torch.Tensor)
+    }
+    parts["sequence"] = torch.tensor([members.index(i) for i in parts["sequence"].tolist()], dtype=torch.int64)
+    return dataclasses.replace(columns, **parts, num_sequences=len(members))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from(sorted(set(PRESETS) - {"m2po"})),  # its threshold is taken over the tokens of a micro-batch
+    st.permutations(range(len(LENGTHS))),
+    st.integers(1, len(LENGTHS) - 1),
+)
+def test_the_split_into_micro_batches_does_not_matter(name, order, cut):
+    loss = PRESETS[name]
+    columns = make_columns(make_data(), loss.aggregate)
+    whole_loss, _ = policy_loss(columns, loss)
+    before, _ = gradient(columns, loss)
+    parts = [part_of(columns, order[:cut]), part_of(columns, order[cut:])]
+    results = [policy_loss(part, loss) for part in parts]
+    total = results[0][0] + results[1][0]
+    torch.testing.assert_close(total, whole_loss)
+    torch.testing.assert_close(torch.autograd.grad(total, columns.logprobs)[0], before)
+    joined, outcome = concatenate(parts, [outcome for _, outcome in results])
+    torch.testing.assert_close(outcome.coefficient, policy_loss(joined, loss)[1].coefficient)
+    assert not joined.logprobs.requires_grad
+
+
+@pytest.mark.parametrize(
+    "override", [{"trust": "tv"}, {"guard": "geometric_band", "guard_low": 0.9, "guard_high": 1.1}]
+)
+def test_masks_do_not_change_the_denominator_of_what_is_left(override):
+    columns = make_columns(make_data())
+    plain, _ = gradient(columns, PRESETS["tis2"])
+    found, outcome = gradient(columns, resolve("tis2", override))
+    removed = outcome.trust_masked | outcome.guard_masked
+    assert 0 < removed.sum() < len(A)
+    assert torch.equal(found, torch.where(removed, 0.0, plain))
+
+
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [
+        ("tis2", "behavior_logprobs"),
+        ("reinforce", "behavior_logprobs"),
+        ("icepop", "proximal_logprobs"),
+        ("grpo", "reference_logprobs"),
+    ],
+)
+def test_a_missing_column_is_an_error(name, column):
+    with pytest.raises(RuntimeError, match=column):
+        policy_loss(make_columns(make_data(), **{column: None}), PRESETS[name])
+
+
+def test_columns_of_different_lengths_are_an_error():
+    with pytest.raises(RuntimeError, match="of one length"):
+        make_columns(make_data(), lag=torch.zeros(3, dtype=torch.int64))
+
+
+def test_a_cap_keeps_the_token_and_a_band_drops_it():
+    columns = guard_columns([[math.log(3.0)], [math.log(1.5)]], [1.0, 1.0])
+    cap, capped = gradient(columns, Loss(policy_weight="token", policy_cap=2.0))
+    band, dropped = gradient(columns, Loss(policy_weight="token", policy_cap=2.0, policy_outside="drop"))
+    torch.testing.assert_close(cap, torch.tensor([-2.0, -1.5], dtype=torch.float64))
+    torch.testing.assert_close(band, torch.tensor([0.0, -1.5], dtype=torch.float64))
+    assert capped.capped.tolist() == dropped.trust_masked.tolist() == [True, False]
+    assert not capped.trust_masked.any()
+    assert not dropped.capped.any()
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a3po_at_lag_one_is_ppo(lag):
+    same = make_columns(make_data(), lag=torch.full((len(A),), lag))
+    ppo_clip = resolve("a3po", {"anchor": "behavior"})
+    assert torch.equal(gradient(same, PRESETS["a3po"])[0], gradient(same, ppo_clip)[0])
+    older = make_columns(make_data(), lag=torch.full((len(A),), 3))
+    assert not torch.equal(gradient(older, PRESETS["a3po"])[0], gradient(older, ppo_clip)[0])
+
+
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"grpo"}))  # which pulls towards its reference at any lag
+def test_without_mismatch_every_loss_is_exactly_reinforce(name):
+    data = make_data()
+    same = {"behavior": data["current"], "proximal": data["current"]}
+    columns = make_columns({**data, **same})
+    assert torch.equal(gradient(columns, PRESETS[name])[0], gradient(columns, PRESETS["reinforce"])[0])
+
+
+def as_float32(columns):
+    wide = {
+        field.name: value.detach().float()
+        for field in dataclasses.fields(columns)
+        if isinstance(value := getattr(columns, field.name), torch.Tensor) and value.is_floating_point()
+    }
+    wide["logprobs"] = wide["logprobs"].requires_grad_()
+    return dataclasses.replace(columns, **wide)
+
+
+@pytest.mark.parametrize("x", [100.0, math.inf])  # exp(100) is infinite in float32
+@pytest.mark.parametrize(
+    "loss",
+    [
+        Loss(policy_weight="token", trust="ratio"),
+        Loss(policy_weight="token", trust="m2"),
+        Loss(policy_weight="token", policy_cap=2.0, policy_outside="drop"),
+        Loss(policy_weight="token", guard="geometric_band", guard_low=0.5, guard_high=2.0),
+    ],
+)
+def test_a_removed_token_of_infinite_ratio_has_no_gradient_and_leaves_the_loss_finite(loss, x):
+    columns = as_float32(guard_columns([[x, 0.1], [0.1, 0.1]], [1.0, 1.0]))
+    total, outcome = policy_loss(columns, loss)
+    (found,) = torch.autograd.grad(total, columns.logprobs)
+    assert total.isfinite()
+    assert found[0] == 0
+    assert found.isfinite().all()
+    assert (found[2:] != 0).all()
+    assert outcome.nonfinite.tolist() == [x == math.inf, False, False, False]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_visible(bad):
+    columns = guard_columns([[bad, 0.1], [0.1, 0.1]], [1.0, 1.0])
+    for loss in (Loss(policy_weight="token"), PRESETS["async_default"], PRESETS["tis2"]):
+        assert policy_loss(columns, loss)[1].nonfinite.tolist() == [True, False, False, False]
+    assert not gradient(guard_columns([[math.nan]], [1.0]), PRESETS["async_default"])[0].isfinite().any()
+    overflow = as_float32(guard_columns([[100.0, 0.1]], [1.0]))
+    total, outcome = policy_loss(overflow, Loss(policy_weight="token"))
+    assert not total.isfinite()
+    assert outcome.nonfinite.tolist() == [True, False]
+
+
+def test_a_token_without_advantage_has_no_gradient_whatever_its_ratio():
+    columns = as_float32(guard_columns([[100.0, -100.0]], [0.0]))
+    found, _ = gradient(columns, Loss(policy_weight="token"))
+    assert found.tolist() == [0.0, 0.0]

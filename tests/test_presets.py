@@ -1,0 +1,63 @@
+"""The presets as data: they validate, resolve by name, take overrides, and refuse what contradicts itself."""
+
+import re
+
+import msgspec
+import pytest
+
+from asyncrl.algo.presets import PRESETS, Loss, resolve
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_survives_its_own_validation(name):
+    assert msgspec.convert(msgspec.to_builtins(PRESETS[name]), Loss) == PRESETS[name]
+    assert msgspec.json.decode(msgspec.json.encode(PRESETS[name]), type=Loss) == PRESETS[name]
+    assert resolve(name, {}) == PRESETS[name]
+
+
+def test_an_override_replaces_one_field_and_leaves_the_preset_alone():
+    loss = resolve("tis2", {"policy_cap": 5})
+    assert loss == Loss(policy_weight="token", policy_cap=5.0)
+    assert PRESETS["tis2"].policy_cap == 2.0
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("async_defualt", {}, 'did you mean "async_default"'),
+        ("zzz", {}, "there are: a3po, "),
+        ("tis2", {"policy_cpa": 5}, 'did you mean "policy_cap"'),
+        ("tis2", {"policy_cap": -1}, "policy_cap"),
+        ("tis2", {"policy_cap": "5"}, "policy_cap"),
+        ("tis2", {"policy_cap": float("inf")}, "policy_cap must be finite, got inf; for no cap set it to 0"),
+        ("tis2", {"policy_floor": 3}, "policy_floor must be below policy_cap, got 3.0 and 2.0"),
+        ("tis2", {"trust": "tvv"}, "trust"),
+        ("tis2", {"behavior_weight": "token"}, 'needs anchor = "proximal", got "behavior"'),
+        ("tis2", {"anchor": "loglinear"}, 'only widens trust = "ratio", got "none"'),
+        ("grpo", {"trust_low": 1.5}, "trust_low must be at most 1 for ratios, got 1.5"),
+        ("tis2", {"guard": "geometric_band", "guard_low": 1.1, "guard_high": 1}, "0 < guard_low < guard_high, got 1.1"),
+        ("tis2", {"guard": "negative_kl"}, "needs guard_high > 0, got 0.0"),
+        ("tis2", {"guard": "veto", "guard_low": 2}, "needs 0 < guard_low < 1, got 2.0"),
+        ("reinforce", {"policy_cap": 5}, "policy_cap = 5 has no effect"),
+        ("tis2", {"trust_high": 0.1}, "trust_high = 0.1 has no effect"),
+        ("tis2", {"penalty_level": "sequence"}, "penalty_level = sequence has no effect"),
+    ],
+)
+def test_mistakes_are_named(name, overrides, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        resolve(name, overrides)
+
+
+def test_the_needs_of_a_loss():
+    proximal = {"decoupled_ppo", "tis_recompute", "tis_seq", "icepop", "seq_mask_tis", "geo_rs_token_tis"}
+    assert {name for name, loss in PRESETS.items() if loss.needs_proximal} == proximal
+    assert {name for name, loss in PRESETS.items() if loss.needs_reference} == {"grpo"}
+    assert {name for name, loss in PRESETS.items() if not loss.is_corrected} == {"reinforce"}
+
+
+def test_a_decoupled_loss_without_behavior_weight_is_uncorrected():
+    plain = {"behavior_weight": "none"}
+    assert not resolve("decoupled_ppo", plain).is_corrected
+    assert not resolve("decoupled_ppo", {**plain, "penalty": 0.1}).is_corrected
+    assert resolve("decoupled_ppo", {**plain, "anchor": "behavior"}).is_corrected
+    assert not resolve("reinforce", {"trust": "tv"}).is_corrected
