@@ -67,10 +67,13 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
             )
             with _stop_on_ctrl_c(buffer, metrics):
                 await run(system)
-            version = learner.version
+            result = Result(folder, learner.version, metrics.last_accuracy, baselines)
         plot(folder, max(baselines.values()))
-        metrics.say(report(version, config.num_steps, metrics.last_accuracy, baselines, folder))
-    return Result(folder, version, metrics.last_accuracy, baselines)
+        for what, counts in (("dropped groups", buffer.dropped), ("failed rollouts", pool.failures)):
+            if counts.total():
+                metrics.say(f"{what}: {', '.join(f'{reason} {count}' for reason, count in counts.most_common())}")
+        metrics.say(report(result, config.num_steps))
+    return result
 
 
 def load_runtime(name: str) -> ModuleType:
@@ -111,15 +114,15 @@ def new_folder(config: Config, baselines: dict[str, float]) -> Path:
     return folder
 
 
-def report(version: int, num_steps: int, accuracy: float | None, baselines: dict[str, float], folder: Path) -> str:
+def report(result: Result, num_steps: int) -> str:
     """The last lines of a run."""
-    best = max(baselines, key=baselines.__getitem__)
-    lines = [f"done: step {version} of {num_steps}"]
-    if accuracy is not None:
-        lines[0] += f" | held-out greedy {accuracy:.3f}, no skill {baselines[best]:.2f} ({best})"
-    lines.append(f"run folder: {folder}")
-    if version < num_steps:
-        lines.append(f"go on with: python launch/run.py --resume {folder}")
+    best = max(result.baselines, key=result.baselines.__getitem__)
+    lines = [f"done: step {result.version} of {num_steps}"]
+    if result.accuracy is not None:
+        lines[0] += f" | held-out greedy {result.accuracy:.3f}, no skill {result.baselines[best]:.2f} ({best})"
+    lines.append(f"run folder: {result.folder}")
+    if result.version < num_steps:
+        lines.append(f"go on with: python launch/run.py --resume {result.folder}")
     return "\n".join(lines)
 
 

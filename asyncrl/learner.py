@@ -5,7 +5,6 @@ step(groups): pack -> per micro-batch: forward, loss, backward -> clip -> AdamW 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,8 +25,18 @@ _NUM_WATCHED = 100_000
 class Learner:
     """Owns the training copy of the model, float32. Not thread-safe: one call at a time."""
 
-    def __init__(self, config: Config, model: nn.Module, row_tokens: int, address: str = "127.0.0.1") -> None:
-        """`row_tokens`: length of a packed row, at least that of the longest trajectory that can occur."""
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        row_tokens: int,
+        *,
+        reference: nn.Module | None = None,
+        address: str = "127.0.0.1",
+    ) -> None:
+        """`row_tokens`: length of a packed row, at least that of the longest trajectory that can occur. `reference`:
+        the frozen model that a KL term is taken against; `address`: this node's own, for the broadcast group.
+        """
         self.version: Version = 0
         self.model = model
         self.loss = config.loss
@@ -35,7 +44,9 @@ class Learner:
         self._row_tokens = row_tokens
         self._address = address
         self._device = next(model.parameters()).device
-        self._reference = copy.deepcopy(model).requires_grad_(False) if self.loss.needs_reference else None
+        if self.loss.needs_reference and reference is None:
+            raise RuntimeError("the loss has a KL term against a reference model, and none was given")
+        self._reference = reference
         settings = config.learner
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import deque
 from pathlib import Path
 from types import TracebackType
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from asyncrl.algo.diagnostics import METRICS as DIAGNOSTICS
+from asyncrl.algo.diagnostics import alarms
 
 METRICS: dict[str, str] = {
     "reward/mean": "mean reward of the batch, made by lagged policies",
@@ -82,6 +84,7 @@ class Metrics:
         )
         self._bar = self._progress.add_task("training", total=num_steps, completed=first_step)
         self._began = time.time()
+        self._history: deque[dict[str, float]] = deque(maxlen=100)
         self.last_accuracy: float | None = None
 
     def __enter__(self) -> Metrics:
@@ -105,6 +108,9 @@ class Metrics:
         self._record(version, row)
         self._progress.update(self._bar, completed=version)
         self.say(self._line(version, row, max_lag))
+        for alarm in alarms(row, list(self._history)):
+            self.say(f"alarm: {alarm}")
+        self._history.append(row)
 
     def evaluation(self, version: int, accuracy: float) -> None:
         """A held-out evaluation of `version`; it may arrive after later steps."""

@@ -82,7 +82,8 @@ def load_model(
     except (OSError, ValueError) as error:
         raise ValueError(f"no model could be loaded from {str(path)!r}: {error}") from error
     _remove_dropout(model)
-    return model.to(device).eval()
+    nn.Module.to(model, torch.device(device))
+    return model.eval()
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -141,8 +142,8 @@ def _remove_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+        elif "attention_dropout" in vars(module):
+            vars(module)["attention_dropout"] = 0.0
 
 
 def _quiet() -> None:

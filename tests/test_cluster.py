@@ -29,6 +29,11 @@ SMALL = [
     "eval.num_prompts=8",
     "eval.every=2",
 ]
+UNLEARNT = [
+    "rollout.num_actors=3",
+    "rollout.max_running=1",
+    "algorithm.loss.entropy_bonus=0.1",  # random weights earn no reward here, and a step has to change them
+]
 
 
 def test_four_rollout_actors_train_and_evaluate(tmp_path):
@@ -42,7 +47,7 @@ def test_four_rollout_actors_train_and_evaluate(tmp_path):
 
 def test_actors_run_uvloop_agree_on_weights_and_a_killed_one_loses_no_prompt(tmp_path):
     """Kills an actor that has prompts in flight: they are played elsewhere, the next update goes to the survivors."""
-    config = configuration.load(None, [*SMALL, f"run_dir={tmp_path}", "rollout.num_actors=3", "rollout.max_running=1"])
+    config = configuration.load(None, [*SMALL, *UNLEARNT, f"run_dir={tmp_path}"])
 
     async def body():
         folder = str(prepare(config, quiet=True))

@@ -127,8 +127,10 @@ def test_lag_and_policy():
     assert metrics["policy/logprob_positive"] == metrics["policy/logprob_negative"] == -2.5
 
 
-def test_percentiles_are_taken_over_all_tokens():
-    metrics = measure(make_columns([[i / 1000 for i in range(1, 2001)]], [list(range(2000))], [1.0]))
+def test_percentiles_and_the_top_share_are_taken_over_all_tokens():
+    columns = make_columns([[i / 1000 for i in range(1, 2001)]], [list(range(2000))], [1.0])
+    metrics = measure(columns, PRESETS["reinforce"])
+    assert metrics["clip/top_share"] == pytest.approx(0.01)
     assert metrics["mismatch/ratio_p999"] == pytest.approx(math.exp(1.998), rel=1e-5)
     assert metrics["lag/p95"] == 1899
 

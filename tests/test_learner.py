@@ -29,7 +29,8 @@ def folder(tmp_path_factory):
 
 
 def make_learner(folder, *words):
-    return Learner(configuration.load(None, list(words)), load_model(folder, dtype=torch.float32, device="cpu"), 64)
+    model, reference = (load_model(folder, dtype=torch.float32, device="cpu") for _ in range(2))
+    return Learner(configuration.load(None, list(words)), model, 64, reference=reference)
 
 
 def play(folder, temperature, num_groups=6):

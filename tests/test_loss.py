@@ -419,6 +419,15 @@ def test_a_removed_token_of_infinite_ratio_has_no_gradient_and_leaves_the_loss_f
     assert outcome.nonfinite.tolist() == [x == math.inf, False, False, False]
 
 
+def test_a_removed_token_that_the_policy_now_excludes_leaves_the_loss_finite():
+    columns = guard_columns([[0.1, 0.1], [0.1]], [-1.0, 0.0])
+    excluded = torch.tensor([-math.inf, -1.0, -math.inf], dtype=torch.float64).requires_grad_()
+    columns = dataclasses.replace(columns, logprobs=excluded)
+    total, _ = policy_loss(columns, Loss(policy_weight="token", trust="ratio"))
+    assert total.isfinite()
+    assert torch.equal(torch.autograd.grad(total, excluded)[0] != 0, torch.tensor([False, True, False]))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_stays_visible(bad):
     columns = guard_columns([[bad, 0.1], [0.1, 0.1]], [1.0, 1.0])

@@ -77,9 +77,8 @@ def policy_loss(columns: Columns, loss: Loss) -> tuple[Tensor, Outcome]:
     The losses of the micro-batches of a step add up to the loss of the step, except with trust "m2", whose threshold is
     taken over the tokens it is given. RuntimeError if a column that the loss needs is missing.
     """
-    current = (
-        columns.logprobs.detach()
-    )  # the one stop-gradient: nothing below sees `columns.logprobs` until the last sum
+    # The one stop-gradient: nothing below sees `columns.logprobs` until the last sum.
+    current = columns.logprobs.detach()
     log_ratio = current - columns.behavior_logprobs
     anchor = columns.behavior_logprobs
     if loss.needs_proximal:
@@ -90,7 +89,7 @@ def policy_loss(columns: Columns, loss: Loss) -> tuple[Tensor, Outcome]:
 
     # A token of advantage 0 has no gradient, whatever its ratio.
     keep = ~(trust_masked | guard_masked) & (columns.advantages != 0)
-    weighted = torch.where(keep, torch.where(keep, log_weight, 0.0).exp() * columns.advantages, 0.0)
+    weighted = torch.where(keep, log_weight, -math.inf).exp() * columns.advantages
     kappa = _kappa(current, anchor, columns, loss)
     coefficient = weighted + kappa
     terms = columns.normalizers * coefficient * columns.logprobs

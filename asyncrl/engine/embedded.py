@@ -37,7 +37,6 @@ OnUpdate: TypeAlias = Literal["keep", "recompute", "abort"]
 """What new weights do to live requests: keep their KV cache, compute it again, or end them."""
 
 _ADMIT_FRACTION = 8  # While more are waiting, one in this many places must be free before any is filled.
-_PREFILL_TOKENS = 1 << 14  # Padded tokens in one prefill forward; bounds its memory.
 
 
 @dataclass(slots=True, eq=False)
@@ -131,8 +130,8 @@ class EmbeddedEngine:
     async def receive(self, bucket: Bucket) -> None:
         """Takes part in one broadcast and copies what came into the parameters.
 
-        Raises `RuntimeError` unless paused and joined, and for a bucket that does not fit the model. A bucket is checked
-        after its broadcast, so that the other members do not wait for this one.
+        Raises `RuntimeError` unless paused and joined, and for a bucket that does not fit the model. A bucket is
+        checked after its broadcast, so that the other members do not wait for this one.
         """
         if not self._paused or self._group is None:
             raise RuntimeError(
@@ -142,12 +141,13 @@ class EmbeddedEngine:
         device = torch.device("cpu") if self._group.where.backend == "gloo" else self._model.device
         flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=device)
         await asyncio.to_thread(self._group.broadcast, flat)
-        missing = set(self._parameters) if self._missing is None else self._missing
-        self._check_bucket(bucket, missing)
+        if self._missing is None:
+            self._missing = set(self._parameters)
+        self._check_bucket(bucket, self._missing)
         with torch.no_grad():
             for name, tensor in bucket.unpack(flat):
                 self._parameters[name].copy_(tensor)
-        self._missing = missing.difference(bucket.names)
+        self._missing.difference_update(bucket.names)
 
     async def resume(self, version: Version) -> str:
         """Goes on with the weights that arrived since `pause`, or with the old ones if none did.
@@ -194,8 +194,8 @@ class EmbeddedEngine:
             raise ValueError(f"a prompt needs tokens, all in 0..{self._vocabulary - 1}, got {list(prompt)}")
         if len(prompt) + sampling.max_new_tokens > self._max_length:
             raise ValueError(
-                f"a prompt of {len(prompt)} tokens and max_new_tokens {sampling.max_new_tokens} do not fit the engine's "
-                f"max_length {self._max_length}: raise max_length, or shorten the prompt or max_new_tokens"
+                f"a prompt of {len(prompt)} tokens and max_new_tokens {sampling.max_new_tokens} do not fit the "
+                f"engine's max_length {self._max_length}: raise max_length, or shorten the prompt or max_new_tokens"
             )
 
     def _check_bucket(self, bucket: Bucket, missing: set[str]) -> None:
@@ -203,7 +203,7 @@ class EmbeddedEngine:
             if name not in self._parameters:
                 raise RuntimeError(f"the model has no parameter {name!r}")
             own = self._parameters[name]
-            if (dtype, shape) != (str(own.dtype).removeprefix("torch."), tuple(own.shape)):
+            if (dtype, tuple(shape)) != (str(own.dtype).removeprefix("torch."), tuple(own.shape)):
                 raise RuntimeError(
                     f"parameter {name!r} arrived as {dtype}{list(shape)}, the model has {own.dtype}{list(own.shape)}"
                 )
@@ -276,25 +276,11 @@ class EmbeddedEngine:
             positions = [len(request.prompt) + len(request.tokens) - 1 for request in decoded]
             parts.append(self._cache.decode([request.tokens[-1] for request in decoded], positions))
         if fresh:
-            parts.append(self._prefill(fresh))
+            sequences = [(*request.prompt, *request.tokens) for request in fresh]
+            logits, num_computed = self._cache.fill(sequences, self._num_cached)
+            self.num_prefill_tokens += num_computed
+            parts.append(logits)
         return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    def _prefill(self, fresh: Sequence[_Request]) -> Tensor:
-        """Fills the rows from `num_cached` on; equal sequences are computed once. Next-token logits, [N, V]."""
-        members: dict[tuple[int, ...], list[int]] = {}
-        for index, request in enumerate(fresh):
-            members.setdefault((*request.prompt, *request.tokens), []).append(index)
-        order: list[int] = []
-        parts = []
-        for chunk in _chunks(sorted(members, key=len, reverse=True)):
-            indices = [index for sequence in chunk for index in members[sequence]]
-            owners = [owner for owner, sequence in enumerate(chunk) for _ in members[sequence]]
-            logits = self._cache.prefill(chunk, owners, [self._num_cached + index for index in indices])
-            parts.append(logits[torch.tensor(owners, device=logits.device)])
-            order.extend(indices)
-            self.num_prefill_tokens += sum(map(len, chunk))
-        logits = torch.cat(parts)
-        return torch.empty_like(logits).index_copy_(0, torch.tensor(order, device=logits.device), logits)
 
     def _append(self, row: int, token: int, logprob: float) -> None:
         request = self._live[row]
@@ -338,14 +324,3 @@ class EmbeddedEngine:
         self._live.clear()
         self._waiting.clear()
         self._num_cached = 0
-
-
-def _chunks(sequences: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-    """Cuts sequences, longest first, into batches of at most `_PREFILL_TOKENS` padded tokens (or of one sequence)."""
-    chunks: list[list[tuple[int, ...]]] = []
-    for sequence in sequences:
-        if chunks and (len(chunks[-1]) + 1) * len(chunks[-1][0]) <= _PREFILL_TOKENS:
-            chunks[-1].append(sequence)
-        else:
-            chunks.append([sequence])
-    return chunks

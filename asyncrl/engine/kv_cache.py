@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_PREFILL_TOKENS = 1 << 14  # Padded tokens in one prefill forward; bounds its memory.
 _ROUND = 16  # Positions are read in whole multiples: the GPU attention kernels want an aligned mask.
 
 
@@ -25,7 +26,7 @@ class SlotCache:
     """Keys and values, [2 * layers, rows, kv_heads, max_length, head_dim], and the mask of what is filled."""
 
     def __init__(self, model: Any, num_rows: int, max_length: int) -> None:
-        """Allocates everything at once. Raises `ValueError` for a model whose layers do not all attend to everything."""
+        """Allocates everything at once. Raises `ValueError` for a model whose layers do not attend to everything."""
         config = model.config
         _check(config, max_length)
         self.num_rows, self.max_length = num_rows, -(-max_length // _ROUND) * _ROUND
@@ -37,7 +38,7 @@ class SlotCache:
         shape = (2 * config.num_hidden_layers, num_rows, kv_heads, self.max_length, head_dim)
         self._slots = torch.zeros(shape, dtype=dtype, device=self._device)
         self._flat = self._slots.flatten(1, 3).unbind(0)
-        # Added to the attention scores: 0 where a slot is filled, -inf elsewhere.
+        # Added to the attention scores, see `_additive`: which positions of a slot are filled.
         self._mask = torch.full((num_rows, self.max_length), -torch.inf, dtype=dtype, device=self._device)
         self._steps = torch.arange(self.max_length, device=self._device)
         # Where each row of the mask, and each (row, head) of the slots, starts when flattened.
@@ -54,13 +55,33 @@ class SlotCache:
         num_rows, longest = len(token_ids), max(positions) + 1
         ids, at = torch.tensor([token_ids, positions], device=self._device)
         self._mask.view(-1).index_fill_(0, self._mask_starts[:num_rows] + at, 0.0)
-        positions_in = at.unsqueeze(1)
-        where = (self._slot_starts[:num_rows] + positions_in).view(-1)
+        position_ids = at.unsqueeze(1)
+        where = (self._slot_starts[:num_rows] + position_ids).view(-1)
         span = -(-longest // _ROUND) * _ROUND
         cache = _Decode(self._flat, self._slots[:, :num_rows, :, :span].unbind(0), where)
-        return self._forward(ids.unsqueeze(1), positions_in, self._mask[:num_rows, None, None, :span], cache)
+        return self._forward(ids.unsqueeze(1), position_ids, self._mask[:num_rows, None, None, :span], cache)
 
-    def prefill(self, sequences: Sequence[Sequence[int]], owners: Sequence[int], rows: Sequence[int]) -> Tensor:
+    def fill(self, sequences: Sequence[tuple[int, ...]], first_row: int) -> tuple[Tensor, int]:
+        """Sequence i goes to the slot `first_row + i`; equal sequences are computed once and copied.
+
+        Returns next-token logits, [N, V], and how many tokens were computed.
+        """
+        members: dict[tuple[int, ...], list[int]] = {}
+        for index, sequence in enumerate(sequences):
+            members.setdefault(sequence, []).append(index)
+        order: list[int] = []
+        parts = []
+        for chunk in _chunks(sorted(members, key=len, reverse=True)):
+            indices = [index for sequence in chunk for index in members[sequence]]
+            owners = [owner for owner, sequence in enumerate(chunk) for _ in members[sequence]]
+            logits = self._prefill(chunk, owners, [first_row + index for index in indices])
+            parts.append(logits[torch.tensor(owners, device=self._device)])
+            order.extend(indices)
+        logits = torch.cat(parts)
+        in_order = torch.empty_like(logits).index_copy_(0, torch.tensor(order, device=self._device), logits)
+        return in_order, sum(map(len, members))
+
+    def _prefill(self, sequences: Sequence[tuple[int, ...]], owners: Sequence[int], rows: Sequence[int]) -> Tensor:
         """Fills slots from whole sequences; slot `rows[i]` gets `sequences[owners[i]]`. Next-token logits, [U, V].
 
         The U sequences are padded on the left, so that the last position of each is the one that needs logits.
@@ -71,15 +92,12 @@ class SlotCache:
         steps = self._steps[:longest]
         # Causal, without the padding; a padding position sees itself, as an empty softmax would be NaN.
         visible = (steps <= steps[:, None]) & ((steps >= pads.unsqueeze(2)) | (steps == steps[:, None]))
-        mask = torch.zeros(visible.shape, dtype=self._slots.dtype, device=self._device)
-        mask.masked_fill_(~visible, -torch.inf)
+        mask = _additive(visible, self._slots.dtype)
         owner, row = torch.tensor([owners, rows], device=self._device)
         # Position t of a slot is position t + pad of the padded sequence; what lies past its end is masked.
         gather = (steps + pads).clamp_(max=longest - 1)[owner]
         filled = (self._steps + pads)[owner] < longest
-        self._mask[row] = torch.zeros(filled.shape, dtype=mask.dtype, device=self._device).masked_fill_(
-            ~filled, -torch.inf
-        )
+        self._mask[row] = _additive(filled, mask.dtype)
         cache = _Prefill(self._slots, owner.unsqueeze(1), gather, row)
         return self._forward(ids, (steps - pads).clamp_(min=0), mask.unsqueeze(1), cache)
 
@@ -92,7 +110,8 @@ class SlotCache:
             use_cache=True,
             logits_to_keep=1,
         )
-        return output.logits[:, -1]
+        logits: Tensor = output.logits[:, -1]
+        return logits
 
 
 class _Decode:
@@ -122,6 +141,22 @@ class _Prefill:
             copied = computed[self._owner, :, self._gather]
             self._slots[index, self._row, :, :length] = copied.transpose(1, 2)
         return keys, values
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention scores: 0 where visible, -inf elsewhere."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+
+
+def _chunks(sequences: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """Cuts sequences, longest first, into batches of at most `_PREFILL_TOKENS` padded tokens (or of one sequence)."""
+    chunks: list[list[tuple[int, ...]]] = []
+    for sequence in sequences:
+        if chunks and (len(chunks[-1]) + 1) * len(chunks[-1][0]) <= _PREFILL_TOKENS:
+            chunks[-1].append(sequence)
+        else:
+            chunks.append([sequence])
+    return chunks
 
 
 def _check(config: Any, max_length: int) -> None:

@@ -36,7 +36,7 @@ def uniforms(seeds: npt.NDArray[np.uint64], indices: npt.NDArray[np.uint64]) -> 
     """One number in [0, 1) for each (seed, index), by two rounds of splitmix64 (Steele et al., 2014)."""
     hashed = _mix(_mix(seeds + _GOLDEN) + (indices + np.uint64(1)) * _GOLDEN)
     # 52 bits: the largest number times a total near 1 still rounds to less than the total.
-    return (hashed >> np.uint64(12)) * 2.0**-52
+    return (hashed >> np.uint64(12)).astype(np.float64) * 2.0**-52
 
 
 def sample(

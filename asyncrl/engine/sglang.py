@@ -16,13 +16,16 @@ are the least recently used. Nothing is flushed at an update, as a flush with re
 from __future__ import annotations
 
 import asyncio
+import atexit
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -47,22 +50,27 @@ class SGLangEngine:
     """Implements `engine.base.Engine`; made by `start`. All methods belong to one event loop.
 
     A seed draws the same tokens again as long as the log-probs are the same; on a GPU they depend, in their last bits,
-    on what else is in the batch. `num_tokens` counts the tokens of the completions that ended.
+    on what else is in the batch.
+
+    Public counters: requests that are in flight, `num_open`; tokens of the requests that ended, `num_tokens` generated
+    and `num_cached_tokens` of prompts found in the prefix cache. `on_update` may be changed between updates.
     """
 
     def __init__(self, engine: Any, *, num_ranks: int, max_length: int, on_update: OnUpdate, dtype: str, address: str):
         """Takes over a started `sglang.Engine`; use `start`."""
-        self.num_tokens = 0
+        self.num_open = self.num_tokens = self.num_cached_tokens = 0
+        self.on_update = on_update
         self._engine, self._manager = engine, engine.tokenizer_manager
         self._num_ranks, self._max_length, self._address = num_ranks, max_length, address
-        self._on_update, self._dtype = on_update, dtype
+        self._dtype = dtype
         self._vocabulary: int = self._manager.model_config.vocab_size
         self._digests: dict[Version, str] = {0: _CHECKPOINT}
         self._version: Version = 0
         self._paused = False
-        self._num_open = self._num_requests = 0
+        self._num_requests = 0
         self._busy_s, self._busy_since = 0.0, 0.0
         loop = asyncio.get_running_loop()
+        self._group_timeout_s = 0.0
         self._end: asyncio.Future[Exception] = loop.create_future()
         self._processes = _own_processes(engine)
         for process in self._processes:
@@ -126,8 +134,8 @@ class SGLangEngine:
         if max_length > longest:
             await started.close()
             raise ValueError(
-                f"max_length must be at most {longest}, which is what the model's context and the cache leave for one "
-                f"request, got {max_length}: shorten it, or raise gpu_memory_utilization or engine_args.max_total_tokens"
+                f"max_length must be at most {longest}, which the model's context and the cache leave for one request, "
+                f"got {max_length}: shorten it, or raise gpu_memory_utilization or engine_args.max_total_tokens"
             )
         return started
 
@@ -137,7 +145,7 @@ class SGLangEngine:
 
     @property
     def busy_s(self) -> float:
-        running = self._num_open > 0 and not self._paused
+        running = self.num_open > 0 and not self._paused
         return self._busy_s + (time.perf_counter() - self._busy_since if running else 0.0)
 
     async def generate(self, token_ids: Sequence[int], sampling: Sampling, seed: int) -> Completion:
@@ -162,6 +170,7 @@ class SGLangEngine:
             self._count_open(-1)
         completion = self._completion(output, sampling)
         self.num_tokens += len(completion.token_ids)
+        self.num_cached_tokens += output["meta_info"]["cached_tokens"]
         return completion
 
     async def join(self, where: Rendezvous, first_rank: int) -> None:
@@ -180,7 +189,7 @@ class SGLangEngine:
         from sglang.srt.managers.io_struct import PauseGenerationReqInput
 
         self._pause_clock(True)
-        mode = "in_place" if self._on_update == "keep" else "retract"
+        mode = "in_place" if self.on_update == "keep" else "retract"
         pausing = self._manager.pause_generation(PauseGenerationReqInput(mode=mode))
         await self._until_end(pausing, _COMMAND_S, "pausing")
         # The pause is only sent by now, and a batch of the old weights may still run on the device.
@@ -194,7 +203,7 @@ class SGLangEngine:
         other = set(bucket.dtypes) - {self._dtype}
         await self._command(
             f"receiving a bucket of {bucket.num_bytes} bytes",
-            getattr(self, "_group_timeout_s", _COMMAND_S) + _JOIN_EXTRA_S,
+            self._group_timeout_s + _JOIN_EXTRA_S,
             do="receive",
             names=bucket.names,
             dtypes=bucket.dtypes,
@@ -213,13 +222,13 @@ class SGLangEngine:
 
         if not self._paused:
             raise RuntimeError("an engine is resumed only after a pause")
-        abort = self._on_update == "abort"
+        abort = self.on_update == "abort"
         arrived = await self._command(
             f"resuming with version {version}", _COMMAND_S, do="resume", version=version, abort=abort
         )
         digest = self._digests[self._version] if arrived is None else str(arrived)
         before = self._digests.get(version, digest)
-        if before != digest and self._num_open > 0:
+        if before != digest and self.num_open > 0:
             raise RuntimeError(
                 f"requests are in flight, and weights {digest} are now called version {version}, as weights {before} "
                 "were before"
@@ -251,7 +260,6 @@ class SGLangEngine:
     async def _request(self, request_id: str, token_ids: Sequence[int], sampling: Sampling, seed: int) -> Any:
         from sglang.srt.managers.io_struct import GenerateReqInput
 
-        truncated = _is_truncated(sampling)
         request = GenerateReqInput(
             rid=request_id,
             input_ids=[int(token) for token in token_ids],
@@ -259,13 +267,11 @@ class SGLangEngine:
                 "max_new_tokens": sampling.max_new_tokens,
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
-                # The log-probs of a truncated distribution are made from its tokens, which need a finite number.
-                "top_k": sampling.top_k or (self._vocabulary if truncated else -1),
+                "top_k": sampling.top_k or -1,
                 "stop_token_ids": list(sampling.stop_token_ids),
                 "sampling_seed": seed % 2**63,
             },
             return_logprob=True,
-            return_sampling_mask=truncated,
             # Nothing is lost without streaming: an end by an update brings the tokens along.
             stream=False,
         )
@@ -277,10 +283,10 @@ class SGLangEngine:
         info = output["meta_info"]
         finish = _finish(info["finish_reason"])
         tokens = np.array(output["output_ids"], dtype=np.int32)
-        if _is_truncated(sampling):
-            logprobs = info["output_token_sampling_logprobs"]
-        else:
-            logprobs = [entry[0] for entry in info["output_token_logprobs"]]
+        logprobs = [entry[0] for entry in info["output_token_logprobs"]]
+        if sampling.top_k == 1 and sampling.temperature > 0:
+            # One token is left of the distribution. SGLang takes it for greedy sampling, which is not truncated.
+            logprobs = [0.0] * len(logprobs)
         versions = info.get(sglang_scheduler.VERSIONS_KEY, [])
         if not len(tokens) == len(logprobs) == len(versions):
             raise RuntimeError(
@@ -330,16 +336,12 @@ class SGLangEngine:
         self._finish(RuntimeError(f"the SGLang process {process.pid} ended with exit code {process.exitcode}"))
 
     def _count_open(self, change: int) -> None:
-        busy_s, self._num_open = self.busy_s, self._num_open + change
+        busy_s, self.num_open = self.busy_s, self.num_open + change
         self._busy_s, self._busy_since = busy_s, time.perf_counter()
 
     def _pause_clock(self, paused: bool) -> None:
         busy_s, self._paused = self.busy_s, paused
         self._busy_s, self._busy_since = busy_s, time.perf_counter()
-
-
-def _is_truncated(sampling: Sampling) -> bool:
-    return sampling.temperature > 0 and (sampling.top_p < 1 or sampling.top_k > 0)
 
 
 def _finish(reason: Mapping[str, Any]) -> Finish:
@@ -366,9 +368,47 @@ def _launch(arguments: Mapping[str, Any]) -> Any:
             # Token ids go straight from the scheduler to this process; the detokenizer would only take memory.
             return [], []
 
-    with _kept_signal_handlers():
-        engine = VersionedEngine(**arguments)
-        engine.tokenizer_manager.auto_create_handle_loop()
+    others = set(multiprocessing.active_children())
+    try:
+        with _kept_signal_handlers():
+            engine = VersionedEngine(**arguments)
+            engine.tokenizer_manager.auto_create_handle_loop()
+    except BaseException:
+        _end_processes(set(multiprocessing.active_children()) - others)
+        raise
     # It would answer the end of a child by a signal that ends this process.
     engine.tokenizer_manager._subprocess_watchdog.stop()
+    # It would end every child of this process, those of another engine included.
+    atexit.unregister(engine.shutdown)
     return engine
+
+
+@contextlib.contextmanager
+def _kept_signal_handlers() -> Iterator[None]:
+    """Undoes the handlers that SGLang installs when it starts in a main thread: they end this process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number in numbers:
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, before[number])
+
+
+def _own_processes(engine: Any) -> list[BaseProcess]:
+    own = set(engine.get_all_child_pids())
+    processes = [process for process in multiprocessing.active_children() if process.pid in own]
+    # Python would wait for them at its exit.
+    atexit.register(_end_processes, processes)
+    return processes
+
+
+def _end_processes(processes: Iterable[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join(timeout=30)

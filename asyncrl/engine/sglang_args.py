@@ -44,7 +44,9 @@ _FIXED = {
     "speculative_algorithm": "the version and the log-prob of a drafted token are not reported",
     "disaggregation_mode": "weight updates need prefill and decoding in one process",
     "quantization": "updates bring plain weights, which would have to be quantised again",
-    "sampling_backend": "seeds are followed by the pytorch backend only",
+    "sampling_backend": "tokens are drawn by the engine's own function",
+    "enable_deterministic_inference": "its log-probs are from before top-k and top-p",
+    "rl_on_policy_target": "its log-probs are from before top-k and top-p",
 }
 
 
@@ -82,7 +84,8 @@ def choose_attention_backend(requested: str, capability: Capability | None, avai
     if capability is None:
         if requested not in ("auto", "torch_native"):
             raise ValueError(
-                f"attention_backend {requested!r} needs a GPU and this engine runs on a CPU: use 'auto' or 'torch_native'"
+                f"attention_backend {requested!r} needs a GPU and this engine runs on a CPU: use 'auto' or "
+                "'torch_native'"
             )
         return "torch_native"
     problems = {backend: _problem(backend, capability, available) for backend in _CAPABILITIES}

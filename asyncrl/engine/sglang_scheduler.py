@@ -75,7 +75,7 @@ def _scheduler_class(base: Any) -> Any:
             # A completion ends at the stop tokens that its request names, and at no others.
             self.model_config.hf_eos_token_id = None
             self._weights = ReceivedWeights(self.tp_worker.model_runner.model, self.ps.tp_rank)
-            _seed_sampling()
+            _replace_sampling()
 
         @_exits_on_error
         def run_event_loop(self) -> None:
@@ -169,7 +169,7 @@ class ReceivedWeights:
 
     The digest is of the tensors as they arrived and were handed to the model's loader. That the loader put them
     everywhere is proved once: before the first update all parameters are set to NaN, and after it none may be left.
-    Later updates must bring exactly the names of that one.
+    Later updates must bring the names that this one brought.
     """
 
     def __init__(self, model: nn.Module, tp_rank: int) -> None:
@@ -206,12 +206,14 @@ class ReceivedWeights:
         if not self._arrived:
             return None
         if self._complete is None:
+            names = [name for name, _ in self._model.named_parameters()]
             missing = [name for name, parameter in self._model.named_parameters() if _has_nan(parameter)]
         else:
-            missing = sorted(self._complete ^ self._arrived.keys())
+            names, missing = list(self._complete), sorted(self._complete - self._arrived.keys())
         if missing:
             raise RuntimeError(
-                f"the update is partial: {len(missing)} parameters did not arrive, or came as NaN ({missing[0]}, ...)"
+                f"the update is partial: {len(missing)} of {len(names)} parameters did not arrive "
+                f"({', '.join(missing[:3])}, ...)"
             )
         self._complete = frozenset(self._arrived)
         lines = sorted(f"{name}:{value:016x}" for name, value in self._arrived.items())
@@ -234,9 +236,12 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _seed_sampling() -> None:
-    """Draws every token from its request's seed and its position; SGLang does so in its deterministic mode only."""
-    from sglang.srt.layers import sampler
+def _replace_sampling() -> None:
+    """Makes SGLang's sampler follow the seeds and report log-probs of the truncated distribution.
+
+    On its own it follows seeds in its deterministic mode only, and reports log-probs from before top-k and top-p.
+    """
+    from sglang.srt.layers.sampler import Sampler
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
     make = SamplingBatchInfo.from_schedule_batch
@@ -247,20 +252,42 @@ def _seed_sampling() -> None:
         info.sampling_seed = torch.tensor(seeds, dtype=torch.int64, device=info.temperatures.device)
         return info
 
+    def sample(_sampler: Any, probs: Tensor, info: Any, positions: Tensor, simple: bool) -> Tensor:
+        if simple:
+            return draw(probs, info.sampling_seed, positions)
+        # The caller takes the log-probs from `probs` afterwards.
+        return draw_truncated(probs, info.top_ks, info.top_ps, info.sampling_seed, positions)
+
     SamplingBatchInfo.from_schedule_batch = from_schedule_batch
-    # SGLang's own function needs a GPU, and noise of the size of the logits in float64.
-    sampler.multinomial_with_seed = draw
+    Sampler._sample_from_probs = sample
 
 
-def draw(logprobs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-    """One token per row, int64[R, 1], by inverting the cumulative distribution at a number made of seed and position.
+def draw_truncated(probs: Tensor, top_k: Tensor, top_p: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """One token per row, int32[R]. `probs`, [R, V], is cut in place to top-k, then to top-p of what top-k left.
 
-    `logprobs` is [R, V] and need not be normalised; `seeds` and `positions` are int64[R].
+    Rows of `top_k` 1 are greedy, and keep their probabilities: that is how SGLang writes temperature 0.
     """
-    cumulative = logprobs.double().exp().cumsum(dim=-1)
+    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+    ordered.masked_fill_(torch.arange(probs.shape[1], device=probs.device) >= top_k.unsqueeze(1), 0.0)
+    shares = ordered.double() / ordered.double().sum(dim=-1, keepdim=True)
+    # A token stays while the tokens before it do not reach top_p, so the most likely one always stays.
+    before, limit = shares.cumsum(dim=-1) - shares, top_p.unsqueeze(1)
+    ordered.masked_fill_((before >= limit) & (limit < 1), 0.0)
+    ordered /= ordered.sum(dim=-1, keepdim=True)
+    greedy = (top_k == 1).unsqueeze(1)
+    probs.copy_(torch.where(greedy, probs, torch.zeros_like(probs).scatter_(1, order, ordered)))
+    return torch.where(greedy[:, 0], order[:, 0].to(torch.int32), draw(probs, seeds, positions))
+
+
+def draw(probs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """One token per row, int32[R], by inverting the cumulative distribution at a number made of seed and position.
+
+    `probs` is [R, V] and need not be normalised; `seeds` and `positions` are integers, [R].
+    """
+    cumulative = probs.double().cumsum(dim=-1)
     targets = uniforms(seeds, positions).unsqueeze(1) * cumulative[:, -1:]
     # The first token whose cumulative probability exceeds the target: one of probability 0 is never that.
-    return torch.searchsorted(cumulative, targets, right=True)
+    return torch.searchsorted(cumulative, targets, right=True)[:, 0].to(torch.int32)
 
 
 def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:

@@ -46,7 +46,10 @@ class LearnerPart:
         self._tokenizer = load_tokenizer(folder)
         env = load_env(config.env.path, self._tokenizer, config.env.args)
         model = load_model(str(resume or folder), dtype=torch.float32, device="cpu")
-        self.learner = Learner(config, model, row_length(config, env.max_prompt_tokens), address)
+        row_tokens = row_length(config, env.max_prompt_tokens)
+        # A resumed run keeps the reference of its beginning.
+        reference = load_model(folder, dtype=torch.float32, device="cpu") if config.loss.needs_reference else None
+        self.learner = Learner(config, model, row_tokens, reference=reference, address=address)
         if resume is not None:
             self.learner.load_state(checkpoint.load_optimizer(resume), checkpoint.load_cursor(resume).version)
 

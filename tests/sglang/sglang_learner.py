@@ -1,0 +1,87 @@
+"""A learner in a process of its own, which the engine tests tell what to broadcast."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from asyncrl.weights import BroadcastGroup, Bucket, Rendezvous, digest, make_buckets, open_rendezvous, publish
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def _serve(pipe: Connection) -> None:
+    """Obeys ("open", world size), ("join",), ("send", tensors, how many buckets) until the pipe closes."""
+    torch.set_num_threads(1)
+    where: Any = None
+    store: Any = None
+    group: Any = None
+    while True:
+        try:
+            command, *rest = pipe.recv()
+        except EOFError:
+            return
+        if command == "open":
+            where, store = open_rendezvous("127.0.0.1", rest[0], 30)
+            pipe.send(where)
+        elif command == "join":
+            group = BroadcastGroup(where, 0, "127.0.0.1", store)
+            pipe.send("joined")
+        else:
+            tensors, limit = rest
+            pipe.send(publish(group, buckets_of(tensors)[:limit], dict(tensors), torch.device("cpu")))
+
+
+def buckets_of(tensors: Tensors) -> list[Bucket]:
+    """Several buckets, so that an update can stop between two."""
+    return make_buckets(tensors.items(), "float32", 200_000)
+
+
+class Learner:
+    """Its handle in the test process."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    async def _ask(self, *command: Any) -> Any:
+        self._pipe.send(command)
+        return await asyncio.to_thread(self._pipe.recv)
+
+    async def meet(self, *engines: Any) -> Rendezvous:
+        """A new broadcast group with the engines in it."""
+        where: Rendezvous = await self._ask("open", 1 + sum(engine.num_ranks for engine in engines))
+        joins, rank = [self._ask("join")], 1
+        for engine in engines:
+            joins.append(engine.join(where, rank))
+            rank += engine.num_ranks
+        await asyncio.gather(*joins)
+        return where
+
+    async def update(self, version: int, tensors: Tensors, *engines: Any) -> str:
+        """A whole update of engines that are in the group; checks their digests."""
+        await asyncio.gather(*(engine.pause() for engine in engines))
+        await self.send(tensors, None, *engines)
+        digests = [await engine.resume(version) for engine in engines]
+        assert digests == [digest(tensors.items())] * len(engines)
+        return digests[0]
+
+    async def send(self, tensors: Tensors, limit: int | None, *engines: Any) -> None:
+        """The first `limit` buckets, to paused engines."""
+        sending = asyncio.create_task(self._ask("send", tensors, limit))
+        for bucket in buckets_of(tensors)[:limit]:
+            await asyncio.gather(*(engine.receive(bucket) for engine in engines))
+        await sending
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join(10)
+        self._process.kill()

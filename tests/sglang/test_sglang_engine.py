@@ -1,0 +1,231 @@
+"""What new weights do to requests in flight, proved by log-probs; what ends a request; what ends an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from asyncrl.types import Completion, Sampling
+
+pytestmark = pytest.mark.timeout(120)
+PROMPTS = [[19, 6, 2, 9, 3, 12], [5], [20, 4, 8], [7] * 17, [3, 14, 15, 9, 2, 6, 5, 3, 5]]
+LONG = Sampling(120)
+
+
+def logprobs_of(logits: torch.Tensor, ids: torch.Tensor) -> np.ndarray:
+    return torch.log_softmax(logits.float(), dim=-1).gather(1, ids[:, None])[:, 0].numpy()
+
+
+def exact(model: Any, prompt: list[int], completion: Completion) -> np.ndarray:
+    """Log-probs of the completion's tokens from one forward of the model."""
+    ids = torch.tensor([*prompt, *completion.token_ids.tolist()])
+    with torch.no_grad():
+        logits = model(ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return logprobs_of(logits, ids[len(prompt) :])
+
+
+def mixed(old: Any, new: Any, prompt: list[int], completion: Completion, boundary: int) -> np.ndarray:
+    """The same when `new` takes over the keys and values of `old` before token `boundary`; tokens before it are 0."""
+    ids = torch.tensor([*prompt, *completion.token_ids.tolist()])
+    seen = len(prompt) + boundary - 1  # The last token before the boundary is fed after it.
+    with torch.no_grad():
+        cache = old(ids[None, :seen], use_cache=True).past_key_values
+        logits = new(ids[None, seen:-1], past_key_values=cache).logits[0]
+    return np.concatenate([np.zeros(boundary), logprobs_of(logits, ids[seen + 1 :])])
+
+
+def difference(completion: Completion, expected: np.ndarray, part: slice) -> float:
+    return float(np.abs(completion.logprobs[part] - expected[part]).max())
+
+
+async def update_in_flight(world: Any, mode: str) -> list[Completion]:
+    await world.reset(mode)
+    calls = [asyncio.create_task(world.engine.generate(p, LONG, i)) for i, p in enumerate(PROMPTS)]
+    await world.started()
+    await world.publish_new(1)
+    return await asyncio.gather(*calls)
+
+
+@pytest.mark.parametrize("mode", ["keep", "recompute"])
+def test_the_boundary_is_where_the_versions_say(world, run, mode):
+    for prompt, completion in zip(PROMPTS, run(update_in_flight(world, mode)), strict=True):
+        boundary = int(np.searchsorted(completion.versions, 1))
+        assert 0 < boundary < len(completion.versions) == 120
+        assert completion.versions.tolist() == [0] * boundary + [1] * (120 - boundary)
+        before = exact(world.old, prompt, completion)
+        if mode == "keep":
+            after = mixed(world.old, world.new, prompt, completion, boundary)
+        else:
+            after = exact(world.new, prompt, completion)
+        assert difference(completion, before, slice(boundary)) < 1e-5
+        assert difference(completion, after, slice(boundary, None)) < 1e-5
+        # The first token after it is not one of the old weights, nor the last one before it one of the new.
+        assert difference(completion, before, slice(boundary, boundary + 1)) > 1e-3
+        if mode == "recompute":
+            assert difference(completion, after, slice(boundary - 1, boundary)) > 1e-3
+
+
+def test_an_abort_returns_what_there_is_and_keeps_the_waiting(world, run):
+    async def body():
+        await world.reset("abort")
+        calls = [asyncio.create_task(world.engine.generate(p, LONG, i)) for i, p in enumerate(PROMPTS)]
+        await world.started()
+        await world.engine.pause()
+        waiting = [asyncio.create_task(world.engine.generate([5], Sampling(6), i)) for i in range(3)]
+        await world.publish_new(1)
+        return await asyncio.gather(*calls), await asyncio.gather(*waiting)
+
+    partial, waited = run(body())
+    for prompt, completion in zip(PROMPTS, partial, strict=True):
+        assert completion.finish == "abort"
+        assert 0 < len(completion.token_ids) < 120
+        assert set(completion.versions.tolist()) == {0}
+        assert difference(completion, exact(world.old, prompt, completion), slice(None)) < 1e-5
+    for completion in waited:
+        assert completion.finish == "length"
+        assert set(completion.versions.tolist()) == {1}
+        assert difference(completion, exact(world.new, [5], completion), slice(None)) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["keep", "recompute", "abort"])
+def test_a_pause_without_an_update_changes_nothing(world, run, mode):
+    async def body(pauses):
+        calls = [asyncio.create_task(world.engine.generate(p, LONG, i)) for i, p in enumerate(PROMPTS)]
+        await world.started()
+        for _ in range(pauses):
+            await world.engine.pause()
+            await world.engine.resume(0)
+        return await asyncio.gather(*calls)
+
+    run(world.reset(mode))
+    for straight, paused in zip(run(body(0)), run(body(3)), strict=True):
+        assert straight.token_ids.tolist() == paused.token_ids.tolist()
+        assert straight.finish == paused.finish == "length"
+        assert set(paused.versions.tolist()) == {0}
+
+
+@pytest.mark.parametrize("mode", ["keep", "recompute"])
+def test_requests_that_wait_for_a_place_start_under_the_new_weights(world, run, mode):
+    """Their prompts are in the prefix cache, as the old weights computed them."""
+
+    async def body():
+        await world.reset(mode)
+        await world.engine.generate(PROMPTS[3], Sampling(2), 0)
+        running = [asyncio.create_task(world.engine.generate(PROMPTS[4], LONG, i)) for i in range(8)]
+        waiting = [asyncio.create_task(world.engine.generate(PROMPTS[3], Sampling(20), i)) for i in range(3)]
+        while world.engine.num_open < 11:
+            await asyncio.sleep(0)
+        await world.publish_new(1)
+        await asyncio.gather(*running)
+        return await asyncio.gather(*waiting)
+
+    for completion in run(body()):
+        assert set(completion.versions.tolist()) == {1}
+        assert difference(completion, exact(world.new, PROMPTS[3], completion), slice(None)) < 1e-5
+
+
+def test_the_prefix_cache_is_kept_and_salted(world, run):
+    prompt = PROMPTS[3] + PROMPTS[0]
+
+    async def cached(seed):
+        before = world.engine.num_cached_tokens
+        completion = await world.engine.generate(prompt, Sampling(4), seed)
+        return world.engine.num_cached_tokens - before, completion
+
+    async def body():
+        await world.reset()
+        found = [(await cached(seed))[0] for seed in range(2)]
+        await world.engine.pause()
+        await world.engine.resume(0)
+        found.append((await cached(2))[0])
+        await world.publish_new(1)
+        return found, await cached(3), await cached(4)
+
+    found, (first, completion), (second, _) = run(body())
+    assert found[0] == first == 0
+    assert found[1] == found[2] == second == len(prompt) - 1
+    assert difference(completion, exact(world.new, prompt, completion), slice(None)) < 1e-5
+
+
+def test_cancelling_a_call_ends_its_request_and_no_other(world, run):
+    async def body():
+        await world.reset()
+        # Sixteen, so that the ids of some would be prefixes of others if they were plain numbers.
+        calls = [asyncio.create_task(world.engine.generate([5], Sampling(300), i)) for i in range(3)]
+        others = [asyncio.create_task(world.engine.generate([6], Sampling(30), i)) for i in range(13)]
+        await asyncio.gather(*others)
+        running = dict(world.engine._manager.rid_to_state)
+        calls[0].cancel()
+        calls[1].cancel()
+        kept = await calls[2]
+        return kept, [len(state.output_ids) for state in running.values()], world.engine._manager.rid_to_state
+
+    kept, lengths, left = run(body())
+    assert len(kept.token_ids) == 300
+    assert sorted(lengths)[2] == 300
+    assert all(30 <= length < 300 for length in sorted(lengths)[:2])
+    assert not left
+
+
+def test_a_partial_update_is_an_error_and_can_be_made_again(world, run):
+    async def body():
+        await world.reset()
+        calls = [asyncio.create_task(world.engine.generate(p, LONG, i)) for i, p in enumerate(PROMPTS)]
+        await world.started()
+        await world.engine.pause()
+        await world.learner.send(dict(world.new.named_parameters()), 2, world.engine)
+        with pytest.raises(RuntimeError, match=r"partial: \d+ of 26 parameters did not arrive"):
+            await world.engine.resume(1)
+        await world.learner.meet(world.engine)
+        await world.publish_new(1)
+        return await asyncio.gather(*calls)
+
+    for prompt, completion in zip(PROMPTS, run(body()), strict=True):
+        boundary = int(np.searchsorted(completion.versions, 1))
+        after = mixed(world.old, world.new, prompt, completion, boundary)
+        assert difference(completion, after, slice(boundary, None)) < 1e-5
+
+
+def test_two_engines_on_one_host_and_the_end_of_one(world, run):
+    from conftest import start
+
+    async def body(second):
+        tensors = dict(world.new.named_parameters())
+        await world.learner.meet(world.engine, second)
+        await world.learner.update(1, tensors, world.engine, second)
+        one, two = [await engine.generate(PROMPTS[0], LONG, 3) for engine in (world.engine, second)]
+        assert one.token_ids.tolist() == two.token_ids.tolist()
+        assert one.digests == two.digests
+
+        calls = [asyncio.create_task(second.generate(p, Sampling(400), 0)) for p in PROMPTS]
+        await second.generate([5], Sampling(2), 0)
+        [process] = second._processes
+        os.kill(process.pid, signal.SIGKILL)
+        async with asyncio.timeout(10):
+            results = await asyncio.gather(*calls, return_exceptions=True)
+        for result in results:
+            assert isinstance(result, RuntimeError)
+            assert f"process {process.pid} ended with exit code -9" in str(result)
+        with pytest.raises(RuntimeError, match="exit code -9"):
+            await second.pause()
+        await second.close()
+        assert len((await world.engine.generate(PROMPTS[0], LONG, 3)).token_ids) == 120
+
+    run(world.reset())
+    second = run(start(world.folder, max_length=512), 120)
+    run(body(second))
+
+
+def test_an_engine_that_cannot_start_says_so(world, run):
+    from conftest import start
+
+    with pytest.raises(ValueError, match="engine_args.max_runing_requests is not an argument .*did you mean"):
+        run(start(world.folder, max_length=64, engine_args={"max_runing_requests": 4}))
+    with pytest.raises(ValueError, match="'triton' needs a GPU"):
+        run(start(world.folder, max_length=64, attention_backend="triton"))

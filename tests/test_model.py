@@ -1,0 +1,95 @@
+"""The tiny model and its tokenizer, and what loading says when it cannot."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from asyncrl.model import build_tiny, encode, load_model, load_tokenizer, stop_token_ids
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    build_tiny(path, seed=0)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return load_tokenizer(folder)
+
+
+def load(folder, dtype=torch.float32):
+    return load_model(folder, dtype=dtype, device="cpu")
+
+
+def test_the_tiny_model_is_what_it_says(folder, tokenizer):
+    model = load(folder)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 397_568
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.vocab_size == len(tokenizer) == 25
+    assert model.config.rope_parameters["rope_theta"] == 1e4
+    assert not model.training
+    assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.05, rel=0.1)
+    assert stop_token_ids(model, tokenizer) == (tokenizer.eos_token_id,)
+
+
+def test_the_seed_decides_the_weights_and_nothing_else_is_touched(folder, tmp_path):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    build_tiny(tmp_path / "same", seed=0)
+    build_tiny(tmp_path / "other", seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    first, same, other = (load(path).state_dict() for path in (folder, tmp_path / "same", tmp_path / "other"))
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+def test_sizes_can_be_chosen(tmp_path):
+    build_tiny(tmp_path, num_layers=1, hidden_size=32, intermediate_size=64, num_heads=2, num_kv_heads=1, seed=0)
+    model = load(tmp_path, torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert (model.config.num_hidden_layers, model.config.hidden_size) == (1, 32)
+
+
+def test_encoding_keeps_every_character_and_adds_none(tokenizer):
+    text = "m4071=s12, 3:a+-*rcg"
+    assert len(encode(tokenizer, text)) == len(text) == len(tokenizer.encode(text))
+    assert tokenizer.decode(encode(tokenizer, text)) == text
+    assert tokenizer.decode([*encode(tokenizer, "12"), tokenizer.eos_token_id], skip_special_tokens=True) == "12"
+
+
+def test_an_unknown_character_is_named(tokenizer):
+    with pytest.raises(ValueError, match=r"cannot encode \['q', 'z'\] in 'q1z'"):
+        encode(tokenizer, "q1z")
+
+
+def test_other_readers_load_the_folder(folder):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.dtype == torch.float32
+    assert len(tokenizer) == 25
+    assert tokenizer.decode(tokenizer.encode("m4071=")) == "m4071="
+
+
+def test_stop_tokens_are_those_of_the_model_and_of_the_tokenizer(folder, tokenizer):
+    model = load(folder)
+    model.generation_config.eos_token_id = [7, 3]
+    assert stop_token_ids(model, tokenizer) == (1, 3, 7)
+    model.generation_config.eos_token_id = None
+    assert stop_token_ids(model, tokenizer) == (1,)
+
+
+@pytest.mark.parametrize("read", [load, load_tokenizer], ids=["model", "tokenizer"])
+def test_an_unreadable_path_is_named(tmp_path, read):
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ValueError, match=f"could be loaded from '{path}'"):
+            read(path)
+
+
+def test_loading_removes_dropout(folder, tmp_path):
+    model = load(folder)
+    model.config.attention_dropout = 0.5
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[3, 4, 5]])
+    training = load(tmp_path).train()
+    assert torch.equal(training(ids).logits, load(folder)(ids).logits)

@@ -1,0 +1,199 @@
+"""The pool of rollout actors, on actors that do as they are told: load, retries, deaths, and updates that go wrong."""
+
+import asyncio
+
+import numpy as np
+import pytest
+from helpers import run, trajectory
+
+from asyncrl.engine.base import Engine
+from asyncrl.rollout import ActorDied, Rollout, RolloutFailed, RolloutPool, UpdateReport, make_group, sample_seed
+from asyncrl.types import Completion, Prompt, Sampling
+from asyncrl.weights import Rendezvous
+
+PROMPTS = [Prompt(number, (1, 2), "") for number in range(8)]
+
+
+class Actor:
+    num_ranks = 1
+
+    def __init__(self, name):
+        self.name = name
+        self.played, self.joined = [], []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.error = None
+        self.digest = "right"
+        self.update_error = None
+
+    async def run(self, prompt):
+        self.played.append(prompt.id)
+        await self.gate.wait()
+        if self.error:
+            raise self.error
+        return make_group(prompt, [trajectory(2, 3, seed=prompt.id)])
+
+    async def evaluate(self, prompts):
+        if self.error:
+            raise self.error
+        return [float(prompt.id) for prompt in prompts]
+
+    async def join(self, where, first_rank):
+        self.joined.append((where.world_size, first_rank))
+
+    async def update_weights(self, buckets, version):
+        if self.update_error:
+            raise self.update_error
+        return UpdateReport(self.digest, 0.01, 1.0, 0.5, 10)
+
+    async def close(self):
+        pass
+
+
+class Learner:
+    version = 3
+    buckets = ()
+
+    async def rendezvous(self, world_size):
+        return Rendezvous("nowhere", 0, world_size, "test")
+
+    async def join(self):
+        pass
+
+    async def broadcast(self):
+        return "right"
+
+
+def test_prompts_go_to_the_least_loaded():
+    async def body():
+        slow, fast = Actor("slow"), Actor("fast")
+        slow.gate.clear()
+        pool = RolloutPool([slow, fast], max_attempts=1)
+        first = asyncio.ensure_future(pool.run(PROMPTS[0]))
+        await asyncio.sleep(0)
+        for prompt in PROMPTS[1:4]:
+            await pool.run(prompt)
+        slow.gate.set()
+        await first
+        assert (slow.played, fast.played) == ([0], [1, 2, 3])
+
+    run(body())
+
+
+def test_a_failure_is_tried_on_the_other_actor_and_counted():
+    async def body():
+        broken, sound = Actor("broken"), Actor("sound")
+        broken.error = KeyError("x")
+        pool = RolloutPool([broken, sound], max_attempts=2)
+        for prompt in PROMPTS:
+            assert (await pool.run(prompt)).prompt == prompt
+        assert sound.played == [prompt.id for prompt in PROMPTS]
+        assert pool.failures == {"KeyError": len(broken.played)}
+
+    run(body())
+
+
+def test_a_prompt_out_of_attempts_is_named():
+    async def body():
+        actors = [Actor("a"), Actor("b")]
+        for actor in actors:
+            actor.error = KeyError("x")
+        with pytest.raises(RolloutFailed, match="prompt 5 failed 3 times"):
+            await RolloutPool(actors, max_attempts=3).run(PROMPTS[5])
+
+    run(body())
+
+
+def test_the_dead_leave_and_the_last_death_ends_the_run():
+    async def body():
+        dying, other = Actor("dying"), Actor("other")
+        pool = RolloutPool([dying, other], max_attempts=3)
+        await pool.update_weights(Learner())
+        assert [dying.joined, other.joined] == [[(3, 1)], [(3, 2)]]
+        dying.error = ActorDied("gone")
+        dying.update_error = dying.error
+        assert await pool.evaluate(PROMPTS) == sorted(prompt.id for prompt in PROMPTS)
+        assert pool.actors == [other]
+        await pool.update_weights(Learner())
+        assert other.joined[-1] == (2, 1), "the survivors form a group of their own"
+        other.error = ActorDied("gone too")
+        with pytest.raises(RolloutFailed, match="the last rollout actor, other, died"):
+            await pool.run(PROMPTS[0])
+
+    run(body())
+
+
+@pytest.mark.parametrize("fault", ["digest", "error"])
+def test_an_update_that_fails_on_one_engine_ends_the_run_and_names_it(fault):
+    async def body():
+        actors = [Actor("rollout 0"), Actor("rollout 1")]
+        if fault == "digest":
+            actors[1].digest = "wrong"
+        else:
+            actors[1].update_error = RuntimeError("disk on fire")
+        message = "rollout 1 holds other weights.*version 3.*wrong" if fault == "digest" else "rollout 1 failed.*on fire"
+        pool = RolloutPool(actors, max_attempts=1)
+        with pytest.raises(RuntimeError, match=message):
+            await pool.update_weights(Learner())
+        assert 3 not in pool.published
+
+    run(body())
+
+
+def test_utilisation_is_that_of_the_time_since_the_update_before():
+    async def body():
+        actor = Actor("a")
+        pool = RolloutPool([actor], max_attempts=1)
+        assert (await pool.update_weights(Learner()))["rollout/idle"] == pytest.approx(0.5)
+        now = UpdateReport("right", 0.02, 3.0, 2.0, 30)
+        actor.update_weights = lambda *_: asyncio.sleep(0, now)
+        metrics = await pool.update_weights(Learner())
+        assert metrics["rollout/idle"] == pytest.approx(0.25)
+        assert metrics["rollout/num_tokens"] == 20
+        assert metrics["sync/pause_s"] == 0.02
+
+    run(body())
+
+
+class Interrupting(Engine):
+    """Ends every second request after two tokens, as an engine does that aborts on update."""
+
+    num_ranks, busy_s = 1, 0.0
+
+    def __init__(self):
+        self.calls = []
+
+    async def generate(self, token_ids, sampling, seed):
+        self.calls.append((tuple(token_ids), sampling.max_new_tokens, seed))
+        aborted = len(self.calls) % 2 == 1
+        new = np.arange(2 if aborted else sampling.max_new_tokens, dtype=np.int32) + 10 * len(self.calls)
+        version = len(self.calls)
+        versions, finish = np.full(len(new), version, np.int32), "abort" if aborted else "length"
+        return Completion(new, -np.ones(len(new), np.float32), versions, finish, {version: f"digest {version}"})
+
+
+class Echo:
+    async def play(self, prompt, generate):
+        from asyncrl.envs.base import single_turn
+
+        return single_turn(prompt, await generate(prompt.token_ids), 1.0)
+
+
+def test_an_aborted_request_goes_on_where_it_stopped():
+    engine = Interrupting()
+    rollout = Rollout(engine, Echo(), Sampling(5), group_size=1, seed=0)
+    group = run(rollout.run(PROMPTS[0]))
+    (attempt,) = group.trajectories
+    assert attempt.token_ids.tolist() == [1, 2, 10, 11, 20, 21, 22]
+    assert attempt.versions.tolist() == [0, 0, 1, 1, 2, 2, 2]
+    assert (group.oldest, group.newest, group.lengths) == (1, 2, (5,))
+    assert group.digests == {1: "digest 1", 2: "digest 2"}
+    assert [(call[0], call[1]) for call in engine.calls] == [((1, 2), 5), ((1, 2, 10, 11), 3)]
+    assert engine.calls[0][2] != engine.calls[1][2], "the same seed would repeat the same draws"
+
+
+def test_seeds_differ_by_everything_that_is_sampled():
+    seeds = {sample_seed(r, p, s, t) for r in range(3) for p in range(3) for s in range(3) for t in range(3)}
+    assert len(seeds) == 81
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert sample_seed(1, 2, 3, 4) == sample_seed(1, 2, 3, 4)
