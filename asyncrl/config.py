@@ -1,7 +1,6 @@
 """Every knob of a run, with the rules between them. Imports nothing heavy, so that mistakes show at once.
 
 A run's configuration is the defaults below, then a TOML file, then `section.key=value` words of the command line.
-The defaults are the built-in job: "largest digit", learnt from random weights on two cores.
 """
 
 from __future__ import annotations
@@ -121,7 +120,7 @@ class CheckpointConfig(_Section, frozen=True, kw_only=True):
 
 class Config(_Section, frozen=True, kw_only=True):
     seed: int = 0
-    num_steps: int = 160
+    num_steps: int = 100
     run_dir: str = "runs"
     """Folder that run folders are made in."""
     runtime: Literal["cluster", "local"] = "cluster"

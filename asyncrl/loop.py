@@ -94,6 +94,8 @@ async def run(system: System) -> None:
     await system.rollouts.update_weights(system.learner)  # every engine starts from the learner's own weights
     try:
         async with asyncio.TaskGroup() as tasks:
+            if system.config.eval.every:
+                tasks.create_task(evaluate(system))  # where the curve starts
             producers = [tasks.create_task(produce(system)) for _ in range(system.buffer.capacity)]
             await learn(system, tasks)
             system.buffer.close()

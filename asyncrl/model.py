@@ -82,7 +82,7 @@ def load_model(
     except (OSError, ValueError) as error:
         raise ValueError(f"no model could be loaded from {str(path)!r}: {error}") from error
     _remove_dropout(model)
-    nn.Module.to(model, torch.device(device))
+    nn.Module.to(model, torch.device(device))  # Its own `to` only adds checks for quantised weights, and has no types.
     return model.eval()
 
 

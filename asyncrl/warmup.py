@@ -56,6 +56,7 @@ def warm_up(model: nn.Module, env: Env, config: Config, *, quiet: bool) -> None:
             f"warmup.num_steps is {config.warmup.num_steps}, but {config.env.path} has no demonstrations(); "
             "set warmup.num_steps=0 or add the method (see asyncrl.envs.base.Teacher)"
         )
+    torch.set_num_threads(config.learner.num_threads)
     demonstrations = env.demonstrations(config.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.warmup.learning_rate, betas=(0.9, 0.95), weight_decay=0)
     for _ in track(range(config.warmup.num_steps), description="warm-up", disable=quiet):

@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of runs for each workload")
     parser.add_argument("--batch", type=int, default=32, help="requests that run at once")
-    parser.add_argument("--requests", type=int, default=384, help="requests in one run")
+    parser.add_argument("--requests", type=int, default=256, help="requests in one run")
     parser.add_argument("--out", type=Path, help="file to append one JSON line for each workload to")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -1,6 +1,8 @@
 """Runs a training job: command line -> configuration -> actors -> the loop -> exit code.
 
 python launch/run.py [CONFIG.toml] [--num-rollout-actors 4] [section.key=value ...] [--dry-run] [--resume RUN_DIR]
+
+Without CONFIG.toml it runs configs/largest_digit.toml.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import uvloop
 
 from asyncrl import config as configuration
 from asyncrl.config import Config
+
+DEFAULT = Path(__file__).parent.parent / "configs" / "largest_digit.toml"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,7 +60,7 @@ def resolve(options: argparse.Namespace) -> Config:
     if options.num_rollout_actors is not None:
         overrides.append(f"rollout.num_actors={options.num_rollout_actors}")
     if options.resume is None:
-        return configuration.load(files[0] if files else None, overrides)
+        return configuration.load(files[0] if files else DEFAULT, overrides)
     if files:
         raise ValueError("--resume takes its configuration from the run folder; give section.key=value words only")
     return configuration.load(options.resume / "config.json", overrides)

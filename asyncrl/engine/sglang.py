@@ -16,22 +16,15 @@ are the least recently used. Nothing is flushed at an update, as a flush with re
 from __future__ import annotations
 
 import asyncio
-import atexit
-import contextlib
 import dataclasses
 import json
-import multiprocessing
-import signal
-import threading
 import time
-from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
-from multiprocessing.process import BaseProcess
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
-import torch
 
-from asyncrl.engine import sampler, sglang_args, sglang_scheduler
+from asyncrl.engine import sampler, sglang_launch, sglang_scheduler
 from asyncrl.types import Completion, Finish, Sampling, Version
 from asyncrl.weights import Bucket, Rendezvous
 
@@ -72,7 +65,7 @@ class SGLangEngine:
         loop = asyncio.get_running_loop()
         self._group_timeout_s = 0.0
         self._end: asyncio.Future[Exception] = loop.create_future()
-        self._processes = _own_processes(engine)
+        self._processes = sglang_launch.own_processes(engine)
         for process in self._processes:
             loop.add_reader(process.sentinel, self._on_exit, process)
 
@@ -86,7 +79,7 @@ class SGLangEngine:
         max_running: int,
         max_length: int,
         tensor_parallel_size: int = 1,
-        attention_backend: sglang_args.AttentionBackend = "auto",
+        attention_backend: sglang_launch.AttentionBackend = "auto",
         gpu_memory_utilization: float = 0.8,
         on_update: OnUpdate = "keep",
         seed: int = 0,
@@ -100,28 +93,25 @@ class SGLangEngine:
         node's own, for the broadcast group. `engine_args` are further arguments of SGLang. Raises `ValueError` for
         settings that cannot work, `RuntimeError` when a process ends while it starts.
         """
-        import sglang
-
-        sglang_args.check_version(sglang.__version__, allow_any_version)
-        from sglang.srt.server_args import ServerArgs
-
-        capability = torch.cuda.get_device_capability() if device == "cuda" else None
-        arguments = sglang_args.server_arguments(
+        sglang_launch.check_version(allow_any_version)
+        arguments = sglang_launch.server_arguments(
             model_path=str(model_path),
             dtype=dtype,
             device=device,
             tensor_parallel_size=tensor_parallel_size,
-            attention_backend=sglang_args.choose_attention_backend(
-                attention_backend, capability, sglang_args.available_attention_backends()
+            attention_backend=sglang_launch.choose_attention_backend(
+                attention_backend,
+                sglang_launch.compute_capability(device),
+                sglang_launch.available_attention_backends(),
             ),
             max_running=max_running,
             max_length=max_length,
             gpu_memory_utilization=gpu_memory_utilization,
             seed=seed,
             extra=engine_args or {},
-            known={field.name for field in dataclasses.fields(ServerArgs)},
+            known=sglang_launch.known_arguments(),
         )
-        engine = _launch(arguments)
+        engine = sglang_launch.launch(arguments)
         started = cls(
             engine,
             num_ranks=tensor_parallel_size,
@@ -130,13 +120,7 @@ class SGLangEngine:
             dtype=dtype,
             address=address,
         )
-        longest = engine.tokenizer_manager.max_req_input_len
-        if max_length > longest:
-            await started.close()
-            raise ValueError(
-                f"max_length must be at most {longest}, which the model's context and the cache leave for one request, "
-                f"got {max_length}: shorten it, or raise gpu_memory_utilization or engine_args.max_total_tokens"
-            )
+        await started._check_room()
         return started
 
     @property
@@ -245,7 +229,17 @@ class SGLangEngine:
         self._finish(RuntimeError("the engine was closed with the request in flight"))
         for task in list(self._manager.asyncio_tasks):
             task.cancel()
-        await asyncio.to_thread(_end_processes, self._processes)
+        await asyncio.to_thread(sglang_launch.end_processes, self._processes)
+
+    async def _check_room(self) -> None:
+        """SGLang would shorten a completion that its cache or the model's context has no room for, without a word."""
+        longest = self._manager.max_req_input_len
+        if self._max_length > longest:
+            await self.close()
+            raise ValueError(
+                f"max_length must be at most {longest}, which the model's context and the cache leave for one request, "
+                f"got {self._max_length}: shorten it, or raise gpu_memory_utilization or engine_args.max_total_tokens"
+            )
 
     def _check(self, token_ids: Sequence[int], sampling: Sampling) -> None:
         sampler.check(sampling)
@@ -315,7 +309,8 @@ class SGLangEngine:
     async def _until_end(self, work: Awaitable[T], timeout_s: float | None, doing: str) -> T:
         """The result of `work`, unless a process ends or the time is up before."""
         task = asyncio.ensure_future(work)
-        await asyncio.wait({task, self._end}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {task, self._end}
+        await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         self._raise_if_ended()
@@ -353,62 +348,3 @@ def _finish(reason: Mapping[str, Any]) -> Finish:
     if kind == "abort" and reason.get("message") == sglang_scheduler.ABORTED:
         return "abort"
     raise RuntimeError(f"SGLang ended a request: {reason}")
-
-
-def _launch(arguments: Mapping[str, Any]) -> Any:
-    from sglang.srt.entrypoints.engine import Engine
-
-    class VersionedEngine(Engine):  # type: ignore[misc]
-        """SGLang's engine with the scheduler of `sglang_scheduler`."""
-
-        run_scheduler_process_func = staticmethod(sglang_scheduler.run_scheduler)
-
-        @classmethod
-        def _launch_detokenizer_subprocesses(cls, *_args: Any, **_kwargs: Any) -> tuple[list[Any], list[str]]:
-            # Token ids go straight from the scheduler to this process; the detokenizer would only take memory.
-            return [], []
-
-    others = set(multiprocessing.active_children())
-    try:
-        with _kept_signal_handlers():
-            engine = VersionedEngine(**arguments)
-            engine.tokenizer_manager.auto_create_handle_loop()
-    except BaseException:
-        _end_processes(set(multiprocessing.active_children()) - others)
-        raise
-    # It would answer the end of a child by a signal that ends this process.
-    engine.tokenizer_manager._subprocess_watchdog.stop()
-    # It would end every child of this process, those of another engine included.
-    atexit.unregister(engine.shutdown)
-    return engine
-
-
-@contextlib.contextmanager
-def _kept_signal_handlers() -> Iterator[None]:
-    """Undoes the handlers that SGLang installs when it starts in a main thread: they end this process."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGTERM, signal.SIGQUIT)
-    before = {number: signal.getsignal(number) for number in numbers}
-    try:
-        yield
-    finally:
-        for number in numbers:
-            asyncio.get_running_loop().remove_signal_handler(number)
-            signal.signal(number, before[number])
-
-
-def _own_processes(engine: Any) -> list[BaseProcess]:
-    own = set(engine.get_all_child_pids())
-    processes = [process for process in multiprocessing.active_children() if process.pid in own]
-    # Python would wait for them at its exit.
-    atexit.register(_end_processes, processes)
-    return processes
-
-
-def _end_processes(processes: Iterable[BaseProcess]) -> None:
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.join(timeout=30)

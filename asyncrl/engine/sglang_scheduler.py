@@ -26,12 +26,17 @@ import json
 import os
 import traceback
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from asyncrl.weights import BroadcastGroup, Bucket, Rendezvous, tensor_digest
+
+if TYPE_CHECKING:
+    _Scheduler = Any
+else:
+    _Scheduler = object
 
 _GOLDEN, _MIX_1, _MIX_2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -46,7 +51,7 @@ def run_scheduler(*args: Any, **kwargs: Any) -> None:
     """The target of a scheduler process, in place of SGLang's own."""
     from sglang.srt.managers import scheduler
 
-    scheduler.Scheduler = _scheduler_class(scheduler.Scheduler)
+    scheduler.Scheduler = type("VersionedScheduler", (SchedulerMixin, scheduler.Scheduler), {})
     scheduler.run_scheduler_process(*args, **kwargs)
 
 
@@ -64,104 +69,101 @@ def _exits_on_error(method: Any) -> Any:
     return wrapper
 
 
-def _scheduler_class(base: Any) -> Any:
-    class VersionedScheduler(base):  # type: ignore[misc]
-        """SGLang's scheduler with versions, and with the commands of `SGLangEngine`."""
+class SchedulerMixin(_Scheduler):  # type: ignore[misc]
+    """Goes in front of SGLang's `Scheduler`: versions, and the commands of `SGLangEngine`."""
 
-        @_exits_on_error
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self._version, self._salt = 0, 0
-            super().__init__(*args, **kwargs)
-            # A completion ends at the stop tokens that its request names, and at no others.
-            self.model_config.hf_eos_token_id = None
-            self._weights = ReceivedWeights(self.tp_worker.model_runner.model, self.ps.tp_rank)
-            _replace_sampling()
+    @_exits_on_error
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._version, self._salt = 0, 0
+        super().__init__(*args, **kwargs)
+        # A completion ends at the stop tokens that its request names, and at no others.
+        self.model_config.hf_eos_token_id = None
+        self._weights = ReceivedWeights(self.tp_worker.model_runner.model, self.ps.tp_rank)
+        _replace_sampling()
 
-        @_exits_on_error
-        def run_event_loop(self) -> None:
-            super().run_event_loop()
+    @_exits_on_error
+    def run_event_loop(self) -> None:
+        super().run_event_loop()
 
-        def init_request_dispatcher(self) -> None:
-            from sglang.srt.managers.io_struct import CheckWeightsReqInput
+    def init_request_dispatcher(self) -> None:
+        from sglang.srt.managers.io_struct import CheckWeightsReqInput
 
-            super().init_request_dispatcher()
-            # The one request of SGLang that carries free text there and back, and is served during a pause.
-            self._request_dispatcher._mapping[CheckWeightsReqInput] = self._obey
+        super().init_request_dispatcher()
+        # The one request of SGLang that carries free text there and back, and is served during a pause.
+        self._request_dispatcher._mapping[CheckWeightsReqInput] = self._obey
 
-        def handle_generate_request(self, recv_req: Any) -> Any:
-            # Salted here and not by the sender: a request may be sent before an update and arrive after it.
-            recv_req.extra_key = str(self._salt)
-            return super().handle_generate_request(recv_req)
+    def handle_generate_request(self, recv_req: Any) -> Any:
+        # Salted here and not by the sender: a request may be sent before an update and arrive after it.
+        recv_req.extra_key = str(self._salt)
+        return super().handle_generate_request(recv_req)
 
-        def run_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-            result = super().run_batch(batch, *args, **kwargs)
-            output = getattr(result, "logits_output", None)
-            if output is not None:
-                output.customized_info = {VERSIONS_KEY: [self._version] * len(batch.reqs)}
-            return result
+    def run_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        result = super().run_batch(batch, *args, **kwargs)
+        output = getattr(result, "logits_output", None)
+        if output is not None:
+            output.customized_info = {VERSIONS_KEY: [self._version] * len(batch.reqs)}
+        return result
 
-        def _obey(self, request: Any) -> Any:
-            from sglang.srt.managers.io_struct import CheckWeightsReqOutput
+    def _obey(self, request: Any) -> Any:
+        from sglang.srt.managers.io_struct import CheckWeightsReqOutput
 
-            command = json.loads(request.action)
-            try:
-                reply = getattr(self, f"_do_{command.pop('do')}")(**command)
-                success = True
-            except Exception as error:  # Whatever it is, the parent is told and the scheduler lives on.
-                reply, success = f"{type(error).__name__}: {error}", False
-            success, reply = self._agree(success, reply)
-            return CheckWeightsReqOutput(success=success, message=json.dumps(reply))
+        command = json.loads(request.action)
+        try:
+            reply = getattr(self, f"_do_{command.pop('do')}")(**command)
+            success = True
+        except Exception as error:  # Whatever it is, the parent is told and the scheduler lives on.
+            reply, success = f"{type(error).__name__}: {error}", False
+        success, reply = self._agree(success, reply)
+        return CheckWeightsReqOutput(success=success, message=json.dumps(reply))
 
-        def _agree(self, success: bool, reply: Any) -> tuple[bool, Any]:
-            """One answer for all tensor-parallel ranks: the first failure, or what all of them say."""
-            if self.ps.tp_size == 1:
-                return success, reply
-            answers: list[Any] = [None] * self.ps.tp_size
-            torch.distributed.all_gather_object(answers, (success, reply), group=self.tp_cpu_group)
-            for rank, (succeeded, said) in enumerate(answers):
-                if not succeeded:
-                    return False, f"tensor-parallel rank {rank}: {said}"
-                if said != answers[0][1]:
-                    return False, f"tensor-parallel ranks 0 and {rank} disagree: {answers[0][1]} and {said}"
+    def _agree(self, success: bool, reply: Any) -> tuple[bool, Any]:
+        """One answer for all tensor-parallel ranks: the first failure, or what all of them say."""
+        if self.ps.tp_size == 1:
             return success, reply
+        answers: list[Any] = [None] * self.ps.tp_size
+        torch.distributed.all_gather_object(answers, (success, reply), group=self.tp_cpu_group)
+        for rank, (succeeded, said) in enumerate(answers):
+            if not succeeded:
+                return False, f"tensor-parallel rank {rank}: {said}"
+            if said != answers[0][1]:
+                return False, f"tensor-parallel ranks 0 and {rank} disagree: {answers[0][1]} and {said}"
+        return success, reply
 
-        def _do_settle(self) -> None:
-            _synchronize(self._weights.device)
+    def _do_settle(self) -> None:
+        _synchronize(self._weights.device)
 
-        def _do_join(self, where: Mapping[str, Any], first_rank: int, address: str) -> None:
-            self._weights.join(Rendezvous(**where), first_rank, address)
+    def _do_join(self, where: Mapping[str, Any], first_rank: int, address: str) -> None:
+        self._weights.join(Rendezvous(**where), first_rank, address)
 
-        def _do_receive(self, names: list[str], dtypes: list[str], shapes: list[list[int]]) -> None:
-            if not self._engine_paused:
-                raise RuntimeError("weights are received only while paused")
-            self._weights.receive(Bucket(tuple(names), tuple(dtypes), tuple(tuple(shape) for shape in shapes)))
+    def _do_receive(self, names: list[str], dtypes: list[str], shapes: list[list[int]]) -> None:
+        if not self._engine_paused:
+            raise RuntimeError("weights are received only while paused")
+        self._weights.receive(Bucket(tuple(names), tuple(dtypes), tuple(tuple(shape) for shape in shapes)))
 
-        def _do_resume(self, version: int, abort: bool) -> str | None:
-            digest = self._weights.finish()
-            _synchronize(self._weights.device)
-            self._version = version
-            if digest is not None:
-                self._salt += 1
-                if abort:
-                    self._end_started()
-                # Those that wait have no keys and values yet, or lost them: they start over under the new weights.
-                for req in self.waiting_queue:
-                    req.extra_key = str(self._salt)
-            return digest
+    def _do_resume(self, version: int, abort: bool) -> str | None:
+        digest = self._weights.finish()
+        _synchronize(self._weights.device)
+        self._version = version
+        if digest is not None:
+            self._salt += 1
+            if abort:
+                self._end_started()
+            # Those that wait have no keys and values yet, or lost them: they start over under the new weights.
+            for req in self.waiting_queue:
+                req.extra_key = str(self._salt)
+        return digest
 
-        def _end_started(self) -> None:
-            """Ends the requests that have tokens; the pause has put all of them back into the queue."""
-            from sglang.srt.managers.schedule_batch import FINISH_ABORT
+    def _end_started(self) -> None:
+        """Ends the requests that have tokens; the pause has put all of them back into the queue."""
+        from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-            started = [req for req in self.waiting_queue if len(req.output_ids) > 0]
-            self.waiting_queue[:] = [req for req in self.waiting_queue if len(req.output_ids) == 0]
-            for req in started:
-                req.finished_reason = FINISH_ABORT(ABORTED)
-            if started:
-                # SGLang's own abort would overtake the last tokens: this goes the way that tokens go.
-                self.output_streamer.stream_output(started, True)
-
-    return VersionedScheduler
+        started = [req for req in self.waiting_queue if len(req.output_ids) > 0]
+        self.waiting_queue[:] = [req for req in self.waiting_queue if len(req.output_ids) == 0]
+        for req in started:
+            req.finished_reason = FINISH_ABORT(ABORTED)
+        if started:
+            # SGLang's own abort would overtake the last tokens: this goes the way that tokens go.
+            self.output_streamer.stream_output(started, True)
 
 
 class ReceivedWeights:

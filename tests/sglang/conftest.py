@@ -18,7 +18,7 @@ from asyncrl.types import Sampling
 
 # This folder has the name of the package: only a submodule tells whether that is installed.
 INSTALLED = importlib.util.find_spec("sglang.srt") is not None
-collect_ignore = [] if INSTALLED else ["test_sglang_contract.py", "test_sglang_engine.py"]
+collect_ignore = [] if INSTALLED else [f"test_sglang_{name}.py" for name in ("contract", "engine", "ray")]
 
 Run = Callable[..., Any]
 

@@ -16,7 +16,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def _serve(pipe: Connection) -> None:
-    """Obeys ("open", world size), ("join",), ("send", tensors, how many buckets) until the pipe closes."""
+    """Obeys ("open", world size, seconds), ("join",), ("send", tensors, how many buckets) until the pipe closes."""
     torch.set_num_threads(1)
     where: Any = None
     store: Any = None
@@ -27,7 +27,7 @@ def _serve(pipe: Connection) -> None:
         except EOFError:
             return
         if command == "open":
-            where, store = open_rendezvous("127.0.0.1", rest[0], 30)
+            where, store = open_rendezvous("127.0.0.1", *rest)
             pipe.send(where)
         elif command == "join":
             group = BroadcastGroup(where, 0, "127.0.0.1", store)
@@ -56,14 +56,19 @@ class Learner:
         self._pipe.send(command)
         return await asyncio.to_thread(self._pipe.recv)
 
-    async def meet(self, *engines: Any) -> Rendezvous:
+    async def meet(self, *engines: Any, timeout_s: float = 30) -> Rendezvous:
         """A new broadcast group with the engines in it."""
-        where: Rendezvous = await self._ask("open", 1 + sum(engine.num_ranks for engine in engines))
+        where = await self.rendezvous(1 + sum(engine.num_ranks for engine in engines), timeout_s)
         joins, rank = [self._ask("join")], 1
         for engine in engines:
             joins.append(engine.join(where, rank))
             rank += engine.num_ranks
         await asyncio.gather(*joins)
+        return where
+
+    async def rendezvous(self, world_size: int, timeout_s: float) -> Rendezvous:
+        """A meeting point that the learner itself has not entered."""
+        where: Rendezvous = await self._ask("open", world_size, timeout_s)
         return where
 
     async def update(self, version: int, tensors: Tensors, *engines: Any) -> str:

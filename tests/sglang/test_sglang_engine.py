@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sglang_learner import buckets_of
 
 from asyncrl.types import Completion, Sampling
 
@@ -192,6 +193,24 @@ def test_a_partial_update_is_an_error_and_can_be_made_again(world, run):
         assert difference(completion, after, slice(boundary, None)) < 1e-5
 
 
+def test_a_learner_that_stays_away_is_named_and_may_come_back(world, run):
+    async def body():
+        alone = await world.learner.rendezvous(2, 1.0)
+        with pytest.raises(RuntimeError, match=rf"rank 1 of 2 could not join .*{alone.name}.* within 1 s"):
+            await world.engine.join(alone, 1)
+        await world.learner.meet(world.engine, timeout_s=1.0)
+        await world.engine.pause()
+        [bucket, *_] = buckets_of(dict(world.new.named_parameters()))
+        with pytest.raises(RuntimeError, match=r"receiving a bucket of \d+ bytes: .* took longer than 1 s"):
+            await world.engine.receive(bucket)
+        await world.reset()
+        return await world.engine.generate(PROMPTS[0], Sampling(20), 0)
+
+    run(world.reset())
+    completion = run(body())
+    assert difference(completion, exact(world.old, PROMPTS[0], completion), slice(None)) < 1e-5
+
+
 def test_two_engines_on_one_host_and_the_end_of_one(world, run):
     from conftest import start
 
@@ -225,7 +244,7 @@ def test_two_engines_on_one_host_and_the_end_of_one(world, run):
 def test_an_engine_that_cannot_start_says_so(world, run):
     from conftest import start
 
-    with pytest.raises(ValueError, match="engine_args.max_runing_requests is not an argument .*did you mean"):
+    with pytest.raises(ValueError, match=r"engine_args.max_runing_requests is not an argument .*did you mean"):
         run(start(world.folder, max_length=64, engine_args={"max_runing_requests": 4}))
     with pytest.raises(ValueError, match="'triton' needs a GPU"):
         run(start(world.folder, max_length=64, attention_backend="triton"))

@@ -1,11 +1,28 @@
-"""How SGLang is started: which versions, which attention backend, which server arguments. Imports nothing heavy."""
+"""How SGLang is started: which versions, which attention backend, which arguments, and what it may not do to its host.
+
+SGLang takes a process for its own: it installs signal handlers, and it ends all children, or the process itself, when
+one of its children fails. Here it may do none of that; the engine watches its processes instead.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import atexit
+import contextlib
+import dataclasses
 import difflib
 import importlib.util
-from collections.abc import Collection, Mapping
+import multiprocessing
+import signal
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from importlib import metadata
+from multiprocessing.process import BaseProcess
 from typing import Any, Literal, TypeAlias
+
+import torch
+
+from asyncrl.engine import sglang_scheduler
 
 AttentionBackend: TypeAlias = Literal["auto", "flashinfer", "fa3", "triton", "torch_native"]
 Capability: TypeAlias = tuple[int, int]
@@ -50,13 +67,33 @@ _FIXED = {
 }
 
 
-def check_version(found: str, allow_any: bool) -> None:
-    """Raises `ValueError` for a version that the engine was not run with, unless `allow_any`."""
+def check_version(allow_any: bool) -> None:
+    """Raises `ValueError` when SGLang is missing, or is a version that the engine was not run with."""
+    try:
+        found = metadata.version("sglang")
+    except metadata.PackageNotFoundError:
+        raise ValueError("rollout.engine 'sglang' needs the package sglang: install asyncrl[gpu]") from None
     if found not in SUPPORTED_VERSIONS and not allow_any:
         raise ValueError(
             f"sglang must be {' or '.join(SUPPORTED_VERSIONS)}, found {found}: install that version, or set "
             "allow_any_version to try this one"
         )
+
+
+def compute_capability(device: str) -> Capability | None:
+    """That of the first visible GPU; None for a CPU. Raises `ValueError` when there is no GPU."""
+    if device == "cpu":
+        return None
+    if not torch.cuda.is_available():
+        raise ValueError("device 'cuda' needs a GPU and torch finds none: use 'cpu', or give the actor a GPU")
+    return torch.cuda.get_device_capability()
+
+
+def known_arguments() -> set[str]:
+    """The names of this SGLang version's server arguments."""
+    from sglang.srt.server_args import ServerArgs
+
+    return {field.name for field in dataclasses.fields(ServerArgs)}
 
 
 def available_attention_backends() -> set[str]:
@@ -136,7 +173,7 @@ def server_arguments(
     else:
         # Graphs of prefills cost start-up time and memory, and a prefill of a whole group gains little from them.
         defaults |= {"disable_prefill_cuda_graph": True, "cuda_graph_max_bs_decode": max_running}
-    return defaults | {
+    fixed = {
         "model_path": model_path,
         "dtype": dtype,
         "device": device,
@@ -147,7 +184,8 @@ def server_arguments(
         "mem_fraction_static": gpu_memory_utilization,
         "random_seed": seed,
         "skip_tokenizer_init": True,
-    } | dict(extra)
+    }
+    return defaults | dict(extra) | fixed
 
 
 def _check_extra(extra: Mapping[str, Any], known: Collection[str]) -> None:
@@ -160,3 +198,68 @@ def _check_extra(extra: Mapping[str, Any], known: Collection[str]) -> None:
             near = difflib.get_close_matches(key, known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"rollout.engine_args.{key} is not an argument of this SGLang version{hint}")
+
+
+def launch(arguments: Mapping[str, Any]) -> Any:
+    """A started `sglang.Engine`, bound to the running event loop, which it blocks until the model is loaded.
+
+    Raises `RuntimeError` when one of its processes ends meanwhile.
+    """
+    from sglang.srt.entrypoints.engine import Engine
+
+    class VersionedEngine(Engine):  # type: ignore[misc]
+        """SGLang's engine with the scheduler of `sglang_scheduler`."""
+
+        run_scheduler_process_func = staticmethod(sglang_scheduler.run_scheduler)
+
+        @classmethod
+        def _launch_detokenizer_subprocesses(cls, *_args: Any, **_kwargs: Any) -> tuple[list[Any], list[str]]:
+            # Token ids go straight from the scheduler to this process; the detokenizer would only take memory.
+            return [], []
+
+    others = set(multiprocessing.active_children())
+    try:
+        with _kept_signal_handlers():
+            engine = VersionedEngine(**arguments)
+            engine.tokenizer_manager.auto_create_handle_loop()
+    except BaseException:
+        end_processes(set(multiprocessing.active_children()) - others)
+        raise
+    # It would answer the end of a child by a signal that ends this process.
+    engine.tokenizer_manager._subprocess_watchdog.stop()
+    # It would end every child of this process, those of another engine included.
+    atexit.unregister(engine.shutdown)
+    return engine
+
+
+@contextlib.contextmanager
+def _kept_signal_handlers() -> Iterator[None]:
+    """Undoes the handlers that SGLang installs when it starts in a main thread: they end this process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number in numbers:
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, before[number])
+
+
+def own_processes(engine: Any) -> list[BaseProcess]:
+    """The processes of this engine and of no other; they are ended when Python exits, if not before."""
+    own = set(engine.get_all_child_pids())
+    processes = [process for process in multiprocessing.active_children() if process.pid in own]
+    # Python would wait for them at its exit.
+    atexit.register(end_processes, processes)
+    return processes
+
+
+def end_processes(processes: Iterable[BaseProcess]) -> None:
+    """Ends them at once and waits until they are gone, their GPU memory too."""
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join(timeout=30)

@@ -1,0 +1,110 @@
+"""The choices made before SGLang starts; none of them needs SGLang itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from asyncrl.engine import sampler
+from asyncrl.engine.sglang_launch import choose_attention_backend, server_arguments
+from asyncrl.engine.sglang_scheduler import draw_truncated, uniforms
+
+ALL = {"flashinfer", "fa3", "triton", "torch_native"}
+
+
+@pytest.mark.parametrize(
+    ("requested", "capability", "available", "chosen"),
+    [
+        ("auto", (9, 0), ALL, "flashinfer"),
+        ("auto", (9, 0), ALL - {"flashinfer"}, "fa3"),
+        ("auto", (10, 0), ALL - {"flashinfer"}, "triton"),
+        ("auto", (7, 0), ALL, "triton"),
+        ("auto", None, ALL, "torch_native"),
+        ("torch_native", None, set(), "torch_native"),
+        ("fa3", (8, 6), ALL, "fa3"),
+        ("triton", (9, 0), ALL, "triton"),
+        ("torch_native", (9, 0), ALL, "torch_native"),
+    ],
+)
+def test_an_attention_backend_that_can_work_is_chosen(requested, capability, available, chosen):
+    assert choose_attention_backend(requested, capability, available) == chosen
+
+
+@pytest.mark.parametrize(
+    ("requested", "capability", "available", "message"),
+    [
+        ("fa3", (10, 0), ALL, r"'fa3' needs compute capability 8.0 to 9.0, this GPU has 10.0: use 'auto' or 'flashinf"),
+        ("flashinfer", (9, 0), {"triton"}, r"'flashinfer' is not installed: use 'auto' or 'triton'"),
+        ("triton", None, ALL, r"'triton' needs a GPU and this engine runs on a CPU: use 'auto' or 'torch_native'"),
+        ("auto", (6, 1), ALL, r"no attention backend works on this GPU: flashinfer needs .* 7.5 or more, .* 6.1;"),
+        ("flashinfr", (9, 0), ALL, r"must be auto, flashinfer, .*, got 'flashinfr'; did you mean 'flashinfer'\?"),
+    ],
+)
+def test_an_attention_backend_that_cannot_work_is_refused(requested, capability, available, message):
+    with pytest.raises(ValueError, match=message):
+        choose_attention_backend(requested, capability, available)
+
+
+def arguments(device: str = "cuda", **extra):
+    return server_arguments(
+        model_path="m",
+        dtype="bfloat16",
+        device=device,
+        tensor_parallel_size=2,
+        attention_backend="triton",
+        max_running=64,
+        max_length=1024,
+        gpu_memory_utilization=0.7,
+        seed=5,
+        extra=extra,
+        known={"log_level", "max_total_tokens", "chunked_prefill_size"},
+    )
+
+
+def test_the_users_arguments_replace_defaults_only():
+    made = arguments("cpu", log_level="info", chunked_prefill_size=512)
+    assert (made["log_level"], made["chunked_prefill_size"]) == ("info", 512)
+    assert (made["tp_size"], made["mem_fraction_static"], made["random_seed"]) == (2, 0.7, 5)
+    assert made["max_total_tokens"] == (1 << 16) + 1024
+    assert arguments()["cuda_graph_max_bs_decode"] == 64
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("tp_size", r"engine_args.tp_size is set from rollout.tensor_parallel_size: set that instead"),
+        ("dp_size", r"engine_args.dp_size cannot be changed: .* raise rollout.num_actors"),
+        ("chunked_prefil_size", r"is not an argument of this SGLang version; did you mean 'chunked_prefill_size'\?"),
+    ],
+)
+def test_arguments_that_others_own_or_that_do_not_exist_are_refused(key, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(**{key: 1})
+
+
+def test_the_random_numbers_are_those_of_the_embedded_engine():
+    seeds = np.array([0, 7, 2**63 - 1, 12345678901234567], dtype=np.uint64)
+    indices = np.array([0, 3, 100000, 17], dtype=np.uint64)
+    ours = uniforms(torch.from_numpy(seeds.astype(np.int64)), torch.from_numpy(indices.astype(np.int64)))
+    assert ours.tolist() == sampler.uniforms(seeds, indices).tolist()
+
+
+def test_truncated_draws_follow_the_distribution_that_is_left():
+    probs = torch.tensor([[0.4, 0.1, 0.3, 0.2]]).repeat(20000, 1)
+    top_k, top_p = torch.full((20000,), 3), torch.full((20000,), 0.7)
+    rows = torch.arange(20000)
+    tokens = draw_truncated(probs, top_k, top_p, rows, rows)
+    # Top-k leaves 4/9, 3/9 and 2/9; the first two of them reach 0.7.
+    assert torch.allclose(probs[0], torch.tensor([4 / 7, 0.0, 3 / 7, 0.0]))
+    shares = torch.bincount(tokens.long(), minlength=4) / len(tokens)
+    assert torch.allclose(shares, probs[0], atol=0.015)
+
+
+def test_greedy_rows_keep_their_probabilities():
+    probs = torch.tensor([[0.2, 0.5, 0.3], [0.2, 0.5, 0.3]])
+    seeds = torch.zeros(2, dtype=torch.int64)
+    tokens = draw_truncated(probs, torch.tensor([1, 2]), torch.tensor([1.0, 1.0]), seeds, seeds)
+    assert tokens[0] == 1
+    assert probs[0].tolist() == pytest.approx([0.2, 0.5, 0.3])
+    assert probs[1].tolist() == pytest.approx([0.0, 0.625, 0.375])
