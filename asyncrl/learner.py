@@ -117,7 +117,7 @@ class Learner:
         """Sends the current weights to every engine; returns their digest."""
         if self._group is None:
             raise RuntimeError("broadcast() before join()")
-        return publish(self._group, self.buckets, dict(self.model.named_parameters()), self._device)
+        return publish(self._group, self.buckets, dict(self.model.named_parameters()))
 
     def state(self) -> dict[str, Tensor]:
         """Optimizer state as named tensors, for a checkpoint; the weights are the model's own."""

@@ -14,9 +14,11 @@ process group, so that it can be left and rebuilt while a run goes on and so tha
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -27,6 +29,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DIGEST_CHUNK = 1 << 22
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _group_numbers = itertools.count()
 
 
@@ -103,24 +106,39 @@ def make_buckets(tensors: Iterable[tuple[str, Tensor]], dtype: str, max_bytes: i
     return buckets
 
 
-def tensor_digest(tensor: Tensor) -> int:
-    """A 64-bit checksum of a tensor's bits that depends on their order, the same on every device.
+def tensor_digest(tensor: Tensor) -> Tensor:
+    """A 64-bit checksum of a tensor's bits that depends on their order: int64[], on the tensor's device.
 
-    sum_i (2i + 1) * word_i mod 2^64 over 16-bit words: wrapping integer addition is associative, so the order in which
-    a device reduces does not matter. The odd factors make a swap of two different words visible.
+    sum_c (2c + 1) * sum_i (2i + 1) * G * word[c, i] mod 2^64, over 8-byte words (the last one filled up with zeros) in
+    chunks of 2^22. Wrapping integer addition is associative, so every device gets the same number in whatever order it
+    adds. Factors are odd, so any single word that changes is seen. A checksum against accidents, not against attacks.
     """
-    words = tensor.detach().contiguous().flatten().view(torch.int16)
-    total = 0
-    for start in range(0, len(words), _DIGEST_CHUNK):
-        chunk = words[start : start + _DIGEST_CHUNK].to(torch.int64)
-        index = torch.arange(start, start + len(chunk), device=chunk.device, dtype=torch.int64)
-        total += int((chunk * (2 * index + 1)).sum())
-    return total % 2**64
+    raw = tensor.detach().contiguous().flatten().view(torch.uint8)
+    if len(raw) % 8 or raw.storage_offset() % 8:
+        raw = torch.nn.functional.pad(raw, (0, -len(raw) % 8))
+    words = raw.view(torch.int64)
+    factors = _digest_factors(words.device, min(len(words), _DIGEST_CHUNK))
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for number, chunk in enumerate(words.split(_DIGEST_CHUNK)):
+        total += (2 * number + 1) * (chunk * factors[: len(chunk)]).sum()
+    return total
+
+
+@functools.lru_cache(maxsize=8)
+def _digest_factors(device: torch.device, count: int) -> Tensor:
+    return (2 * torch.arange(count, dtype=torch.int64, device=device) + 1) * _GOLDEN
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """One short hexadecimal digest of named tensors, independent of their order. 2-byte and 4-byte dtypes only."""
-    lines = sorted(f"{name}:{tensor_digest(tensor):016x}" for name, tensor in tensors)
+    """One short hexadecimal digest of named tensors, independent of their order."""
+    return combine((name, tensor_digest(tensor)) for name, tensor in tensors)
+
+
+def combine(digests: Iterable[tuple[str, Tensor]]) -> str:
+    """The digest of named tensors from their own digests, int64[] each; one transfer from the device."""
+    named = dict(digests)
+    values = torch.stack(list(named.values())).tolist()
+    lines = sorted(f"{name}:{value % 2**64:016x}" for name, value in zip(named, values, strict=True))
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
 
 
@@ -145,24 +163,40 @@ class BroadcastGroup:
         self.where, self.rank = where, rank
         try:
             store = store or TCPStore(where.host, where.port, where.world_size, timeout=timeout, wait_for_workers=False)
-            # The prefixes are those of torch's own group helper, so that engines that use it can be members too.
-            prefixed = PrefixStore("cpu/", PrefixStore(f"{where.name}/", PrefixStore(where.name, store)))
-            self._group = _backend(where, prefixed, rank, address, timeout)
+            self._group = _backend(where, PrefixStore(where.name, store), rank, address, timeout)
         except Exception as error:
             raise RuntimeError(
                 f"rank {rank} of {where.world_size} could not join the broadcast group {where.name!r} at "
                 f"{where.host}:{where.port} within {where.timeout_s:g} s: {error}"
             ) from error
 
-    def broadcast(self, flat: Tensor) -> None:
-        """Sends from rank 0, fills `flat` (uint8) in place elsewhere. Blocks; call it from a thread of its own."""
+    @property
+    def device(self) -> torch.device:
+        """Where buffers must live to travel through this group."""
+        return torch.device("cpu" if self.where.backend == "gloo" else "cuda")
+
+    def start(self, flat: Tensor) -> Callable[[], None]:
+        """Begins to send from rank 0, or to fill `flat` (uint8) in place elsewhere. Call what it returns to wait."""
+        doing = f"rank {self.rank}: broadcast of {flat.numel()} bytes"
+        limit = f"failed or took longer than {self.where.timeout_s:g} s"
         try:
-            self._group.broadcast(flat, 0).wait()
+            work = self._group.broadcast(flat, 0)
         except Exception as error:
-            raise RuntimeError(
-                f"rank {self.rank}: broadcast of {flat.numel()} bytes failed or took longer than "
-                f"{self.where.timeout_s:g} s: {error}"
-            ) from error
+            raise RuntimeError(f"{doing} {limit}: {error}") from error
+
+        def wait() -> None:
+            try:
+                work.wait()
+                if flat.is_cuda:  # the wait above is of the stream, not of this thread
+                    torch.cuda.current_stream().synchronize()
+            except Exception as error:
+                raise RuntimeError(f"{doing} {limit}: {error}") from error
+
+        return wait
+
+    def broadcast(self, flat: Tensor) -> None:
+        """`start` and its wait. Blocks; call it from a thread of its own."""
+        self.start(flat)()
 
 
 def _backend(where: Rendezvous, store: Any, rank: int, address: str, timeout: timedelta) -> Any:
@@ -171,14 +205,30 @@ def _backend(where: Rendezvous, store: Any, rank: int, address: str, timeout: ti
         options._timeout = timeout
         options._devices = [ProcessGroupGloo.create_device(hostname=address)]
         return ProcessGroupGloo(store, rank, where.world_size, options)
-    raise ValueError(f"weights.backend must be 'gloo', got {where.backend!r}")
+    if where.backend == "nccl":
+        options = torch.distributed.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        group: Any = torch.distributed.ProcessGroupNCCL(store, rank, where.world_size, options)
+        # NCCL meets at the first collective. Here, so that a member that is missing is missed at the join.
+        group.broadcast(torch.zeros(1, device="cuda"), 0).wait()
+        torch.cuda.synchronize()
+        return group
+    raise ValueError(f"weights.backend must be 'gloo' or 'nccl', got {where.backend!r}")
 
 
-def publish(group: BroadcastGroup, buckets: Sequence[Bucket], tensors: dict[str, Tensor], device: torch.device) -> str:
-    """Learner side: broadcasts every bucket in order and returns the digest of what was sent."""
-    sent: list[tuple[str, Tensor]] = []
+def publish(group: BroadcastGroup, buckets: Sequence[Bucket], tensors: dict[str, Tensor]) -> str:
+    """Learner side: broadcasts every bucket in order and returns the digest of what was sent.
+
+    A bucket is put together while the one before it travels, so two of them exist at a time.
+    """
+    digests: list[tuple[str, Tensor]] = []
+    waits: deque[Callable[[], None]] = deque()
     for bucket in buckets:
-        flat = bucket.pack(tensors, device)
-        group.broadcast(flat)
-        sent.extend((name, tensor) for name, tensor in bucket.unpack(flat))
-    return digest(sent)
+        flat = bucket.pack(tensors, group.device)
+        digests.extend((name, tensor_digest(tensor)) for name, tensor in bucket.unpack(flat))
+        if waits:
+            waits.popleft()()
+        waits.append(group.start(flat))
+    while waits:
+        waits.popleft()()
+    return combine(digests)

@@ -2,8 +2,8 @@
 
 `generate` runs batches of `--batch` requests in the order they came, each to the longest of its batch; the engine keeps
 at most as many running and fills a place when it is free. Only tokens that were asked for count, nothing stops early.
-Two workloads tell where a difference comes from: with uniform lengths both run the same number of full batches, so the
-ratio is what a leaner step gains; with mixed lengths it also has what continuous batching gains. The engine returns
+Three workloads tell where a difference comes from: with uniform lengths both run the same number of full batches, so the
+ratio is what a leaner step gains; with mixed and with heavy-tailed lengths it also has what continuous batching gains. The engine returns
 log-probs as well, `generate` only tokens.
 """
 
@@ -35,6 +35,13 @@ def mixed(num_requests: int, seed: int) -> list[Request]:
     """Prompts of 4 to 16 tokens, 8 to 128 new tokens."""
     rng = np.random.default_rng(seed)
     return [(rng.integers(2, 25, rng.integers(4, 17)).tolist(), int(rng.integers(8, 129))) for _ in range(num_requests)]
+
+
+def heavy_tailed(num_requests: int, seed: int) -> list[Request]:
+    """Prompts of 4 to 16 tokens; log-normal lengths with median 24 and sigma 0.8, cut at 128: what replies look like."""
+    rng = np.random.default_rng(seed)
+    lengths = np.clip(np.exp(rng.normal(np.log(24), 0.8, num_requests)), 1, 128)
+    return [(rng.integers(2, 25, rng.integers(4, 17)).tolist(), int(length)) for length in lengths]
 
 
 def uniform(num_requests: int, seed: int) -> list[Request]:
@@ -92,12 +99,12 @@ def compare(model: Any, make: Callable[[int, int], list[Request]], arguments: ar
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    lines = [f"{'lengths':<10}{'tokens/s':<12}{'median':>10}{'min':>10}{'max':>10}"]
+    lines = [f"{'lengths':<14}{'tokens/s':<12}{'median':>10}{'min':>10}{'max':>10}"]
     for result in results:
         for name, digits in (("generate", 0), ("engine", 0), ("ratio", 2)):
             values = result[name]
             cells = "".join(f"{f(values):>10.{digits}f}" for f in (statistics.median, min, max))
-            lines.append(f"{result['workload']:<10}{name:<12}{cells}")
+            lines.append(f"{result['workload']:<14}{name:<12}{cells}")
     return "\n".join(lines)
 
 
@@ -115,7 +122,7 @@ def main() -> None:
         model = load_model(folder, torch.float32, "cpu")
     for run in (run_generate, run_engine):
         measure(run, model, mixed(arguments.batch, 0), arguments.batch)  # Warm up.
-    results = [compare(model, make, arguments) for make in (mixed, uniform)]
+    results = [compare(model, make, arguments) for make in (heavy_tailed, mixed, uniform)]
     print(table(results))
     if arguments.out:
         settings = {name: getattr(arguments, name) for name in ("threads", "batch", "requests")}

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asyncrl import weights
 from asyncrl.weights import (
     DTYPES,
     BroadcastGroup,
@@ -45,9 +46,18 @@ def test_buckets_keep_every_tensor_whole_and_in_order(max_bytes, dtype):
 
 def test_digest_is_the_written_formula():
     tensor = torch.tensor([1.5, -2.25, 3.0])
-    words = tensor.numpy().view(np.int16)
-    by_hand = sum(int(word) * (2 * index + 1) for index, word in enumerate(words)) % 2**64
-    assert tensor_digest(tensor) == by_hand
+    words = np.array([1.5, -2.25, 3.0, 0.0], np.float32).view(np.uint64)
+    by_hand = sum(int(word) * (2 * index + 1) * 0x9E3779B97F4A7C15 for index, word in enumerate(words)) % 2**64
+    assert int(tensor_digest(tensor)) % 2**64 == by_hand
+
+
+def test_digest_of_many_chunks_is_the_written_formula(monkeypatch):
+    monkeypatch.setattr(weights, "_DIGEST_CHUNK", 4)
+    tensor = torch.arange(22, dtype=torch.float32)
+    words = tensor.numpy().view(np.uint64).tolist()
+    factors = [(2 * (i // 4) + 1) * (2 * (i % 4) + 1) * 0x9E3779B97F4A7C15 for i in range(len(words))]
+    by_hand = sum(word * factor for word, factor in zip(words, factors, strict=True)) % 2**64
+    assert int(tensor_digest(tensor)) % 2**64 == by_hand
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -104,7 +114,7 @@ def test_a_broadcast_is_bit_equal_everywhere_and_groups_can_be_rebuilt():
         where, store = open_rendezvous("127.0.0.1", 1 + num_engines, 20)
 
         def learner(where=where, store=store):
-            return publish(BroadcastGroup(where, 0, store=store), buckets, named, CPU)
+            return publish(BroadcastGroup(where, 0, store=store), buckets, named)
 
         sent, *received = in_threads(
             [learner, *(lambda where=where, rank=rank: engine(where, rank + 1) for rank in range(num_engines))]
@@ -122,5 +132,5 @@ def test_a_member_that_never_comes_is_an_error_that_names_the_group():
 
 def test_an_unknown_backend_is_refused():
     _, store = open_rendezvous("127.0.0.1", 1, 5)
-    with pytest.raises(RuntimeError, match="must be 'gloo', got 'smoke'"):
+    with pytest.raises(RuntimeError, match="must be 'gloo' or 'nccl', got 'smoke'"):
         BroadcastGroup(Rendezvous("127.0.0.1", store.port, 1, "x", "smoke", 5), 0, store=store)

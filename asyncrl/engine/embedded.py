@@ -138,8 +138,7 @@ class EmbeddedEngine:
                 f"an engine receives weights only while paused and in a broadcast group: paused={self._paused}, "
                 f"in a group={self._group is not None}"
             )
-        device = torch.device("cpu") if self._group.where.backend == "gloo" else self._model.device
-        flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=device)
+        flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._group.device)
         await asyncio.to_thread(self._group.broadcast, flat)
         if self._missing is None:
             self._missing = set(self._parameters)
@@ -235,9 +234,9 @@ class EmbeddedEngine:
                     self._tick()
             except Exception as error:  # Every request must hear of it, whatever it is.
                 self._fail(error)
-            self._busy_s += time.perf_counter() - start
             self._wake()
             await asyncio.sleep(0)
+            self._busy_s += time.perf_counter() - start
 
     def _tick(self) -> None:
         for row in reversed(range(len(self._live))):

@@ -21,7 +21,6 @@ functions, as the parent imports this module to name the function for the child.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import traceback
@@ -31,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from asyncrl.weights import BroadcastGroup, Bucket, Rendezvous, tensor_digest
+from asyncrl.weights import BroadcastGroup, Bucket, Rendezvous, combine, tensor_digest
 
 if TYPE_CHECKING:
     _Scheduler = Any
@@ -178,7 +177,7 @@ class ReceivedWeights:
         self._model, self._tp_rank = model, tp_rank
         self.device = next(model.parameters()).device
         self._group: BroadcastGroup | None = None
-        self._arrived: dict[str, int] = {}
+        self._arrived: dict[str, Tensor] = {}
         self._complete: frozenset[str] | None = None
 
     def join(self, where: Rendezvous, first_rank: int, address: str) -> None:
@@ -191,8 +190,7 @@ class ReceivedWeights:
         """Takes part in one broadcast and loads what came; checked after it, so that no other member waits."""
         if self._group is None:
             raise RuntimeError("the engine is in no broadcast group")
-        device = torch.device("cpu") if self._group.where.backend == "gloo" else self.device
-        flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=device)
+        flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._group.device)
         self._group.broadcast(flat)
         twice = self._arrived.keys() & set(bucket.names)
         if twice:
@@ -218,9 +216,9 @@ class ReceivedWeights:
                 f"({', '.join(missing[:3])}, ...)"
             )
         self._complete = frozenset(self._arrived)
-        lines = sorted(f"{name}:{value:016x}" for name, value in self._arrived.items())
+        digest = combine(self._arrived.items())
         self._arrived.clear()
-        return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
+        return digest
 
     @torch.no_grad()
     def _poison(self) -> None:

@@ -34,7 +34,7 @@ def _serve(pipe: Connection) -> None:
             pipe.send("joined")
         else:
             tensors, limit = rest
-            pipe.send(publish(group, buckets_of(tensors)[:limit], dict(tensors), torch.device("cpu")))
+            pipe.send(publish(group, buckets_of(tensors)[:limit], dict(tensors)))
 
 
 def buckets_of(tensors: Tensors) -> list[Bucket]:

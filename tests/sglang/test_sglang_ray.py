@@ -37,7 +37,7 @@ class LearnerActor:
         self.group = BroadcastGroup(self.where, 0, "127.0.0.1", self.store)
 
     def send(self) -> str:
-        return publish(self.group, self.buckets, self.named, torch.device("cpu"))
+        return publish(self.group, self.buckets, self.named)
 
 
 @ray.remote(num_cpus=0)
