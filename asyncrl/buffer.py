@@ -12,8 +12,8 @@ can be trained, each at most `reuse` times, P of them a step. Its tokens are no 
 
     lag <= max_lag = reuse * (C + window - 2) // P
 
-and with strict order (window 1) and no reuse, max_lag = S. `take` asserts it for every group. Nothing is dropped for age
-before it was trained once: dropping the old would drop the long, since long answers take longest to generate.
+and with strict order (window 1) and no reuse, max_lag = S. `take` asserts it for every group. Nothing is dropped for
+age before it was trained once: dropping the old would drop the long, since long answers take longest to generate.
 
 Holds metadata only, lives in the driver's event loop, and needs no lock.
 """

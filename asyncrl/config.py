@@ -43,7 +43,7 @@ class WarmupConfig(_Section, frozen=True, kw_only=True):
 
 class RolloutConfig(_Section, frozen=True, kw_only=True):
     num_actors: int = 2
-    engine: Literal["embedded"] = "embedded"
+    engine: Literal["embedded", "sglang"] = "embedded"
     group_size: int = 8
     """Samples per prompt (G)."""
     max_new_tokens: int = 2
@@ -59,6 +59,14 @@ class RolloutConfig(_Section, frozen=True, kw_only=True):
     """Times that one prompt may fail, each time on another actor, before the run fails."""
     num_threads: int = 1
     """CPU threads of each rollout actor."""
+    tensor_parallel_size: int = 1
+    """GPUs of each SGLang engine."""
+    gpu_memory_utilization: float = 0.8
+    """Share of a GPU's memory for an SGLang engine's weights and cache; lower it where the learner shares the GPU."""
+    attention_backend: Literal["auto", "flashinfer", "fa3", "triton", "torch_native"] = "auto"
+    """SGLang's attention kernels; "auto" chooses by the GPU's compute capability."""
+    engine_args: dict[str, Any] = {}
+    """Further arguments of SGLang, passed through."""
 
 
 class BufferConfig(_Section, frozen=True, kw_only=True):
@@ -72,6 +80,10 @@ class BufferConfig(_Section, frozen=True, kw_only=True):
 
 
 class LearnerConfig(_Section, frozen=True, kw_only=True):
+    num_gpus: int = 1
+    """GPUs of the learner, where there are any."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the forward and backward pass; "auto" is bfloat16 on GPUs. Weights, head and optimizer are float32."""
     groups_per_step: int = 32
     """P: groups in a batch, which is one optimizer step."""
     learning_rate: float = 2e-4
@@ -110,6 +122,17 @@ class WeightsConfig(_Section, frozen=True, kw_only=True):
     bucket_mb: float = 256.0
     timeout_s: float = 120.0
     """Bound on joining a broadcast group and on each broadcast."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """ "auto" is NCCL between GPUs and gloo elsewhere."""
+
+
+class ClusterConfig(_Section, frozen=True, kw_only=True):
+    address: str | None = None
+    """An existing Ray cluster to join, "auto" or an address; by default the run starts its own on this machine."""
+    learner_resources: dict[str, float] = {}
+    """Custom Ray resources that the learner's node must have, to place it."""
+    rollout_resources: dict[str, float] = {}
+    """The same for each rollout actor."""
 
 
 class CheckpointConfig(_Section, frozen=True, kw_only=True):
@@ -125,6 +148,10 @@ class Config(_Section, frozen=True, kw_only=True):
     """Folder that run folders are made in."""
     runtime: Literal["cluster", "local"] = "cluster"
     """Ray actors, or everything in one process (for debugging)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """ "auto" uses GPUs where Ray finds any."""
+    placement: Literal["disaggregated", "colocated"] = "disaggregated"
+    """GPUs of their own for the learner and for each engine, or one GPU that all of them share."""
     model: ModelConfig = ModelConfig()
     env: EnvConfig = EnvConfig()
     warmup: WarmupConfig = WarmupConfig()
@@ -134,6 +161,7 @@ class Config(_Section, frozen=True, kw_only=True):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     eval: EvalConfig = EvalConfig()
     weights: WeightsConfig = WeightsConfig()
+    cluster: ClusterConfig = ClusterConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @property
@@ -143,7 +171,10 @@ class Config(_Section, frozen=True, kw_only=True):
 
 
 def load(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
-    """Defaults, then the file (TOML, or the JSON of a run folder), then `section.key=value` words. Raises `ValueError` that names rule and remedy."""
+    """Defaults, then the file (TOML, or the JSON of a run folder), then `section.key=value` words.
+
+    Raises `ValueError` that names the rule, the values and the remedy.
+    """
     tree: dict[str, Any] = {}
     if path is not None:
         try:
@@ -198,6 +229,15 @@ def check(config: Config) -> None:
             f"a group baseline needs at least two samples: rollout.group_size is {rollout.group_size} and the preset's "
             f"center is {loss.center!r}; raise rollout.group_size or set algorithm.loss.center=none"
         )
+    if config.learner.num_gpus > 1:
+        raise ValueError(f"learner.num_gpus must be 1, got {config.learner.num_gpus}: the learner is not sharded yet")
+    if rollout.engine == "embedded" and (rollout.tensor_parallel_size > 1 or rollout.engine_args):
+        raise ValueError(
+            f"rollout.tensor_parallel_size ({rollout.tensor_parallel_size}) and rollout.engine_args "
+            f"({rollout.engine_args}) are for SGLang: set rollout.engine=sglang or leave them alone"
+        )
+    if rollout.engine == "sglang" and config.runtime == "local":
+        raise ValueError("rollout.engine 'sglang' starts processes of its own: set runtime=cluster")
     if rollout.temperature == 0:
         raise ValueError("rollout.temperature must be above 0: greedy samples of a group are all equal")
 
@@ -217,6 +257,8 @@ _AT_LEAST = {
     "rollout.num_threads": 1,
     "buffer.max_staleness": 0,
     "buffer.reuse": 1,
+    "rollout.tensor_parallel_size": 1,
+    "learner.num_gpus": 1,
     "learner.groups_per_step": 1,
     "learner.learning_rate": 0,
     "learner.warmup_steps": 0,
@@ -239,6 +281,10 @@ def _check_ranges(config: Config) -> None:
             value = getattr(value, part)
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not 0 < config.rollout.gpu_memory_utilization < 1:
+        raise ValueError(
+            f"rollout.gpu_memory_utilization must be above 0 and below 1, got {config.rollout.gpu_memory_utilization}"
+        )
     if not 0 < config.rollout.top_p <= 1:
         raise ValueError(f"rollout.top_p must be above 0 and at most 1, got {config.rollout.top_p}")
     if config.buffer.window is not None and config.buffer.window < 1:

@@ -33,17 +33,23 @@ class Learner:
         *,
         reference: nn.Module | None = None,
         address: str = "127.0.0.1",
+        backend: str = "gloo",
     ) -> None:
         """`row_tokens`: length of a packed row, at least that of the longest trajectory that can occur. `reference`:
-        the frozen model that a KL term is taken against; `address`: this node's own, for the broadcast group.
+        the frozen model that a KL term is taken against; `address` and `backend`: this node's own, for the broadcast
+        group, and what that group runs on.
         """
         self.version: Version = 0
         self.model = model
         self.loss = config.loss
         self._config = config
         self._row_tokens = row_tokens
-        self._address = address
+        self._address, self._backend = address, backend
         self._device = next(model.parameters()).device
+        bfloat16 = config.learner.dtype == "bfloat16" or (
+            config.learner.dtype == "auto" and self._device.type == "cuda"
+        )
+        self._autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=bfloat16)
         if self.loss.needs_reference and reference is None:
             raise RuntimeError("the loss has a KL term against a reference model, and none was given")
         self._reference = reference
@@ -90,23 +96,25 @@ class Learner:
         The head sees only the positions that predict a trained token, and works in float32.
         """
         model = model or self.model
-        hidden = model.base_model(  # type: ignore[operator]
-            input_ids=micro_batch.input_ids,
-            position_ids=micro_batch.positions,
-            attention_mask=micro_batch.attention_mask(),
-            use_cache=False,
-        ).last_hidden_state
+        with self._autocast:
+            hidden = model.base_model(  # type: ignore[operator]
+                input_ids=micro_batch.input_ids,
+                position_ids=micro_batch.positions,
+                attention_mask=micro_batch.attention_mask(),
+                use_cache=False,
+            ).last_hidden_state
         head = model.get_output_embeddings()  # type: ignore[operator]
         wanted = hidden[micro_batch.rows, micro_batch.columns].float()
         logits = nn.functional.linear(wanted, head.weight.float()) / self._config.rollout.temperature
         logprobs = logits.log_softmax(-1)
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.loss.entropy_bonus > 0):
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(-1, micro_batch.targets[:, None]).squeeze(-1), entropy
 
     def rendezvous(self, world_size: int) -> Rendezvous:
         """Opens the meeting point of a new broadcast group, on this node; `join` then enters it as rank 0."""
         timeout_s = self._config.weights.timeout_s
-        self._where, self._store = open_rendezvous(self._address, world_size, timeout_s)
+        self._where, self._store = open_rendezvous(self._address, world_size, timeout_s, self._backend)
         return self._where
 
     def join(self) -> None:
@@ -153,8 +161,9 @@ class Learner:
             num_sequences=micro_batch.num_sequences,
         )
         loss, outcome = policy_loss(columns, self.loss)
-        bonus = (micro_batch.normalizers * entropy).sum()
-        (loss - self.loss.entropy_bonus * bonus).backward()
+        if self.loss.entropy_bonus > 0:
+            loss = loss - self.loss.entropy_bonus * (micro_batch.normalizers * entropy).sum()
+        loss.backward()
         ledger.add(columns, outcome, entropy)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -100,24 +101,14 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"no tokenizer could be loaded from {str(path)!r}: {error}") from error
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """The tokens of `text`, no special tokens added.
-
-    Raises `ValueError` naming the characters that a character tokenizer does not have.
-    """
+def stop_token_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end a completion: those of the generation settings at `path` and the tokenizer's own, sorted."""
     try:
-        return tuple(tokenizer.encode(text, add_special_tokens=False))
-    except Exception as error:  # The tokenizers library raises nothing narrower.
-        known = tokenizer.get_vocab()
-        unknown = sorted({character for character in text if character not in known})
-        raise ValueError(f"the tokenizer cannot encode {unknown} in {text!r}: {error}") from error
-
-
-def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end a completion: those of the model's generation settings and the tokenizer's own, sorted."""
+        settings = GenerationConfig.from_pretrained(path)
+    except OSError:  # a model without generation settings
+        settings = GenerationConfig()
     found: set[int] = set()
-    settings = getattr(model, "generation_config", None)
-    for ids in (getattr(settings, "eos_token_id", None), tokenizer.eos_token_id):
+    for ids in (settings.eos_token_id, tokenizer.eos_token_id):
         found.update([ids] if isinstance(ids, int) else ids or ())
     return tuple(sorted(found))
 

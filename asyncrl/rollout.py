@@ -54,6 +54,11 @@ class Rollout:
         self._started = time.monotonic()
         self._num_tokens = 0
 
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that the engine takes in the broadcast group."""
+        return self._engine.num_ranks
+
     async def run(self, prompt: Prompt) -> Group:
         """Plays the prompt G times at once. The prompt's id seeds the samples, so a second try repeats the first."""
         trajectories = await asyncio.gather(*(self._play(prompt, sample) for sample in range(self._group_size)))

@@ -2,9 +2,9 @@
 
 `generate` runs batches of `--batch` requests in the order they came, each to the longest of its batch; the engine keeps
 at most as many running and fills a place when it is free. Only tokens that were asked for count, nothing stops early.
-Three workloads tell where a difference comes from: with uniform lengths both run the same number of full batches, so the
-ratio is what a leaner step gains; with mixed and with heavy-tailed lengths it also has what continuous batching gains. The engine returns
-log-probs as well, `generate` only tokens.
+Three workloads tell where a difference comes from: with uniform lengths both run the same number of full batches, so
+the ratio is what a leaner step gains; with mixed and with heavy-tailed lengths it also has what continuous batching
+gains. The engine returns log-probs as well, `generate` only tokens.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def mixed(num_requests: int, seed: int) -> list[Request]:
 
 
 def heavy_tailed(num_requests: int, seed: int) -> list[Request]:
-    """Prompts of 4 to 16 tokens; log-normal lengths with median 24 and sigma 0.8, cut at 128: what replies look like."""
+    """Prompts of 4 to 16 tokens; log-normal lengths, median 24 and sigma 0.8, cut at 128: what replies look like."""
     rng = np.random.default_rng(seed)
     lengths = np.clip(np.exp(rng.normal(np.log(24), 0.8, num_requests)), 1, 128)
     return [(rng.integers(2, 25, rng.integers(4, 17)).tolist(), int(length)) for length in lengths]

@@ -54,7 +54,7 @@ def test_actors_run_uvloop_agree_on_weights_and_a_killed_one_loses_no_prompt(tmp
         env = load_env(config.env.path, load_tokenizer(folder), config.env.args)
         prompts = list(itertools.islice(env.prompts("train", 0), 18))
         async with open_actors(config, folder, None) as (learner, actors):
-            facts = await asyncio.gather(*(actor.actor.describe.remote() for actor in actors))
+            facts = [actor.facts for actor in actors]
             assert {fact["loop"] for fact in facts} == {"uvloop"}
             pool = RolloutPool(actors, max_attempts=3)
             await pool.update_weights(learner)

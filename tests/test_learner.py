@@ -40,7 +40,7 @@ def play(folder, temperature, num_groups=6):
         model, tokenizer = load_model(folder, dtype=torch.float32, device="cpu"), load_tokenizer(folder)
         env = load_env("asyncrl.envs.digits:SortDigits", tokenizer, {})
         engine = EmbeddedEngine(model, max_running=16, max_length=64)
-        sampling = Sampling(12, temperature, stop_token_ids=stop_token_ids(model, tokenizer))
+        sampling = Sampling(12, temperature, stop_token_ids=stop_token_ids(folder, tokenizer))
         rollout = Rollout(engine, env, sampling, group_size=4, seed=0)
         prompts = itertools.islice(env.prompts("train", 0), num_groups)
         groups = await asyncio.gather(*(rollout.run(prompt) for prompt in prompts))

@@ -41,7 +41,7 @@ class Actor:
     async def join(self, where, first_rank):
         self.joined.append((where.world_size, first_rank))
 
-    async def update_weights(self, buckets, version):
+    async def update_weights(self, _buckets, _version):
         if self.update_error:
             raise self.update_error
         return UpdateReport(self.digest, 0.01, 1.0, 0.5, 10)
@@ -131,7 +131,9 @@ def test_an_update_that_fails_on_one_engine_ends_the_run_and_names_it(fault):
             actors[1].digest = "wrong"
         else:
             actors[1].update_error = RuntimeError("disk on fire")
-        message = "rollout 1 holds other weights.*version 3.*wrong" if fault == "digest" else "rollout 1 failed.*on fire"
+        message = (
+            "rollout 1 holds other weights.*version 3.*wrong" if fault == "digest" else "rollout 1 failed.*on fire"
+        )
         pool = RolloutPool(actors, max_attempts=1)
         with pytest.raises(RuntimeError, match=message):
             await pool.update_weights(Learner())

@@ -19,9 +19,19 @@ LAYERS = [
     {"types", "algo.presets", "config"},
     {"algo.advantage", "algo.loss", "algo.diagnostics", "buffer", "weights", "model", "envs.base"},
     {"metrics", "checkpoint", "packing", "engine.base", "envs.digits"},
-    {"engine.kv_cache", "engine.sampler", "engine.embedded", "engine.sglang", "engine.sglang_scheduler", "rollout", "learner", "warmup"},
+    {
+        "engine.kv_cache",
+        "engine.sampler",
+        "engine.embedded",
+        "engine.sglang",
+        "engine.sglang_launch",
+        "engine.sglang_scheduler",
+        "rollout",
+        "learner",
+        "warmup",
+    },
     {"loop"},
-    {"runtime.parts", "runtime.local", "runtime.cluster"},
+    {"runtime.placement", "runtime.parts", "runtime.local", "runtime.cluster"},
     {"job"},
 ]
 

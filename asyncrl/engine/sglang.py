@@ -49,7 +49,9 @@ class SGLangEngine:
     and `num_cached_tokens` of prompts found in the prefix cache. `on_update` may be changed between updates.
     """
 
-    def __init__(self, engine: Any, *, num_ranks: int, max_length: int, on_update: OnUpdate, dtype: str, address: str):
+    def __init__(
+        self, engine: Any, *, num_ranks: int, max_length: int, on_update: OnUpdate, dtype: str, address: str
+    ) -> None:
         """Takes over a started `sglang.Engine`; use `start`."""
         self.num_open = self.num_tokens = self.num_cached_tokens = 0
         self.on_update = on_update
@@ -99,11 +101,7 @@ class SGLangEngine:
             dtype=dtype,
             device=device,
             tensor_parallel_size=tensor_parallel_size,
-            attention_backend=sglang_launch.choose_attention_backend(
-                attention_backend,
-                sglang_launch.compute_capability(device),
-                sglang_launch.available_attention_backends(),
-            ),
+            attention_backend=sglang_launch.attention_backend_here(attention_backend, device),
             max_running=max_running,
             max_length=max_length,
             gpu_memory_utilization=gpu_memory_utilization,
@@ -112,14 +110,8 @@ class SGLangEngine:
             known=sglang_launch.known_arguments(),
         )
         engine = sglang_launch.launch(arguments)
-        started = cls(
-            engine,
-            num_ranks=tensor_parallel_size,
-            max_length=max_length,
-            on_update=on_update,
-            dtype=dtype,
-            address=address,
-        )
+        ranks = tensor_parallel_size
+        started = cls(engine, num_ranks=ranks, max_length=max_length, on_update=on_update, dtype=dtype, address=address)
         await started._check_room()
         return started
 
@@ -148,7 +140,9 @@ class SGLangEngine:
         try:
             output = await self._until_end(task, None, "generating")
         except asyncio.CancelledError:
+            # The task stays, as the one that takes the answer to the abort.
             self._manager.abort_request(request_id)
+            task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
             raise
         finally:
             self._count_open(-1)
@@ -313,6 +307,8 @@ class SGLangEngine:
         await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
+        if self._end.done():
+            task.cancel()
         self._raise_if_ended()
         raise RuntimeError(f"SGLang took longer than {timeout_s:g} s while {doing}")
 

@@ -109,6 +109,11 @@ def available_attention_backends() -> set[str]:
     return found
 
 
+def attention_backend_here(requested: str, device: str) -> str:
+    """`choose_attention_backend` for this machine."""
+    return choose_attention_backend(requested, compute_capability(device), available_attention_backends())
+
+
 def choose_attention_backend(requested: str, capability: Capability | None, available: Collection[str]) -> str:
     """The attention backend to use on a GPU of this compute capability, or on a CPU (`capability` None).
 

@@ -39,6 +39,9 @@ else:
 
 _GOLDEN, _MIX_1, _MIX_2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
+_GREEDY = 1
+"""The top-k by which SGLang writes temperature 0."""
+
 VERSIONS_KEY = "asyncrl_versions"
 """Where in an output's `meta_info` the version of each token is."""
 
@@ -178,6 +181,7 @@ class ReceivedWeights:
         self.device = next(model.parameters()).device
         self._group: BroadcastGroup | None = None
         self._arrived: dict[str, Tensor] = {}
+        self._changed = False
         self._complete: frozenset[str] | None = None
 
     def join(self, where: Rendezvous, first_rank: int, address: str) -> None:
@@ -196,14 +200,15 @@ class ReceivedWeights:
         if twice:
             raise RuntimeError(f"parameter {min(twice)!r} arrived twice in one update")
         tensors = list(bucket.unpack(flat))
-        if self._complete is None and not self._arrived:
+        if self._complete is None and not self._changed:
             self._poison()
+        self._changed = True
         self._model.load_weights(tensors)  # type: ignore[operator]
         self._arrived.update((name, tensor_digest(tensor)) for name, tensor in tensors)
 
     def finish(self) -> str | None:
         """The digest of the update that ends here, None if nothing arrived. Raises `RuntimeError` for a partial one."""
-        if not self._arrived:
+        if not self._changed:
             return None
         if self._complete is None:
             names = [name for name, _ in self._model.named_parameters()]
@@ -218,6 +223,7 @@ class ReceivedWeights:
         self._complete = frozenset(self._arrived)
         digest = combine(self._arrived.items())
         self._arrived.clear()
+        self._changed = False
         return digest
 
     @torch.no_grad()
@@ -253,30 +259,28 @@ def _replace_sampling() -> None:
         return info
 
     def sample(_sampler: Any, probs: Tensor, info: Any, positions: Tensor, simple: bool) -> Tensor:
-        if simple:
-            return draw(probs, info.sampling_seed, positions)
-        # The caller takes the log-probs from `probs` afterwards.
-        return draw_truncated(probs, info.top_ks, info.top_ps, info.sampling_seed, positions)
+        if not simple:
+            # The caller takes the log-probs from `probs` afterwards.
+            truncate(probs, info.top_ks, info.top_ps)
+        tokens = draw(probs, info.sampling_seed, positions)
+        return torch.where(info.top_ks == _GREEDY, probs.argmax(dim=-1).to(torch.int32), tokens)
 
-    SamplingBatchInfo.from_schedule_batch = from_schedule_batch
+    SamplingBatchInfo.from_schedule_batch = staticmethod(from_schedule_batch)
     Sampler._sample_from_probs = sample
 
 
-def draw_truncated(probs: Tensor, top_k: Tensor, top_p: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-    """One token per row, int32[R]. `probs`, [R, V], is cut in place to top-k, then to top-p of what top-k left.
-
-    Rows of `top_k` 1 are greedy, and keep their probabilities: that is how SGLang writes temperature 0.
-    """
-    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-    ordered.masked_fill_(torch.arange(probs.shape[1], device=probs.device) >= top_k.unsqueeze(1), 0.0)
+def truncate(probs: Tensor, top_k: Tensor, top_p: Tensor) -> None:
+    """Cuts distributions, [R, V], to top-k, then to top-p of what top-k left, in place. Greedy rows stay whole."""
+    size = probs.shape[1]
+    rows = ((top_k != _GREEDY) & ((top_k < size) | (top_p < 1))).nonzero()[:, 0]
+    ordered, order = probs[rows].sort(dim=-1, descending=True, stable=True)
+    ordered.masked_fill_(torch.arange(size, device=probs.device) >= top_k[rows].unsqueeze(1), 0.0)
     shares = ordered.double() / ordered.double().sum(dim=-1, keepdim=True)
     # A token stays while the tokens before it do not reach top_p, so the most likely one always stays.
-    before, limit = shares.cumsum(dim=-1) - shares, top_p.unsqueeze(1)
+    before, limit = shares.cumsum(dim=-1) - shares, top_p[rows].unsqueeze(1)
     ordered.masked_fill_((before >= limit) & (limit < 1), 0.0)
     ordered /= ordered.sum(dim=-1, keepdim=True)
-    greedy = (top_k == 1).unsqueeze(1)
-    probs.copy_(torch.where(greedy, probs, torch.zeros_like(probs).scatter_(1, order, ordered)))
-    return torch.where(greedy[:, 0], order[:, 0].to(torch.int32), draw(probs, seeds, positions))
+    probs[rows] = torch.empty_like(ordered).scatter_(1, order, ordered)
 
 
 def draw(probs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:

@@ -23,8 +23,7 @@ class _DigitTask:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` and nothing else."""
-        token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        return token_ids
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def draw(self, rng: random.Random) -> tuple[str, str]:
         """One question and its answer."""

@@ -24,22 +24,26 @@ from asyncrl.checkpoint import Cursor
 from asyncrl.config import Config
 from asyncrl.rollout import ActorDied, UpdateReport
 from asyncrl.runtime.parts import LearnerPart, build_rollout
+from asyncrl.runtime.placement import Placement, plan
 from asyncrl.types import Group, Prompt, Trajectory, Version
 from asyncrl.weights import Bucket, Rendezvous
 
-_STORE_BYTES = 256 * 2**20
+_STORE_BYTES = 512 * 2**20
+_MAX_CONCURRENCY = 100_000  # prompts wait in the engine, not in front of the actor
 
 
 class RolloutActor:
     """A rollout actor's process: its own event loop and its own engine."""
 
-    def __init__(self, config: Config, folder: str) -> None:
+    def __init__(self, config: Config, folder: str, placement: Placement) -> None:
         torch.set_num_threads(config.rollout.num_threads)
-        self._rollout = build_rollout(config, folder, _own_address())
+        self._arguments = config, folder, placement
 
-    async def describe(self) -> dict[str, Any]:
-        """Returns once the actor is up: its process id and the kind of its event loop."""
-        return {"pid": os.getpid(), "loop": type(asyncio.get_running_loop()).__module__}
+    async def start(self) -> dict[str, Any]:
+        """Builds the engine, in the actor's own event loop. Tells the ranks it takes, and facts about the process."""
+        self._rollout = await build_rollout(*self._arguments, _own_address())
+        loop = type(asyncio.get_running_loop()).__module__
+        return {"num_ranks": self._rollout.num_ranks, "pid": os.getpid(), "loop": loop, "node": _own_address()}
 
     @ray.method(num_returns=2)
     async def run(self, prompt: Prompt) -> tuple[Group, Sequence[Trajectory]]:
@@ -62,9 +66,9 @@ class RolloutActor:
 class LearnerActor:
     """The learner's process."""
 
-    def __init__(self, config: Config, folder: str, resume: Path | None) -> None:
+    def __init__(self, config: Config, folder: str, resume: Path | None, placement: Placement) -> None:
         torch.set_num_threads(config.learner.num_threads)
-        self._part = LearnerPart(config, folder, resume, _own_address())
+        self._part = LearnerPart(config, folder, resume, placement, _own_address())
         self._learner = self._part.learner
 
     def describe(self) -> tuple[Version, list[Bucket]]:
@@ -90,11 +94,11 @@ class LearnerActor:
 class RemoteRollout:
     """A rollout actor as the driver sees it."""
 
-    num_ranks = 1
-
-    def __init__(self, name: str, actor: Any) -> None:
+    def __init__(self, name: str, actor: Any, facts: dict[str, Any]) -> None:
         self.name = name
         self.actor = actor
+        self.facts = facts
+        self.num_ranks: int = facts["num_ranks"]
 
     async def run(self, prompt: Prompt) -> Group:
         group, trajectories = self.actor.run.remote(prompt)
@@ -154,36 +158,54 @@ class RemoteLearner:
 async def open_actors(
     config: Config, folder: str, resume: Path | None
 ) -> AsyncIterator[tuple[RemoteLearner, list[RemoteRollout]]]:
-    """Starts Ray and the actors; on the way out nothing of them is left."""
-    _start_ray()
-    folder = str(Path(folder).absolute()) if Path(folder).exists() else folder  # workers start elsewhere
+    """Starts Ray, or joins the cluster, and starts the actors; on the way out nothing of them is left."""
+    _start_ray(config)
     try:
-        # No logical CPUs are reserved: actors share the machine's cores, each with a set number of threads.
-        rollout_class: Any = ray.remote(num_cpus=0)(RolloutActor)
-        rollouts = [
-            RemoteRollout(f"rollout {index}", rollout_class.options(max_concurrency=10_000).remote(config, folder))
-            for index in range(config.rollout.num_actors)
-        ]
-        learner_class: Any = ray.remote(num_cpus=0)(LearnerActor)
-        actor = learner_class.remote(config, folder, resume)
-        version, buckets = await actor.describe.remote()
-        await asyncio.gather(*(rollout.actor.describe.remote() for rollout in rollouts))
-        yield RemoteLearner(actor, version, buckets), rollouts
+        placement = plan(config, int(ray.cluster_resources().get("GPU", 0)))
+        folder = str(Path(folder).absolute()) if Path(folder).exists() else folder  # workers start elsewhere
+        yield await _start_actors(config, folder, resume, placement)
     finally:
         ray.shutdown()
+
+
+async def _start_actors(
+    config: Config, folder: str, resume: Path | None, placement: Placement
+) -> tuple[RemoteLearner, list[RemoteRollout]]:
+    # No logical CPUs are reserved: actors share the machine's cores, each with a set number of threads.
+    environment = {"env_vars": {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}}  # SGLang's: both sides must agree
+    common: dict[str, Any] = {"num_cpus": 0, "runtime_env": environment if placement.device == "cuda" else None}
+    learner_class: Any = ray.remote(LearnerActor).options(
+        num_gpus=placement.learner_gpus, resources=config.cluster.learner_resources, **common
+    )
+    rollout_class: Any = ray.remote(RolloutActor).options(
+        num_gpus=placement.rollout_gpus,
+        resources=config.cluster.rollout_resources,
+        max_concurrency=_MAX_CONCURRENCY,
+        **common,
+    )
+    learner = learner_class.remote(config, folder, resume, placement)
+    actors = [rollout_class.remote(config, folder, placement) for _ in range(config.rollout.num_actors)]
+    (version, buckets), *facts = await asyncio.gather(
+        learner.describe.remote(), *(actor.start.remote() for actor in actors)
+    )
+    rollouts = [
+        RemoteRollout(f"rollout {number}", actor, fact)
+        for number, (actor, fact) in enumerate(zip(actors, facts, strict=True))
+    ]
+    return RemoteLearner(learner, version, buckets), rollouts
 
 
 def _own_address() -> str:
     return str(ray.util.get_node_ip_address())
 
 
-def _start_ray() -> None:
+def _start_ray(config: Config) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
     ray.init(
-        include_dashboard=False,
-        object_store_memory=_STORE_BYTES,
+        address=config.cluster.address,
         logging_level=logging.WARNING,
-        log_to_driver=True,
         configure_logging=False,
+        **({} if config.cluster.address else own),
     )

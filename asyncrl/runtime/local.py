@@ -16,6 +16,7 @@ from asyncrl.checkpoint import Cursor
 from asyncrl.config import Config
 from asyncrl.rollout import Rollout, UpdateReport
 from asyncrl.runtime.parts import LearnerPart, build_rollout
+from asyncrl.runtime.placement import plan
 from asyncrl.types import Group, Prompt, Version
 from asyncrl.weights import Bucket, Rendezvous
 
@@ -78,8 +79,12 @@ async def open_actors(
 ) -> AsyncIterator[tuple[LocalLearner, list[LocalRollout]]]:
     """The learner and the rollout actors, closed on the way out."""
     torch.set_num_threads(config.learner.num_threads)
-    learner = LocalLearner(LearnerPart(config, folder, resume))
-    rollouts = [LocalRollout(f"rollout {i}", build_rollout(config, folder)) for i in range(config.rollout.num_actors)]
+    placement = plan(config, num_gpus=0)
+    learner = LocalLearner(LearnerPart(config, folder, resume, placement))
+    rollouts = [
+        LocalRollout(f"rollout {number}", await build_rollout(config, folder, placement))
+        for number in range(config.rollout.num_actors)
+    ]
     try:
         yield learner, rollouts
     finally:

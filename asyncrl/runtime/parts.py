@@ -9,47 +9,78 @@ import torch
 from asyncrl import checkpoint
 from asyncrl.checkpoint import Cursor
 from asyncrl.config import Config
+from asyncrl.engine.base import Engine
 from asyncrl.engine.embedded import EmbeddedEngine
 from asyncrl.envs.base import load_env
 from asyncrl.learner import Learner, row_length
 from asyncrl.model import load_model, load_tokenizer, stop_token_ids
 from asyncrl.rollout import Rollout
+from asyncrl.runtime.placement import Placement
 from asyncrl.types import Sampling
 from asyncrl.weights import DTYPES
 
 
-def build_rollout(config: Config, folder: str, address: str = "127.0.0.1") -> Rollout:
-    """An engine with the weights in `folder`, and its environment."""
+async def build_rollout(config: Config, folder: str, placement: Placement, address: str = "127.0.0.1") -> Rollout:
+    """An engine with the weights in `folder`, and its environment. `address` is this node's own."""
     settings = config.rollout
     tokenizer = load_tokenizer(folder)
     env = load_env(config.env.path, tokenizer, config.env.args)
-    model = load_model(folder, dtype=DTYPES[settings.dtype], device="cpu")
-    engine = EmbeddedEngine(
-        model,
-        max_running=settings.max_running,
-        max_length=env.max_prompt_tokens + settings.max_new_tokens,
-        on_update=settings.on_update,
-        address=address,
-    )
-    sampling = Sampling(
-        settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k, stop_token_ids(model, tokenizer)
-    )
+    engine = await _build_engine(config, folder, placement, env.max_prompt_tokens + settings.max_new_tokens, address)
+    stops = stop_token_ids(folder, tokenizer)
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k, stops)
     return Rollout(engine, env, sampling, settings.group_size, config.seed)
+
+
+async def _build_engine(config: Config, folder: str, placement: Placement, max_length: int, address: str) -> Engine:
+    settings = config.rollout
+    if settings.engine == "embedded":
+        return EmbeddedEngine(
+            load_model(folder, dtype=DTYPES[settings.dtype], device=placement.device),
+            max_running=settings.max_running,
+            max_length=max_length,
+            on_update=settings.on_update,
+            address=address,
+        )
+    from asyncrl.engine.sglang import SGLangEngine  # an optional package
+
+    return await SGLangEngine.start(
+        folder,
+        dtype=settings.dtype,
+        device=placement.device,
+        max_running=settings.max_running,
+        max_length=max_length,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        attention_backend=settings.attention_backend,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        on_update=settings.on_update,
+        seed=config.seed,
+        address=address,
+        engine_args=settings.engine_args,
+    )
 
 
 class LearnerPart:
     """The learner and what it saves and resumes with."""
 
-    def __init__(self, config: Config, folder: str, resume: Path | None, address: str = "127.0.0.1") -> None:
+    def __init__(
+        self, config: Config, folder: str, resume: Path | None, placement: Placement, address: str = "127.0.0.1"
+    ) -> None:
         torch.manual_seed(config.seed)
         self._keep = config.checkpoint.keep
         self._tokenizer = load_tokenizer(folder)
         env = load_env(config.env.path, self._tokenizer, config.env.args)
-        model = load_model(str(resume or folder), dtype=torch.float32, device="cpu")
-        row_tokens = row_length(config, env.max_prompt_tokens)
-        # A resumed run keeps the reference of its beginning.
-        reference = load_model(folder, dtype=torch.float32, device="cpu") if config.loss.needs_reference else None
-        self.learner = Learner(config, model, row_tokens, reference=reference, address=address)
+        model = load_model(str(resume or folder), dtype=torch.float32, device=placement.device)
+        reference = None
+        if config.loss.needs_reference:  # a resumed run keeps the reference of its beginning
+            reference = load_model(folder, dtype=torch.float32, device=placement.device)
+        self.learner = Learner(
+            config,
+            model,
+            row_length(config, env.max_prompt_tokens),
+            reference=reference,
+            address=address,
+            backend=placement.backend,
+        )
         if resume is not None:
             self.learner.load_state(checkpoint.load_optimizer(resume), checkpoint.load_cursor(resume).version)
 

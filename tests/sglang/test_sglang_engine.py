@@ -184,6 +184,9 @@ def test_a_partial_update_is_an_error_and_can_be_made_again(world, run):
         with pytest.raises(RuntimeError, match=r"partial: \d+ of 26 parameters did not arrive"):
             await world.engine.resume(1)
         await world.learner.meet(world.engine)
+        # The new group does not make good what the old one broke off.
+        with pytest.raises(RuntimeError, match=r"partial: 26 of 26 parameters did not arrive"):
+            await world.engine.resume(1)
         await world.publish_new(1)
         return await asyncio.gather(*calls)
 

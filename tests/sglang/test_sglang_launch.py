@@ -8,7 +8,7 @@ import torch
 
 from asyncrl.engine import sampler
 from asyncrl.engine.sglang_launch import choose_attention_backend, server_arguments
-from asyncrl.engine.sglang_scheduler import draw_truncated, uniforms
+from asyncrl.engine.sglang_scheduler import draw, truncate, uniforms
 
 ALL = {"flashinfer", "fa3", "triton", "torch_native"}
 
@@ -92,19 +92,18 @@ def test_the_random_numbers_are_those_of_the_embedded_engine():
 
 def test_truncated_draws_follow_the_distribution_that_is_left():
     probs = torch.tensor([[0.4, 0.1, 0.3, 0.2]]).repeat(20000, 1)
-    top_k, top_p = torch.full((20000,), 3), torch.full((20000,), 0.7)
-    rows = torch.arange(20000)
-    tokens = draw_truncated(probs, top_k, top_p, rows, rows)
+    truncate(probs, torch.full((20000,), 3), torch.full((20000,), 0.7))
     # Top-k leaves 4/9, 3/9 and 2/9; the first two of them reach 0.7.
     assert torch.allclose(probs[0], torch.tensor([4 / 7, 0.0, 3 / 7, 0.0]))
-    shares = torch.bincount(tokens.long(), minlength=4) / len(tokens)
+    rows = torch.arange(20000)
+    shares = torch.bincount(draw(probs, rows, rows).long(), minlength=4) / 20000
     assert torch.allclose(shares, probs[0], atol=0.015)
 
 
-def test_greedy_rows_keep_their_probabilities():
-    probs = torch.tensor([[0.2, 0.5, 0.3], [0.2, 0.5, 0.3]])
-    seeds = torch.zeros(2, dtype=torch.int64)
-    tokens = draw_truncated(probs, torch.tensor([1, 2]), torch.tensor([1.0, 1.0]), seeds, seeds)
-    assert tokens[0] == 1
-    assert probs[0].tolist() == pytest.approx([0.2, 0.5, 0.3])
+def test_truncation_leaves_other_rows_alone():
+    row = [0.2, 0.5, 0.3]
+    probs = torch.tensor([row, row, row, row])
+    truncate(probs, torch.tensor([1, 2, 1 << 30, 1 << 30]), torch.tensor([0.1, 1.0, 1.0, 0.4]))
+    assert probs[0].tolist() == probs[2].tolist() == pytest.approx(row)
     assert probs[1].tolist() == pytest.approx([0.0, 0.625, 0.375])
+    assert probs[3].tolist() == pytest.approx([0.0, 1.0, 0.0])
