@@ -101,6 +101,41 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"no tokenizer could be loaded from {str(path)!r}: {error}") from error
 
 
+def import_gguf(file: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Writes the model and tokenizer of a GGUF file as an ordinary folder, dequantised to `dtype`.
+
+    Raises `ValueError` when the file cannot be read, `ImportError` where `gguf` or `accelerate` is missing.
+    """
+    _quiet()
+    if not file.is_file():
+        raise ValueError(f"there is no file {str(file)!r}")
+    extra = {}
+    if hasattr(transformers, "GgufConfig"):  # newer releases keep the blocks packed unless told otherwise
+        extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    packed = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype, **extra)
+    config = packed.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    dense = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    dense.load_state_dict(packed.state_dict(), assign=True)
+    dense.tie_weights()
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    _restore_tokenizer(tokenizer)
+    dense.config.eos_token_id = dense.generation_config.eos_token_id = tokenizer.eos_token_id
+    dense.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _restore_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """What reading from GGUF loses: the split into single digits, and which token ends a turn."""
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    if "<|im_end|>" in tokenizer.get_vocab():
+        tokenizer.eos_token = "<|im_end|>"
+
+
 def stop_token_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The tokens that end a completion: those of the generation settings at `path` and the tokenizer's own, sorted."""
     try:

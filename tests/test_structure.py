@@ -18,7 +18,7 @@ HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboa
 LAYERS = [
     {"types", "algo.presets", "config"},
     {"algo.advantage", "algo.loss", "algo.diagnostics", "buffer", "weights", "model", "envs.base"},
-    {"metrics", "checkpoint", "packing", "engine.base", "envs.digits"},
+    {"metrics", "checkpoint", "packing", "engine.base", "envs.digits", "envs.numbers"},
     {
         "engine.kv_cache",
         "engine.sampler",

@@ -173,8 +173,9 @@ def server_arguments(
     _check_extra(extra, known)
     defaults: dict[str, Any] = {"grammar_backend": "none", "log_level": "error"}
     if device == "cpu":
-        # On a CPU the default cache would take a share of the host's whole memory.
-        defaults |= {"disable_cuda_graph": True, "max_total_tokens": min(max_running * max_length, 1 << 16) + 1024}
+        # The default cache would take a share of the host's whole memory, and an idle scheduler a whole core.
+        max_total_tokens = min(max_running * max_length, 1 << 16) + 1024
+        defaults |= {"disable_cuda_graph": True, "max_total_tokens": max_total_tokens, "sleep_on_idle": True}
     else:
         # Graphs of prefills cost start-up time and memory, and a prefill of a whole group gains little from them.
         defaults |= {"disable_prefill_cuda_graph": True, "cuda_graph_max_bs_decode": max_running}

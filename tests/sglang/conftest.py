@@ -59,8 +59,14 @@ def run(runner: asyncio.Runner) -> Run:
 
     def bounded(coroutine: Coroutine[Any, Any, Any], seconds: float = 60) -> Any:
         async def body() -> Any:
-            async with asyncio.timeout(seconds):
-                return await coroutine
+            try:
+                async with asyncio.timeout(seconds):
+                    return await coroutine
+            finally:
+                # A test that failed may have left requests, which would take places from the next one's.
+                for task in asyncio.all_tasks():
+                    if task.get_coro().__qualname__ == "SGLangEngine.generate":
+                        task.cancel()
 
         return runner.run(body())
 

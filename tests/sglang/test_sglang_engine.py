@@ -16,7 +16,8 @@ from asyncrl.types import Completion, Sampling
 
 pytestmark = pytest.mark.timeout(120)
 PROMPTS = [[19, 6, 2, 9, 3, 12], [5], [20, 4, 8], [7] * 17, [3, 14, 15, 9, 2, 6, 5, 3, 5]]
-LONG = Sampling(120)
+LENGTH = 200
+LONG = Sampling(LENGTH)
 
 
 def logprobs_of(logits: torch.Tensor, ids: torch.Tensor) -> np.ndarray:
@@ -57,8 +58,8 @@ async def update_in_flight(world: Any, mode: str) -> list[Completion]:
 def test_the_boundary_is_where_the_versions_say(world, run, mode):
     for prompt, completion in zip(PROMPTS, run(update_in_flight(world, mode)), strict=True):
         boundary = int(np.searchsorted(completion.versions, 1))
-        assert 0 < boundary < len(completion.versions) == 120
-        assert completion.versions.tolist() == [0] * boundary + [1] * (120 - boundary)
+        assert 0 < boundary < len(completion.versions) == LENGTH
+        assert completion.versions.tolist() == [0] * boundary + [1] * (LENGTH - boundary)
         before = exact(world.old, prompt, completion)
         if mode == "keep":
             after = mixed(world.old, world.new, prompt, completion, boundary)
@@ -85,7 +86,7 @@ def test_an_abort_returns_what_there_is_and_keeps_the_waiting(world, run):
     partial, waited = run(body())
     for prompt, completion in zip(PROMPTS, partial, strict=True):
         assert completion.finish == "abort"
-        assert 0 < len(completion.token_ids) < 120
+        assert 0 < len(completion.token_ids) < LENGTH
         assert set(completion.versions.tolist()) == {0}
         assert difference(completion, exact(world.old, prompt, completion), slice(None)) < 1e-5
     for completion in waited:
@@ -237,7 +238,7 @@ def test_two_engines_on_one_host_and_the_end_of_one(world, run):
         with pytest.raises(RuntimeError, match="exit code -9"):
             await second.pause()
         await second.close()
-        assert len((await world.engine.generate(PROMPTS[0], LONG, 3)).token_ids) == 120
+        assert len((await world.engine.generate(PROMPTS[0], LONG, 3)).token_ids) == LENGTH
 
     run(world.reset())
     second = run(start(world.folder, max_length=512), 120)
