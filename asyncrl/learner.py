@@ -17,7 +17,7 @@ from asyncrl.algo.loss import Columns, Outcome, policy_loss
 from asyncrl.config import Config
 from asyncrl.packing import Batch, MicroBatch, pack
 from asyncrl.types import Trajectory, Version
-from asyncrl.weights import BroadcastGroup, Bucket, Rendezvous, make_buckets, open_rendezvous, publish
+from asyncrl.weights import BroadcastGroup, Bucket, Outgoing, Rendezvous, make_buckets, open_rendezvous
 
 _NUM_WATCHED = 100_000
 
@@ -61,6 +61,7 @@ class Learner:
             model.named_parameters(), config.rollout.dtype, int(config.weights.bucket_mb * 2**20)
         )
         self._group: BroadcastGroup | None = None
+        self._outgoing: Outgoing | None = None
         self._watch = _GradientWatch(model)
 
     def step(self, groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
@@ -121,11 +122,18 @@ class Learner:
         """Blocks until every engine has joined."""
         self._group = BroadcastGroup(self._where, 0, self._address, self._store)
 
-    def broadcast(self) -> str:
-        """Sends the current weights to every engine; returns their digest."""
+    def prepare(self) -> None:
+        """Gets the current weights ready to leave, while engines still generate."""
         if self._group is None:
-            raise RuntimeError("broadcast() before join()")
-        return publish(self._group, self.buckets, dict(self.model.named_parameters()))
+            raise RuntimeError("prepare() before join()")
+        self._outgoing = Outgoing(self.buckets, dict(self.model.named_parameters()), self._group.device)
+
+    def broadcast(self) -> str:
+        """Sends the prepared weights to every engine; returns their digest."""
+        if self._group is None or self._outgoing is None:
+            raise RuntimeError("broadcast() before join() and prepare()")
+        outgoing, self._outgoing = self._outgoing, None
+        return outgoing.send(self._group)
 
     def state(self) -> dict[str, Tensor]:
         """Optimizer state as named tensors, for a checkpoint; the weights are the model's own."""

@@ -167,6 +167,7 @@ class Publisher(Protocol):
 
     async def rendezvous(self, world_size: int) -> Rendezvous: ...
     async def join(self) -> None: ...
+    async def prepare(self) -> None: ...
     async def broadcast(self) -> str: ...
 
 
@@ -231,6 +232,7 @@ class RolloutPool:
                 await self._form_group(learner)
             actors = self.actors
             begin = time.monotonic()
+            await learner.prepare()  # before any engine pauses
             results: list[Any] = await asyncio.gather(
                 learner.broadcast(),
                 *(actor.update_weights(learner.buckets, learner.version) for actor in actors),

@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -106,17 +105,16 @@ def make_buckets(tensors: Iterable[tuple[str, Tensor]], dtype: str, max_bytes: i
     return buckets
 
 
-def tensor_digest(tensor: Tensor) -> Tensor:
-    """A 64-bit checksum of a tensor's bits that depends on their order: int64[], on the tensor's device.
+def flat_digest(flat: Tensor) -> Tensor:
+    """A 64-bit checksum of a buffer's bytes that depends on their order: int64[], on the buffer's device.
 
     sum_c (2c + 1) * sum_i (2i + 1) * G * word[c, i] mod 2^64, over 8-byte words (the last one filled up with zeros) in
     chunks of 2^22. Wrapping integer addition is associative, so every device gets the same number in whatever order it
     adds. Factors are odd, so any single word that changes is seen. A checksum against accidents, not against attacks.
     """
-    raw = tensor.detach().contiguous().flatten().view(torch.uint8)
-    if len(raw) % 8 or raw.storage_offset() % 8:
-        raw = torch.nn.functional.pad(raw, (0, -len(raw) % 8))
-    words = raw.view(torch.int64)
+    if len(flat) % 8 or flat.storage_offset() % 8:
+        flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8))
+    words = flat.view(torch.int64)
     factors = _digest_factors(words.device, min(len(words), _DIGEST_CHUNK))
     total = torch.zeros((), dtype=torch.int64, device=words.device)
     for number, chunk in enumerate(words.split(_DIGEST_CHUNK)):
@@ -129,16 +127,11 @@ def _digest_factors(device: torch.device, count: int) -> Tensor:
     return (2 * torch.arange(count, dtype=torch.int64, device=device) + 1) * _GOLDEN
 
 
-def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """One short hexadecimal digest of named tensors, independent of their order."""
-    return combine((name, tensor_digest(tensor)) for name, tensor in tensors)
-
-
-def combine(digests: Iterable[tuple[str, Tensor]]) -> str:
-    """The digest of named tensors from their own digests, int64[] each; one transfer from the device."""
-    named = dict(digests)
-    values = torch.stack(list(named.values())).tolist()
-    lines = sorted(f"{name}:{value % 2**64:016x}" for name, value in zip(named, values, strict=True))
+def digest(received: Iterable[tuple[Bucket, Tensor]]) -> str:
+    """The digest of a version: one short hexadecimal word from its buckets and their `flat_digest`, int64[] each."""
+    pairs = list(received)
+    values = torch.stack([value for _, value in pairs]).tolist()
+    lines = [f"{bucket}:{value % 2**64:016x}" for (bucket, _), value in zip(pairs, values, strict=True)]
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
 
 
@@ -148,6 +141,12 @@ def open_rendezvous(host: str, world_size: int, timeout_s: float, backend: str =
     store = TCPStore(host, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
     name = f"asyncrl-{store.port}-{next(_group_numbers)}"
     return Rendezvous(host, store.port, world_size, name, backend, timeout_s), store
+
+
+def digest_of(buckets: Iterable[Bucket], tensors: dict[str, Tensor]) -> str:
+    """The digest that these tensors have when they travel in these buckets."""
+    device = next(iter(tensors.values())).device
+    return digest((bucket, flat_digest(bucket.pack(tensors, device))) for bucket in buckets)
 
 
 class BroadcastGroup:
@@ -217,18 +216,35 @@ def _backend(where: Rendezvous, store: Any, rank: int, address: str, timeout: ti
 
 
 def publish(group: BroadcastGroup, buckets: Sequence[Bucket], tensors: dict[str, Tensor]) -> str:
-    """Learner side: broadcasts every bucket in order and returns the digest of what was sent.
+    """Broadcasts one version from rank 0; returns the digest of what was sent."""
+    return Outgoing(buckets, tensors, group.device).send(group)
 
-    A bucket is put together while the one before it travels, so two of them exist at a time.
+
+class Outgoing:
+    """One version on its way out, on the learner's side. The first bucket is put together when this is made.
+
+    So that is done before the engines are asked to pause, and each later bucket is put together while the one before it
+    travels; two of them exist at a time.
     """
-    digests: list[tuple[str, Tensor]] = []
-    waits: deque[Callable[[], None]] = deque()
-    for bucket in buckets:
-        flat = bucket.pack(tensors, group.device)
-        digests.extend((name, tensor_digest(tensor)) for name, tensor in bucket.unpack(flat))
-        if waits:
-            waits.popleft()()
-        waits.append(group.start(flat))
-    while waits:
-        waits.popleft()()
-    return combine(digests)
+
+    def __init__(self, buckets: Sequence[Bucket], tensors: dict[str, Tensor], device: torch.device) -> None:
+        self._buckets, self._tensors, self._device = buckets, tensors, device
+        self._digests: list[Tensor] = []
+        self._ready: Tensor | None = self._pack(0)
+
+    def send(self, group: BroadcastGroup) -> str:
+        """Broadcasts every bucket in order; returns the digest of what was sent."""
+        for number in range(len(self._buckets)):
+            assert self._ready is not None
+            wait = group.start(self._ready)
+            sent, self._ready = self._ready, self._pack(number + 1)
+            wait()
+            del sent  # it had to live until here
+        return digest(zip(self._buckets, self._digests, strict=True))
+
+    def _pack(self, number: int) -> Tensor | None:
+        if number == len(self._buckets):
+            return None
+        flat = self._buckets[number].pack(self._tensors, self._device)
+        self._digests.append(flat_digest(flat))
+        return flat

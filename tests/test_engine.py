@@ -16,9 +16,8 @@ from asyncrl.engine.embedded import EmbeddedEngine
 from asyncrl.engine.sampler import sample, uniforms
 from asyncrl.model import build_tiny, load_model
 from asyncrl.types import Completion, Sampling
-from asyncrl.weights import BroadcastGroup, Bucket, digest, make_buckets, open_rendezvous, publish
+from asyncrl.weights import BroadcastGroup, Bucket, digest_of, make_buckets, open_rendezvous, publish
 
-CPU = torch.device("cpu")
 PROMPTS = [[19, 6, 2, 9, 3, 12], [5], [20, 4, 8], [7] * 17, [3, 14, 15, 9, 2, 6, 5, 3, 5]]
 
 
@@ -89,7 +88,7 @@ async def send(group, model, *engines) -> str:
     """Broadcasts the weights of `model` to paused engines; the digest of what was sent."""
     named = dict(model.named_parameters())
     buckets = make_buckets(named.items(), "float32", 200_000)
-    sending = asyncio.create_task(asyncio.to_thread(publish, group, buckets, named, CPU))
+    sending = asyncio.create_task(asyncio.to_thread(publish, group, buckets, named))
     for bucket in buckets:
         await asyncio.gather(*(engine.receive(bucket) for engine in engines))
     return await sending
@@ -181,8 +180,9 @@ def test_versions_and_digests_follow_an_update(setup, trained):
         return before, during, after, sent
 
     before, during, after, sent = run(body())
-    old = digest(setup.model.named_parameters())
-    assert sent == digest(trained.named_parameters()) != old
+    named = dict(trained.named_parameters())
+    assert sent == digest_of(make_buckets(named.items(), "float32", 200_000), named)
+    old = "checkpoint"  # nobody sent the weights that the engine started with
     assert (set(before.versions.tolist()), before.digests) == ({0}, {0: old})
     assert (set(after.versions.tolist()), after.digests) == ({1}, {1: sent})
     assert np.abs(after.logprobs - full_logprobs(trained, PROMPTS[0], after)).max() < setup.tolerance
@@ -208,7 +208,7 @@ def test_a_partial_update_is_an_error(setup, trained):
         [bucket] = make_buckets(named.items(), "float32", 1 << 30)
         await setup.engine.pause()
         await asyncio.gather(
-            asyncio.to_thread(publish, group, [bucket], named, CPU),
+            asyncio.to_thread(publish, group, [bucket], named),
             setup.engine.receive(bucket),
         )
         with pytest.raises(RuntimeError, match=r"partial: 1 of \d+ parameters did not arrive \(model.norm.weight"):
@@ -369,7 +369,7 @@ def test_an_update_that_was_cut_short_starts_over_in_a_new_group(tiny, trained):
         bucket = make_buckets(named.items(), "float32", 200_000)[0]
         await engine.pause()
         for error in (None, "arrived twice"):
-            sending = asyncio.to_thread(publish, group, [bucket], named, CPU)
+            sending = asyncio.to_thread(publish, group, [bucket], named)
             _, received = await asyncio.gather(sending, engine.receive(bucket), return_exceptions=True)
             assert error is None or error in str(received)
         group = await meet(engine)

@@ -131,4 +131,4 @@ def test_a_saved_state_goes_on_exactly(folder):
 
 def test_broadcast_before_a_group_exists_is_refused(folder):
     with pytest.raises(RuntimeError, match="before join"):
-        make_learner(folder).broadcast()
+        make_learner(folder).prepare()

@@ -52,6 +52,7 @@ async def synchronous(config):
             batch = list(itertools.islice(prompts, config.learner.groups_per_step))
             groups = await asyncio.gather(*(actors[i % len(actors)].run(prompt) for i, prompt in enumerate(batch)))
             await learner.step(groups)
+            await learner.prepare()
             await asyncio.gather(
                 learner.broadcast(), *(actor.update_weights(learner.buckets, learner.version) for actor in actors)
             )

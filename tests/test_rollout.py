@@ -60,6 +60,9 @@ class Learner:
     async def join(self):
         pass
 
+    async def prepare(self):
+        pass
+
     async def broadcast(self):
         return "right"
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from asyncrl.engine import sampler
 from asyncrl.engine.kv_cache import SlotCache
 from asyncrl.types import Completion, Finish, Sampling, Version
-from asyncrl.weights import BroadcastGroup, Bucket, Rendezvous, digest
+from asyncrl.weights import BroadcastGroup, Bucket, Rendezvous, digest_of
 
 if TYPE_CHECKING:
     from asyncrl.model import PreTrainedModel
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 OnUpdate: TypeAlias = Literal["keep", "recompute", "abort"]
 """What new weights do to live requests: keep their KV cache, compute it again, or end them."""
 
+_CHECKPOINT = "checkpoint"
+"""Stands for the digest of the weights that the engine started with."""
 _ADMIT_FRACTION = 8  # While more are waiting, one in this many places must be free before any is filled.
 
 
@@ -88,7 +90,8 @@ class EmbeddedEngine:
         self._missing: set[str] | None = None
         self._parameters: dict[str, Tensor] = dict(model.named_parameters())
         self._version: Version = 0
-        self._digests: dict[Version, str] = {0: digest(self._parameters.items())}
+        self._digests: dict[Version, str] = {0: _CHECKPOINT}
+        self._received: list[Bucket] = []
 
     @property
     def num_ranks(self) -> int:
@@ -118,6 +121,7 @@ class EmbeddedEngine:
     async def join(self, where: Rendezvous, first_rank: int) -> None:
         """Enters a broadcast group. An update that was cut short in the last one starts over from its first bucket."""
         self._group = None
+        self._received = []
         if self._missing is not None:
             self._missing = set(self._parameters)
         self._group = await asyncio.to_thread(BroadcastGroup, where, first_rank, self._address)
@@ -147,6 +151,7 @@ class EmbeddedEngine:
             for name, tensor in bucket.unpack(flat):
                 self._parameters[name].copy_(tensor)
         self._missing.difference_update(bucket.names)
+        self._received.append(bucket)
 
     async def resume(self, version: Version) -> str:
         """Goes on with the weights that arrived since `pause`, or with the old ones if none did.
@@ -162,7 +167,9 @@ class EmbeddedEngine:
                 f"the update to version {version} is partial: {len(self._missing)} of {len(self._parameters)} "
                 f"parameters did not arrive ({some}, ...)"
             )
-        current = digest(self._parameters.items())
+        current = self._digests[self._version]
+        if self._received:
+            current, self._received = digest_of(self._received, self._parameters), []
         live = {v for request in self._live for v in request.versions}
         if version in live and self._digests[version] != current:
             raise RuntimeError(

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from asyncrl.weights import BroadcastGroup, Bucket, Rendezvous, combine, tensor_digest
+from asyncrl.weights import BroadcastGroup, Bucket, Rendezvous, digest, flat_digest
 
 if TYPE_CHECKING:
     _Scheduler = Any
@@ -143,17 +143,17 @@ class SchedulerMixin(_Scheduler):  # type: ignore[misc]
         self._weights.receive(Bucket(tuple(names), tuple(dtypes), tuple(tuple(shape) for shape in shapes)))
 
     def _do_resume(self, version: int, abort: bool) -> str | None:
-        digest = self._weights.finish()
+        arrived = self._weights.finish()
         _synchronize(self._weights.device)
         self._version = version
-        if digest is not None:
+        if arrived is not None:
             self._salt += 1
             if abort:
                 self._end_started()
             # Those that wait have no keys and values yet, or lost them: they start over under the new weights.
             for req in self.waiting_queue:
                 req.extra_key = str(self._salt)
-        return digest
+        return arrived
 
     def _end_started(self) -> None:
         """Ends the requests that have tokens; the pause has put all of them back into the queue."""
@@ -180,7 +180,7 @@ class ReceivedWeights:
         self._model, self._tp_rank = model, tp_rank
         self.device = next(model.parameters()).device
         self._group: BroadcastGroup | None = None
-        self._arrived: dict[str, Tensor] = {}
+        self._arrived: list[tuple[Bucket, Tensor]] = []
         self._changed = False
         self._complete: frozenset[str] | None = None
 
@@ -196,15 +196,14 @@ class ReceivedWeights:
             raise RuntimeError("the engine is in no broadcast group")
         flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._group.device)
         self._group.broadcast(flat)
-        twice = self._arrived.keys() & set(bucket.names)
+        twice = self._names() & set(bucket.names)
         if twice:
             raise RuntimeError(f"parameter {min(twice)!r} arrived twice in one update")
-        tensors = list(bucket.unpack(flat))
         if self._complete is None and not self._changed:
             self._poison()
         self._changed = True
-        self._model.load_weights(tensors)  # type: ignore[operator]
-        self._arrived.update((name, tensor_digest(tensor)) for name, tensor in tensors)
+        self._model.load_weights(list(bucket.unpack(flat)))  # type: ignore[operator]
+        self._arrived.append((bucket, flat_digest(flat)))
 
     def finish(self) -> str | None:
         """The digest of the update that ends here, None if nothing arrived. Raises `RuntimeError` for a partial one."""
@@ -214,17 +213,20 @@ class ReceivedWeights:
             names = [name for name, _ in self._model.named_parameters()]
             missing = [name for name, parameter in self._model.named_parameters() if _has_nan(parameter)]
         else:
-            names, missing = list(self._complete), sorted(self._complete - self._arrived.keys())
+            names, missing = list(self._complete), sorted(self._complete - self._names())
         if missing:
             raise RuntimeError(
                 f"the update is partial: {len(missing)} of {len(names)} parameters did not arrive "
                 f"({', '.join(missing[:3])}, ...)"
             )
-        self._complete = frozenset(self._arrived)
-        digest = combine(self._arrived.items())
+        self._complete = self._names()
+        whole = digest(self._arrived)
         self._arrived.clear()
         self._changed = False
-        return digest
+        return whole
+
+    def _names(self) -> frozenset[str]:
+        return frozenset(name for bucket, _ in self._arrived for name in bucket.names)
 
     @torch.no_grad()
     def _poison(self) -> None:

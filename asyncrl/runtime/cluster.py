@@ -84,6 +84,9 @@ class LearnerActor:
     def join(self) -> None:
         self._learner.join()
 
+    def prepare(self) -> None:
+        self._learner.prepare()
+
     def broadcast(self) -> str:
         return self._learner.broadcast()
 
@@ -145,6 +148,9 @@ class RemoteLearner:
 
     async def join(self) -> None:
         await self.actor.join.remote()
+
+    async def prepare(self) -> None:
+        await self.actor.prepare.remote()
 
     async def broadcast(self) -> str:
         digest: str = await self.actor.broadcast.remote()

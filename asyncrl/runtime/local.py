@@ -66,6 +66,9 @@ class LocalLearner:
     async def join(self) -> None:
         await asyncio.to_thread(self._learner.join)
 
+    async def prepare(self) -> None:
+        await asyncio.to_thread(self._learner.prepare)
+
     async def broadcast(self) -> str:
         return await asyncio.to_thread(self._learner.broadcast)
 

@@ -65,7 +65,7 @@ def run(runner: asyncio.Runner) -> Run:
             finally:
                 # A test that failed may have left requests, which would take places from the next one's.
                 for task in asyncio.all_tasks():
-                    if task.get_coro().__qualname__ == "SGLangEngine.generate":
+                    if getattr(task.get_coro(), "__qualname__", "") == "SGLangEngine.generate":
                         task.cancel()
 
         return runner.run(body())

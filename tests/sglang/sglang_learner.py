@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from asyncrl.weights import BroadcastGroup, Bucket, Rendezvous, digest, make_buckets, open_rendezvous, publish
+from asyncrl.weights import BroadcastGroup, Bucket, Rendezvous, digest_of, make_buckets, open_rendezvous, publish
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -76,7 +76,7 @@ class Learner:
         await asyncio.gather(*(engine.pause() for engine in engines))
         await self.send(tensors, None, *engines)
         digests = [await engine.resume(version) for engine in engines]
-        assert digests == [digest(tensors.items())] * len(engines)
+        assert digests == [digest_of(buckets_of(tensors), dict(tensors))] * len(engines)
         return digests[0]
 
     async def send(self, tensors: Tensors, limit: int | None, *engines: Any) -> None:

@@ -84,7 +84,7 @@ def cluster():
 
 
 def get(*futures: ObjectRef) -> list[Any]:
-    return ray.get(list(futures), timeout=90)
+    return ray.get(list(futures), timeout=150)
 
 
 @pytest.mark.timeout(240)
