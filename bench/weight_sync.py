@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +176,9 @@ async def measure(shape: str, copy_gb_per_s: float | None, options: argparse.Nam
         }
         await engine.start.remote(folder, arguments, dtype)
         results = []
+        versions = itertools.count(1)
         for bucket_mb in options.bucket_mb:
-            results.append(await rounds(learner, engine, bucket_mb, dtype, options))
+            results.append(await rounds(learner, engine, versions, dtype, bucket_mb=bucket_mb, options=options))
             results[-1] |= {"shape": shape, "copy_gb_per_s": copy_gb_per_s}
         await engine.close.remote()
     ray.shutdown()
@@ -183,15 +186,13 @@ async def measure(shape: str, copy_gb_per_s: float | None, options: argparse.Nam
 
 
 async def rounds(
-    learner: Any, engine: Any, bucket_mb: float, dtype: str, options: argparse.Namespace
+    learner: Any, engine: Any, versions: Iterator[int], dtype: str, *, bucket_mb: float, options: argparse.Namespace
 ) -> dict[str, Any]:
     where, buckets = await learner.open.remote(bucket_mb, dtype)
     await asyncio.gather(learner.join.remote(), engine.join.remote(where))
-    version = 0
 
     async def update() -> dict[str, Any]:
-        nonlocal version
-        version += 1
+        version = next(versions)
         await learner.prepare.remote()
         sent, report = await asyncio.gather(learner.send.remote(), engine.update.remote(buckets, version))
         if sent != report["digest"]:

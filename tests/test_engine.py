@@ -182,8 +182,9 @@ def test_versions_and_digests_follow_an_update(setup, trained):
     before, during, after, sent = run(body())
     named = dict(trained.named_parameters())
     assert sent == digest_of(make_buckets(named.items(), "float32", 200_000), named)
-    old = "checkpoint"  # nobody sent the weights that the engine started with
+    old = before.digests[0]
     assert (set(before.versions.tolist()), before.digests) == ({0}, {0: old})
+    assert old != sent
     assert (set(after.versions.tolist()), after.digests) == ({1}, {1: sent})
     assert np.abs(after.logprobs - full_logprobs(trained, PROMPTS[0], after)).max() < setup.tolerance
     for completion in during:
