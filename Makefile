@@ -2,15 +2,20 @@
 
 PYTHON ?= python3
 BIN = .venv/bin
+SGLANG_BIN = .venv-sglang/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test lint docs clean
+.PHONY: run test test-sglang lint docs clean
 
 run: .venv/installed
 	$(BIN)/python launch/run.py $(ARGS)
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest $(ARGS)
+
+# Real SGLang on a CPU, in an environment of its own (2.6 GB): the engine's contract, without a GPU.
+test-sglang: .venv-sglang/installed
+	SGLANG_USE_CPU_ENGINE=1 PYTHONPATH=$(CURDIR)/tests/sglang/shims $(SGLANG_BIN)/python -m pytest tests/sglang $(ARGS)
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
@@ -29,5 +34,12 @@ docs: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+.venv-sglang/installed: tests/sglang/requirements.txt tests/sglang/requirements-no-deps.txt
+	$(PYTHON) -m venv .venv-sglang
+	$(SGLANG_BIN)/python -m pip install --quiet -r tests/sglang/requirements.txt
+	$(SGLANG_BIN)/python -m pip install --quiet --no-deps -r tests/sglang/requirements-no-deps.txt
+	$(SGLANG_BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-sglang

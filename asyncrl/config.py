@@ -119,7 +119,7 @@ class EvalConfig(_Section, frozen=True, kw_only=True):
 
 
 class WeightsConfig(_Section, frozen=True, kw_only=True):
-    bucket_mb: float = 256.0
+    bucket_mb: float = 1024.0
     timeout_s: float = 120.0
     """Bound on joining a broadcast group and on each broadcast."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"

@@ -29,7 +29,7 @@ from asyncrl.envs.base import load_env
 from asyncrl.loop import PromptQueue, System, run
 from asyncrl.metrics import Metrics, plot
 from asyncrl.model import load_tokenizer
-from asyncrl.rollout import RolloutPool
+from asyncrl.pool import RolloutPool
 from asyncrl.warmup import prepare
 
 

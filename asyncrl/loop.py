@@ -30,7 +30,7 @@ from asyncrl.buffer import Buffer
 from asyncrl.checkpoint import Cursor
 from asyncrl.config import Config
 from asyncrl.metrics import Metrics
-from asyncrl.rollout import Publisher, RolloutPool
+from asyncrl.pool import Publisher, RolloutPool
 from asyncrl.types import Group, Prompt
 
 

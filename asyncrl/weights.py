@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_DIGEST_CHUNK = 1 << 22
+_DIGEST_CHUNK = 1 << 24
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _group_numbers = itertools.count()
 
@@ -109,7 +109,7 @@ def flat_digest(flat: Tensor) -> Tensor:
     """A 64-bit checksum of a buffer's bytes that depends on their order: int64[], on the buffer's device.
 
     sum_c (2c + 1) * sum_i (2i + 1) * G * word[c, i] mod 2^64, over 8-byte words (the last one filled up with zeros) in
-    chunks of 2^22. Wrapping integer addition is associative, so every device gets the same number in whatever order it
+    chunks of 2^24. Wrapping integer addition is associative, so every device gets the same number in whatever order it
     adds. Factors are odd, so any single word that changes is seen. A checksum against accidents, not against attacks.
     """
     if len(flat) % 8 or flat.storage_offset() % 8:
@@ -175,21 +175,28 @@ class BroadcastGroup:
         return torch.device("cpu" if self.where.backend == "gloo" else "cuda")
 
     def start(self, flat: Tensor) -> Callable[[], None]:
-        """Begins to send from rank 0, or to fill `flat` (uint8) in place elsewhere. Call what it returns to wait."""
-        doing = f"rank {self.rank}: broadcast of {flat.numel()} bytes"
-        limit = f"failed or took longer than {self.where.timeout_s:g} s"
+        """Begins to send from rank 0, or to fill `flat` (uint8) in place elsewhere. Call what it returns to wait.
+
+        A member whose broadcast fails leaves the group, so that the others hear of it at once and not by their timeout.
+        """
+        failed = (
+            f"rank {self.rank}: broadcast of {flat.numel()} bytes failed or took longer than {self.where.timeout_s:g} s"
+        )
         try:
             work = self._group.broadcast(flat, 0)
         except Exception as error:
-            raise RuntimeError(f"{doing} {limit}: {error}") from error
+            self._group = None
+            raise RuntimeError(f"{failed}: {error}") from error
 
         def wait() -> None:
+            nonlocal work
             try:
                 work.wait()
                 if flat.is_cuda:  # the wait above is of the stream, not of this thread
                     torch.cuda.current_stream().synchronize()
             except Exception as error:
-                raise RuntimeError(f"{doing} {limit}: {error}") from error
+                self._group = work = None  # both hold connections open
+                raise RuntimeError(f"{failed}: {error}") from error
 
         return wait
 

@@ -16,7 +16,7 @@ from asyncrl import checkpoint, job, metrics
 from asyncrl import config as configuration
 from asyncrl.envs.base import load_env
 from asyncrl.model import load_tokenizer
-from asyncrl.rollout import RolloutPool
+from asyncrl.pool import RolloutPool
 from asyncrl.runtime.cluster import open_actors
 from asyncrl.warmup import prepare
 

@@ -15,7 +15,7 @@ from asyncrl.checkpoint import Cursor
 from asyncrl.envs.base import load_env
 from asyncrl.loop import PromptQueue, check_digests
 from asyncrl.model import load_model, load_tokenizer
-from asyncrl.rollout import RolloutFailed
+from asyncrl.pool import RolloutFailed
 from asyncrl.runtime.local import open_actors
 from asyncrl.types import Group, Prompt
 from asyncrl.warmup import prepare

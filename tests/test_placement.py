@@ -1,9 +1,9 @@
-"""GPUs are split, or refused with the numbers, before anything starts."""
+"""GPUs and nodes are shared out, or refused with the numbers, before any actor starts."""
 
 import pytest
 
 from asyncrl import config as configuration
-from asyncrl.runtime.placement import Placement, plan
+from asyncrl.runtime.placement import Placement, check_resources, plan
 
 
 def placed(num_gpus, *words):
@@ -17,7 +17,8 @@ def test_without_gpus_everything_is_on_the_cpu():
 
 def test_disaggregated_actors_have_gpus_of_their_own():
     assert placed(5, "rollout.num_actors=4") == Placement("cuda", 1, 1, "nccl")
-    words = ["rollout.engine=sglang", "rollout.tensor_parallel_size=2", "rollout.num_actors=3"]
+    words = ["rollout.engine=sglang", "rollout.dtype=bfloat16"]
+    words += ["rollout.tensor_parallel_size=2", "rollout.num_actors=3"]
     assert placed(8, *words) == Placement("cuda", 1, 2, "nccl")
     assert placed(5, "rollout.num_actors=4", "weights.backend=gloo").backend == "gloo"
 
@@ -37,12 +38,46 @@ def test_colocated_actors_share_one_gpu(num_actors):
         (0, ["device=cuda", "placement=colocated"], r"needs 1 GPUs \(to share\), 0 exist"),
         (
             1,
-            ["placement=colocated", "rollout.engine=sglang", "rollout.tensor_parallel_size=2"],
+            [
+                "placement=colocated",
+                "rollout.engine=sglang",
+                "rollout.dtype=bfloat16",
+                "rollout.tensor_parallel_size=2",
+            ],
             "tensor_parallel_size is 2; set both to 1",
         ),
+        (2, ["rollout.engine=sglang", "rollout.num_actors=1"], "take no float32: set rollout.dtype=bfloat16"),
         (0, ["weights.backend=nccl"], "needs a GPU for each engine"),
     ],
 )
 def test_a_wrong_split_says_what_is_needed(num_gpus, words, message):
     with pytest.raises(ValueError, match=message):
         placed(num_gpus, *words)
+
+
+NODES = ["rollout.num_actors=3", "cluster.learner_resources={big=1}", "cluster.rollout_resources={small=0.1}"]
+
+
+@pytest.mark.parametrize(
+    ("existing", "words"),
+    [
+        ({"CPU": 2.0}, []),
+        ({"big": 1.0, "small": 0.3}, NODES),
+        ({"big": 1.3}, [*NODES, "cluster.rollout_resources={big=0.1}"]),
+    ],
+)
+def test_custom_resources_that_suffice_are_accepted(existing, words):
+    check_resources(configuration.load(None, words), existing)
+
+
+@pytest.mark.parametrize(
+    ("existing", "words", "message"),
+    [
+        ({"small": 0.3}, NODES, r"needs 1 of the Ray resource 'big' \(1 for the learner, 3 x 0 .*, the cluster has 0:"),
+        ({"big": 1.0, "small": 0.2}, NODES, r"needs 0.3 .* 'small' \(0 .*, 3 x 0.1 .*, the cluster has 0.2: start"),
+        ({"big": 1.0}, [*NODES, "cluster.rollout_resources={big=0.1}"], "needs 1.3 .*'big'"),
+    ],
+)
+def test_a_custom_resource_that_is_short_is_named(existing, words, message):
+    with pytest.raises(ValueError, match=message):
+        check_resources(configuration.load(None, words), existing)

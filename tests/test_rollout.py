@@ -7,7 +7,8 @@ import pytest
 from helpers import run, trajectory
 
 from asyncrl.engine.base import Engine
-from asyncrl.rollout import ActorDied, Rollout, RolloutFailed, RolloutPool, UpdateReport, make_group, sample_seed
+from asyncrl.pool import ActorDied, RolloutFailed, RolloutPool
+from asyncrl.rollout import Rollout, UpdateReport, make_group, sample_seed
 from asyncrl.types import Completion, Prompt, Sampling
 from asyncrl.weights import Rendezvous
 

@@ -27,6 +27,7 @@ LAYERS = [
         "engine.sglang_launch",
         "engine.sglang_scheduler",
         "rollout",
+        "pool",
         "learner",
         "warmup",
     },

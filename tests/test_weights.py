@@ -127,6 +127,26 @@ def test_a_broadcast_is_bit_equal_everywhere_and_groups_can_be_rebuilt():
             assert digest_of(buckets, copy) == sent
 
 
+def test_a_member_that_is_gone_is_noticed_by_all_the_others_at_once():
+    where, store = open_rendezvous("127.0.0.1", 3, 600)
+    members = in_threads(
+        [
+            lambda: BroadcastGroup(where, 0, store=store),
+            *(lambda rank=rank: BroadcastGroup(where, rank) for rank in (1, 2)),
+        ]
+    )
+    members[1] = None  # its connections close, as when its process dies
+    errors = []
+
+    def broadcast(group):
+        with pytest.raises(RuntimeError, match="broadcast of 1000000 bytes failed") as error:
+            group.broadcast(torch.zeros(1_000_000, dtype=torch.uint8))
+        errors.append(error.value)
+
+    in_threads([lambda: broadcast(members[0]), lambda: broadcast(members[2])])
+    assert len(errors) == 2, "a member still waits for its timeout"
+
+
 def test_a_member_that_never_comes_is_an_error_that_names_the_group():
     where, store = open_rendezvous("127.0.0.1", 2, 0.3)
     with pytest.raises(RuntimeError, match=rf"rank 0 of 2 could not join.*'{where.name}'.*within 0.3 s"):

@@ -110,7 +110,7 @@ class EmbeddedEngine:
         if self._closed:
             raise RuntimeError("the engine is closed")
         prompt = tuple(token_ids)
-        self._check(prompt, sampling)
+        sampler.check_request(prompt, sampling, self._vocabulary, self._max_length)
         request = _Request(prompt, sampling, seed, asyncio.get_running_loop().create_future())
         self._waiting.append(request)
         if self._task is None:
@@ -193,16 +193,6 @@ class EmbeddedEngine:
             await asyncio.gather(self._task, return_exceptions=True)
         self._fail(RuntimeError("the engine was closed with the request in flight"))
         self._group = None
-
-    def _check(self, prompt: tuple[int, ...], sampling: Sampling) -> None:
-        sampler.check(sampling)
-        if not prompt or min(prompt) < 0 or max(prompt) >= self._vocabulary:
-            raise ValueError(f"a prompt needs tokens, all in 0..{self._vocabulary - 1}, got {list(prompt)}")
-        if len(prompt) + sampling.max_new_tokens > self._max_length:
-            raise ValueError(
-                f"a prompt of {len(prompt)} tokens and max_new_tokens {sampling.max_new_tokens} do not fit the "
-                f"engine's max_length {self._max_length}: raise max_length, or shorten the prompt or max_new_tokens"
-            )
 
     def _check_bucket(self, bucket: Bucket, missing: set[str]) -> None:
         for name, dtype, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):

@@ -32,6 +32,18 @@ def check(sampling: Sampling) -> None:
         raise ValueError(f"sampling.top_k must be 0 (off) or more, got {sampling.top_k}")
 
 
+def check_request(token_ids: Sequence[int], sampling: Sampling, vocabulary: int, max_length: int) -> None:
+    """Raises `ValueError` for a prompt or settings that an engine with this vocabulary and length cannot run."""
+    check(sampling)
+    if not token_ids or min(token_ids) < 0 or max(token_ids) >= vocabulary:
+        raise ValueError(f"a prompt needs tokens, all in 0..{vocabulary - 1}, got {list(token_ids)}")
+    if len(token_ids) + sampling.max_new_tokens > max_length:
+        raise ValueError(
+            f"a prompt of {len(token_ids)} tokens and max_new_tokens {sampling.max_new_tokens} do not fit the engine's "
+            f"max_length {max_length}: raise max_length, or shorten the prompt or max_new_tokens"
+        )
+
+
 def uniforms(seeds: npt.NDArray[np.uint64], indices: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
     """One number in [0, 1) for each (seed, index), by two rounds of splitmix64 (Steele et al., 2014)."""
     hashed = _mix(_mix(seeds + _GOLDEN) + (indices + np.uint64(1)) * _GOLDEN)

@@ -130,7 +130,7 @@ class SGLangEngine:
         Raises `ValueError` for a prompt or settings that cannot be run, `RuntimeError` once closed or when a scheduler
         process has ended.
         """
-        self._check(token_ids, sampling)
+        sampler.check_request(token_ids, sampling, self._vocabulary, self._max_length)
         self._raise_if_ended()
         self._num_requests += 1
         # SGLang aborts every request whose id begins with the given one: ids of equal length are never such a prefix.
@@ -233,16 +233,6 @@ class SGLangEngine:
             raise ValueError(
                 f"max_length must be at most {longest}, which the model's context and the cache leave for one request, "
                 f"got {self._max_length}: shorten it, or raise gpu_memory_utilization or engine_args.max_total_tokens"
-            )
-
-    def _check(self, token_ids: Sequence[int], sampling: Sampling) -> None:
-        sampler.check(sampling)
-        if not token_ids or min(token_ids) < 0 or max(token_ids) >= self._vocabulary:
-            raise ValueError(f"a prompt needs tokens, all in 0..{self._vocabulary - 1}, got {list(token_ids)}")
-        if len(token_ids) + sampling.max_new_tokens > self._max_length:
-            raise ValueError(
-                f"a prompt of {len(token_ids)} tokens and max_new_tokens {sampling.max_new_tokens} do not fit the "
-                f"engine's max_length {self._max_length}: raise max_length, or shorten the prompt or max_new_tokens"
             )
 
     async def _request(self, request_id: str, token_ids: Sequence[int], sampling: Sampling, seed: int) -> Any:

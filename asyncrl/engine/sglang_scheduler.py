@@ -179,6 +179,7 @@ class ReceivedWeights:
     def __init__(self, model: nn.Module, tp_rank: int) -> None:
         self._model, self._tp_rank = model, tp_rank
         self.device = next(model.parameters()).device
+        self._checksums = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._group: BroadcastGroup | None = None
         self._arrived: list[tuple[Bucket, Tensor]] = []
         self._changed = False
@@ -203,7 +204,17 @@ class ReceivedWeights:
             self._poison()
         self._changed = True
         self._model.load_weights(list(bucket.unpack(flat)))  # type: ignore[operator]
-        self._arrived.append((bucket, flat_digest(flat)))
+        self._arrived.append((bucket, self._checksum(flat)))
+
+    def _checksum(self, flat: Tensor) -> Tensor:
+        """On a stream of its own, so that the next bucket's broadcast does not wait for it."""
+        if self._checksums is None:
+            return flat_digest(flat)
+        self._checksums.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._checksums):
+            value = flat_digest(flat)
+        flat.record_stream(self._checksums)
+        return value
 
     def finish(self) -> str | None:
         """The digest of the update that ends here, None if nothing arrived. Raises `RuntimeError` for a partial one."""
@@ -220,6 +231,8 @@ class ReceivedWeights:
                 f"({', '.join(missing[:3])}, ...)"
             )
         self._complete = self._names()
+        if self._checksums is not None:
+            self._checksums.synchronize()
         whole = digest(self._arrived)
         self._arrived.clear()
         self._changed = False

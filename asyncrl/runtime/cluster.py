@@ -22,9 +22,10 @@ import torch
 
 from asyncrl.checkpoint import Cursor
 from asyncrl.config import Config
-from asyncrl.rollout import ActorDied, UpdateReport
+from asyncrl.pool import ActorDied
+from asyncrl.rollout import UpdateReport
 from asyncrl.runtime.parts import LearnerPart, build_rollout
-from asyncrl.runtime.placement import Placement, plan
+from asyncrl.runtime.placement import Placement, check_resources, plan
 from asyncrl.types import Group, Prompt, Trajectory, Version
 from asyncrl.weights import Bucket, Rendezvous
 
@@ -43,7 +44,7 @@ class RolloutActor:
         """Builds the engine, in the actor's own event loop. Tells the ranks it takes, and facts about the process."""
         self._rollout = await build_rollout(*self._arguments, _own_address())
         loop = type(asyncio.get_running_loop()).__module__
-        return {"num_ranks": self._rollout.num_ranks, "pid": os.getpid(), "loop": loop, "node": _own_address()}
+        return {"num_ranks": self._rollout.num_ranks, "loop": loop, **_process_facts()}
 
     @ray.method(num_returns=2)
     async def run(self, prompt: Prompt) -> tuple[Group, Sequence[Trajectory]]:
@@ -71,8 +72,8 @@ class LearnerActor:
         self._part = LearnerPart(config, folder, resume, placement, _own_address())
         self._learner = self._part.learner
 
-    def describe(self) -> tuple[Version, list[Bucket]]:
-        return self._learner.version, self._learner.buckets
+    def describe(self) -> tuple[Version, list[Bucket], dict[str, Any]]:
+        return self._learner.version, self._learner.buckets, _process_facts()
 
     def step(self, *groups: Sequence[Trajectory]) -> tuple[Version, dict[str, float]]:
         metrics = self._learner.step(groups)
@@ -132,10 +133,11 @@ class RemoteRollout:
 class RemoteLearner:
     """The learner as the driver sees it."""
 
-    def __init__(self, actor: Any, version: Version, buckets: Sequence[Bucket]) -> None:
+    def __init__(self, actor: Any, version: Version, buckets: Sequence[Bucket], facts: dict[str, Any]) -> None:
         self.actor = actor
         self.version = version
         self.buckets = buckets
+        self.facts = facts
 
     async def step(self, groups: Sequence[Group]) -> dict[str, float]:
         metrics: dict[str, float]
@@ -167,7 +169,9 @@ async def open_actors(
     """Starts Ray, or joins the cluster, and starts the actors; on the way out nothing of them is left."""
     _start_ray(config)
     try:
-        placement = plan(config, int(ray.cluster_resources().get("GPU", 0)))
+        existing = ray.cluster_resources()
+        placement = plan(config, int(existing.get("GPU", 0)))
+        check_resources(config, existing)
         folder = str(Path(folder).absolute()) if Path(folder).exists() else folder  # workers start elsewhere
         yield await _start_actors(config, folder, resume, placement)
     finally:
@@ -191,14 +195,16 @@ async def _start_actors(
     )
     learner = learner_class.remote(config, folder, resume, placement)
     actors = [rollout_class.remote(config, folder, placement) for _ in range(config.rollout.num_actors)]
-    (version, buckets), *facts = await asyncio.gather(
-        learner.describe.remote(), *(actor.start.remote() for actor in actors)
-    )
+    described, *facts = await asyncio.gather(learner.describe.remote(), *(actor.start.remote() for actor in actors))
     rollouts = [
         RemoteRollout(f"rollout {number}", actor, fact)
         for number, (actor, fact) in enumerate(zip(actors, facts, strict=True))
     ]
-    return RemoteLearner(learner, version, buckets), rollouts
+    return RemoteLearner(learner, *described), rollouts
+
+
+def _process_facts() -> dict[str, Any]:
+    return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id(), "address": _own_address()}
 
 
 def _own_address() -> str:
@@ -210,7 +216,7 @@ def _start_ray(config: Config) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
     ray.init(
-        address=config.cluster.address,
+        address=config.cluster.address or "local",  # with none given, Ray would join one it finds on this machine
         logging_level=logging.WARNING,
         configure_logging=False,
         **({} if config.cluster.address else own),

@@ -1,8 +1,9 @@
-"""How GPUs are split between the learner and the rollout actors; decided, and refused, before anything starts."""
+"""Where the learner and the rollout actors run: GPUs and nodes; decided, and refused, before any actor starts."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +30,8 @@ def plan(config: Config, num_gpus: int) -> Placement:
     device = config.device if config.device != "auto" else ("cuda" if num_gpus else "cpu")
     if device == "cpu":
         return Placement("cpu", 0, 0, _backend(config, "gloo"))
+    if config.rollout.engine == "sglang" and config.rollout.dtype == "float32":
+        raise ValueError("SGLang's GPU kernels take no float32: set rollout.dtype=bfloat16 (or device=cpu)")
     colocated = config.placement == "colocated"
     needed = 1 if colocated else config.learner.num_gpus + actors * per_actor
     if colocated and (per_actor > 1 or config.learner.num_gpus > 1):
@@ -51,6 +54,24 @@ def plan(config: Config, num_gpus: int) -> Placement:
         share = math.floor(100 / (actors + 1)) / 100
         return Placement("cuda", share, share, _backend(config, "gloo"))
     return Placement("cuda", config.learner.num_gpus, per_actor, _backend(config, "nccl"))
+
+
+def check_resources(config: Config, existing: Mapping[str, float]) -> None:
+    """Ray lets an actor that no node can take wait for ever; here the run is refused instead.
+
+    `existing` are the totals over the cluster's nodes. Raises `ValueError` naming the custom resource that is short.
+    """
+    actors, cluster = config.rollout.num_actors, config.cluster
+    for name in sorted({*cluster.learner_resources, *cluster.rollout_resources}):
+        learner, rollout = cluster.learner_resources.get(name, 0), cluster.rollout_resources.get(name, 0)
+        needed, total = round(learner + actors * rollout, 4), existing.get(name, 0)  # Ray counts in steps of 0.0001
+        if needed > total:
+            raise ValueError(
+                f"the run needs {needed:g} of the Ray resource {name!r} ({learner:g} for the learner, {actors} x "
+                f"{rollout:g} for rollout actors), the cluster has {total:g}: start nodes with it (ray start "
+                "--resources), lower --num-rollout-actors, or change cluster.learner_resources and "
+                "cluster.rollout_resources"
+            )
 
 
 def _backend(config: Config, best: Literal["gloo", "nccl"]) -> Literal["gloo", "nccl"]:

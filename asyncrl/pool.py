@@ -1,0 +1,202 @@
+"""The rollout actors of a run, as the driver sees them: who gets the next prompt, what happens to failures, and the
+weight update that reaches all of them or ends the run.
+
+A rollout that raises is tried again on another actor and counted; a prompt that used up its attempts fails the run.
+An actor that died leaves the pool; its prompts are tried elsewhere and the others form a new broadcast group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from asyncrl.rollout import UpdateReport
+from asyncrl.types import Group, Prompt, Version
+from asyncrl.weights import Bucket, Rendezvous
+
+
+class RolloutFailed(RuntimeError):
+    """A prompt used up its attempts."""
+
+
+class ActorDied(RuntimeError):
+    """The process behind a rollout actor is gone."""
+
+
+class RolloutHandle(Protocol):
+    """A rollout actor as the driver sees it; both runtimes have one. Raises `ActorDied` when the process is gone."""
+
+    name: str
+    num_ranks: int
+
+    async def run(self, prompt: Prompt) -> Group: ...
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[float]: ...
+    async def join(self, where: Rendezvous, first_rank: int) -> None: ...
+    async def update_weights(self, buckets: Sequence[Bucket], version: Version) -> UpdateReport: ...
+    async def close(self) -> None: ...
+
+
+class Publisher(Protocol):
+    """The learner's side of a weight update, as the driver sees it."""
+
+    version: Version
+    buckets: Sequence[Bucket]
+
+    async def rendezvous(self, world_size: int) -> Rendezvous: ...
+    async def join(self) -> None: ...
+    async def prepare(self) -> None: ...
+    async def broadcast(self) -> str: ...
+
+
+class RolloutPool:
+    """The rollout actors of a run."""
+
+    def __init__(self, actors: Sequence[RolloutHandle], max_attempts: int) -> None:
+        self._load: dict[RolloutHandle, int] = dict.fromkeys(actors, 0)
+        self._max_attempts = max_attempts
+        self._grouped = False
+        self._reports: dict[RolloutHandle, UpdateReport] = {}
+        self.failures: Counter[str] = Counter()
+        self.published: dict[Version, str] = {}
+        """Digest of every version that was ever live."""
+
+    @property
+    def actors(self) -> list[RolloutHandle]:
+        return list(self._load)
+
+    async def run(self, prompt: Prompt) -> Group:
+        """The prompt's group, from the least loaded actor; other actors are tried when one fails."""
+        tried: set[RolloutHandle] = set()
+        for attempt in range(1, self._max_attempts + 1):
+            actor = self._least_loaded(tried)
+            try:
+                return await self._run_on(actor, prompt)
+            except ActorDied as error:
+                self._remove(actor, error)
+            except Exception as error:
+                self.failures[type(error).__name__] += 1
+                tried.add(actor)
+                if attempt == self._max_attempts:
+                    raise RolloutFailed(
+                        f"prompt {prompt.id} failed {attempt} times, last on {actor.name}: {error!r}; "
+                        "rollout.max_attempts bounds the attempts"
+                    ) from error
+        raise RolloutFailed(f"prompt {prompt.id}: {self._max_attempts} rollout actors died while running it")
+
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[float]:
+        """Greedy rewards, the prompts spread evenly over all actors, generation going on beside them."""
+        while True:
+            actors = self.actors
+            shares = [prompts[index :: len(actors)] for index in range(len(actors))]
+            rewards: list[Any] = await asyncio.gather(
+                *(actor.evaluate(part) for actor, part in zip(actors, shares, strict=True)), return_exceptions=True
+            )
+            if self._handle_deaths(actors, rewards):
+                continue
+            for part in rewards:
+                if isinstance(part, BaseException):
+                    raise part
+            return [reward for part in rewards for reward in part]
+
+    async def update_weights(self, learner: Publisher) -> dict[str, float]:
+        """Makes the learner's version live on every actor and checks its digest there.
+
+        Actors that died are left out. Anything else that goes wrong ends the run with a `RuntimeError` that names the
+        actor: an engine on old weights would look like staleness for ever after.
+        """
+        while True:
+            if not self._grouped:
+                await self._form_group(learner)
+            actors = self.actors
+            begin = time.monotonic()
+            await learner.prepare()  # before any engine pauses
+            results: list[Any] = await asyncio.gather(
+                learner.broadcast(),
+                *(actor.update_weights(learner.buckets, learner.version) for actor in actors),
+                return_exceptions=True,
+            )
+            sent, reports = results[0], results[1:]
+            if self._handle_deaths(actors, reports):
+                continue
+            if isinstance(sent, BaseException):
+                raise sent
+            self._check(actors, reports, sent, learner.version)
+            return self._measure(actors, reports, time.monotonic() - begin)
+
+    async def close(self) -> None:
+        await asyncio.gather(*(actor.close() for actor in self.actors), return_exceptions=True)
+
+    def _least_loaded(self, tried: set[RolloutHandle]) -> RolloutHandle:
+        if not self._load:
+            raise RolloutFailed(f"every rollout actor died: {dict(self.failures)}")
+        fresh = [actor for actor in self._load if actor not in tried]
+        return min(fresh or self._load, key=self._load.__getitem__)
+
+    async def _run_on(self, actor: RolloutHandle, prompt: Prompt) -> Group:
+        self._load[actor] += 1
+        try:
+            return await actor.run(prompt)
+        finally:
+            if actor in self._load:
+                self._load[actor] -= 1
+
+    def _remove(self, actor: RolloutHandle, error: ActorDied) -> None:
+        if self._load.pop(actor, None) is not None:
+            self.failures["actor died"] += 1
+            self._grouped = False
+            if not self._load:
+                raise RolloutFailed(f"the last rollout actor, {actor.name}, died: {error}") from error
+
+    def _handle_deaths(self, actors: list[RolloutHandle], results: Sequence[object]) -> bool:
+        dead = [(a, r) for a, r in zip(actors, results, strict=True) if isinstance(r, ActorDied)]
+        for actor, error in dead:
+            self._remove(actor, error)
+        return bool(dead)
+
+    async def _form_group(self, learner: Publisher) -> None:
+        actors = self.actors
+        where = await learner.rendezvous(1 + sum(actor.num_ranks for actor in actors))
+        joins, rank = [], 1
+        for actor in actors:
+            joins.append(actor.join(where, rank))
+            rank += actor.num_ranks
+        joined = await asyncio.gather(learner.join(), *joins, return_exceptions=True)
+        if self._handle_deaths(actors, joined[1:]):
+            await self._form_group(learner)
+            return
+        for name, result in zip(["the learner", *(actor.name for actor in actors)], joined, strict=True):
+            if isinstance(result, BaseException):
+                raise RuntimeError(f"{name} could not join the weight broadcast: {result}") from result
+        self._grouped = True
+
+    def _check(self, actors: list[RolloutHandle], reports: list[Any], sent: str, version: Version) -> None:
+        for actor, report in zip(actors, reports, strict=True):
+            if isinstance(report, BaseException):
+                raise RuntimeError(f"{actor.name} failed to take weights version {version}: {report}") from report
+            if report.digest != sent:
+                raise RuntimeError(
+                    f"{actor.name} holds other weights than were sent for version {version}: digest {report.digest}, "
+                    f"sent {sent}"
+                )
+        self.published[version] = sent
+
+    def _measure(self, actors: list[RolloutHandle], reports: list[UpdateReport], sync_s: float) -> dict[str, float]:
+        """Idle share of the engines since the update before, and what this update cost."""
+        busy, span, tokens = 0.0, 0.0, 0
+        for actor, report in zip(actors, reports, strict=True):
+            before = self._reports.get(actor)
+            busy += report.busy_s - (before.busy_s if before else 0.0)
+            span += report.now_s - (before.now_s if before else 0.0)
+            tokens += report.num_tokens - (before.num_tokens if before else 0)
+            self._reports[actor] = report
+        return {
+            "sync/total_s": sync_s,
+            "sync/pause_s": max(report.pause_s for report in reports),
+            "rollout/idle": max(0.0, 1 - busy / max(span, 1e-9)),
+            "rollout/num_tokens": float(tokens),
+            "rollout/num_actors": float(len(actors)),
+            "rollout/failures": float(sum(self.failures.values())),
+        }

@@ -1,0 +1,170 @@
+"""The preflight: each check passes and fails for its own reason, without the hardware that it is about."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from asyncrl import config as configuration
+
+SCRIPT = Path(__file__).parent.parent / "launch" / "doctor.py"
+_spec = importlib.util.spec_from_file_location("doctor", SCRIPT)
+doctor = sys.modules["doctor"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(doctor)
+
+H100 = doctor.Gpu("H100", (9, 0), 80.0, 85.0)
+T4 = doctor.Gpu("T4", (7, 5), 15.0, 16.0)
+
+
+def config(*words):
+    return configuration.load(None, list(words))
+
+
+def raising(error):
+    def action():
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize(("version", "status"), [("3.10.9", "FAIL"), ("3.11.0", "ok"), ("3.13.1", "ok")])
+def test_python(version, status):
+    assert doctor.check_python(version, ">=3.11").status == status
+
+
+@pytest.mark.parametrize(
+    ("found", "status"), [(None, "FAIL"), ("2.7.1", "FAIL"), ("2.8.0", "ok"), ("2.13.0+cpu", "ok")]
+)
+def test_package(found, status):
+    check = doctor.check_package("torch>=2.8", {"torch": found}.get)
+    assert (check.name, check.status) == ("torch", status)
+    assert bool(check.remedy) == (status == "FAIL")
+
+
+@pytest.mark.parametrize(("found", "status"), [("0.5.17", "ok"), ("0.5.18", "FAIL"), (None, "FAIL")])
+def test_sglang_version(found, status):
+    assert doctor.check_sglang(found, ("0.5.17",)).status == status
+
+
+@pytest.mark.parametrize(
+    ("found", "status", "remedy"),
+    [
+        (("auto", None, None, 0), "ok", ""),
+        (("cpu", None, "580.1", 0), "ok", ""),
+        (("cuda", "12.8", "580.1", 2), "ok", ""),
+        (("cuda", "12.8", None, 0), "FAIL", "install NVIDIA's driver"),
+        (("cuda", None, "580.1", 0), "FAIL", "CUDA build of torch"),
+        (("auto", None, "580.1", 0), "warn", "CUDA build of torch"),
+        (("auto", "13.0", "570.1", 0), "warn", "580 or later"),
+        (("cuda", "13.0", "580.1", 0), "FAIL", "CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_cuda(found, status, remedy):
+    check = doctor.check_cuda(*found)
+    assert check.status == status
+    assert remedy in check.remedy
+
+
+@pytest.mark.parametrize(("gpus", "status"), [([], "ok"), ([H100], "ok"), ([H100, T4], "warn")])
+def test_gpus(gpus, status):
+    assert doctor.check_gpus(config(), gpus).status == status
+
+
+@pytest.mark.parametrize(("capability", "word"), [((9, 0), "for 9.0"), (None, "torch_native on the CPU")])
+def test_attention(monkeypatch, capability, word):
+    from asyncrl.engine import sglang_launch
+
+    monkeypatch.setattr(sglang_launch, "available_attention_backends", lambda: {"triton", "torch_native"})
+    gpus = [H100] if capability else []
+    assert word in doctor.attention(config(), gpus)
+    with pytest.raises(ValueError, match="attention_backend 'flashinfer'"):
+        doctor.attention(config("rollout.attention_backend=flashinfer"), gpus)
+
+
+def test_placement():
+    words = ["device=cuda", "rollout.num_actors=2"]
+    assert doctor.check_placement(config(*words), 3).status == "ok"
+    few = doctor.check_placement(config(*words), 1)
+    assert (few.status, "needs 3 GPUs" in few.finding, "lower" in few.remedy) == ("FAIL", True, True)
+    assert doctor.check_placement(config(*words, "cluster.address=auto"), 1).status == "warn"
+
+
+@pytest.mark.parametrize(("have", "status"), [(20.0, "ok"), (11.0, "warn"), (9.0, "FAIL")])
+def test_compare(have, status):
+    assert doctor.compare("disk", 10.0, have, "free some").status == status
+
+
+def test_host_memory_grows_with_the_model_on_a_cpu_only():
+    assert doctor.check_host_memory(config(), False, 400_000, 16.0).status == "ok"
+    assert doctor.check_host_memory(config(), False, 10**9, 16.0).status == "FAIL"
+    assert doctor.check_host_memory(config(), True, 10**9, 16.0).status == "ok"
+    assert doctor.check_host_memory(config(), False, 1, None).status == "warn"
+
+
+def test_gpu_memory_counts_the_share_that_sglang_takes():
+    shared = ["rollout.engine=sglang", "rollout.num_actors=1", "placement=colocated", "rollout.dtype=bfloat16"]
+    assert doctor.check_gpu_memory(config(), 10**9, []).status == "ok"
+    assert doctor.check_gpu_memory(config(), 10**9, [H100]).status == "ok"
+    assert doctor.check_gpu_memory(config(), 10**9, [H100, T4]).status == "FAIL"
+    low, high = (f"rollout.gpu_memory_utilization={share}" for share in (0.3, 0.9))
+    assert doctor.check_gpu_memory(config(*shared, low), 10**9, [H100]).status == "ok"
+    assert doctor.check_gpu_memory(config(*shared, high), 10**9, [H100]).status == "FAIL"
+
+
+def test_disk_counts_the_checkpoints():
+    assert doctor.check_disk(config(), 10**9, 100.0).status == "ok"
+    assert doctor.check_disk(config(), 10**9, 20.0).status == "FAIL"
+    assert doctor.check_disk(config("checkpoint.keep=20"), 10**9, 100.0).status == "FAIL"
+
+
+def test_ports():
+    assert doctor.check_ports(8, lambda wanted: wanted).status == "ok"
+    assert doctor.check_ports(8, lambda _: 3).status == "FAIL"
+    assert doctor.bind_loopback(3) == 3
+
+
+def test_model_environment_and_parameters():
+    models = []
+    assert doctor.attempt("model", "", lambda: doctor.read_model(config(), models)).status == "ok"
+    [(parameters, tokenizer)] = models
+    assert parameters == pytest.approx(400_000, rel=0.05)
+    assert "first prompt" in doctor.draw_prompt(config(), tokenizer)
+    wrong = config("env.path=asyncrl.envs.digits:Nothing")
+    check = doctor.attempt("environment", "", lambda: doctor.draw_prompt(wrong, tokenizer))
+    assert (check.status, check.remedy) == ("FAIL", "write 'package.module:Class'")
+
+
+def test_a_missing_model_fails(tmp_path):
+    missing = config(f"model.path={tmp_path / 'none'}")
+    assert doctor.attempt("model", "", lambda: doctor.read_model(missing, [])).status == "FAIL"
+
+
+def test_an_error_keeps_its_own_remedy():
+    check = doctor.attempt("a", "other", raising(ValueError("the rule, 3: do this")))
+    assert (check.finding, check.remedy) == ("the rule, 3", "do this")
+    check = doctor.attempt("a", "other", raising(OSError("disk: gone")))
+    assert (check.finding, check.remedy) == ("OSError: disk: gone", "other")
+
+
+def test_the_run_folder(tmp_path):
+    doctor.write(tmp_path / "new" / "runs")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    assert doctor.attempt("run folder", "", lambda: doctor.write(tmp_path / "file")).status == "FAIL"
+
+
+def test_exit_codes(capsys, monkeypatch):
+    for status, code in (("ok", 0), ("warn", 0), ("FAIL", 1)):
+        monkeypatch.setattr(doctor, "examine", lambda *_, status=status: [doctor.Check("one", status, "found")])
+        assert doctor.main([]) == code
+    assert doctor.main(["rollout.group_sice=3"]) == 2
+    assert "did you mean" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(20)
+def test_the_script_runs_here(tmp_path):
+    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == (0 if done.stdout.endswith(", 0 FAIL\n") else 1)
+    assert "first prompt" in done.stdout, done.stdout + done.stderr
