@@ -18,41 +18,32 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+from asyncrl.preflight import (
+    Check,
+    Gpu,
+    attempt,
+    check_cuda,
+    check_disk,
+    check_gpu_memory,
+    check_gpus,
+    check_host_memory,
+    check_package,
+    check_placement,
+    check_ports,
+    check_python,
+    check_sglang,
+)
 
 if TYPE_CHECKING:  # imported where they are used, so that a missing package is a finding and not a traceback
     from asyncrl.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}  # by CUDA major version: NVIDIA's table of minor-version compatibility
-STORE_GB = 0.6  # Ray's object store as the run starts it
-PROCESS_GB = {False: 0.5, True: 3.0}  # host memory of a process without and with a GPU, apart from its model
-
-
-@dataclass(frozen=True)
-class Check:
-    """One row of the table. `remedy` is empty where nothing has to be done."""
-
-    name: str
-    status: Literal["ok", "warn", "FAIL"]
-    finding: str
-    remedy: str = ""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU as torch sees it; memory in GB (1e9 bytes)."""
-
-    name: str
-    capability: tuple[int, int]
-    free_gb: float
-    total_gb: float
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -129,141 +120,6 @@ def examine(config: Config, start_ray: bool) -> Iterator[Check]:
         yield attempt(
             "ray start", "see the error; `ray stop` ends other Ray processes", lambda: try_ray(config, start_ray)
         )
-
-
-def attempt(name: str, remedy: str, action: Callable[[], str]) -> Check:
-    """What `action` finds, or a failure with what it raises, whatever that is: an environment is the user's code.
-
-    A `ValueError` of the project ends with a remedy of its own, which then stands in place of `remedy`.
-    """
-    try:
-        return Check(name, "ok", action())
-    except Exception as error:
-        text = " ".join(str(error).split())[:400]
-        rule, own = re.fullmatch(r"(?:(.*)[:;] )?(.*)", text).groups()  # type: ignore[union-attr]
-        if type(error) is ValueError and rule:
-            return Check(name, "FAIL", rule, own)
-        return Check(name, "FAIL", f"{type(error).__name__}: {text}", remedy)
-
-
-def check_python(version: str, allowed: str) -> Check:
-    from packaging.specifiers import SpecifierSet
-
-    if SpecifierSet(allowed).contains(version, prereleases=True):
-        return Check("python", "ok", version)
-    return Check("python", "FAIL", f"{version}, needed is {allowed}", f"make the environment with Python {allowed}")
-
-
-def check_package(requirement: str, version_of: Callable[[str], str | None]) -> Check:
-    """Whether the version that `version_of` finds meets a line of the project's dependencies."""
-    from packaging.requirements import Requirement
-
-    wanted = Requirement(requirement)
-    found = version_of(wanted.name)
-    if found is not None and wanted.specifier.contains(found, prereleases=True):
-        return Check(wanted.name, "ok", found)
-    finding = f"{found or 'not installed'}, needed is {wanted.specifier}"
-    return Check(wanted.name, "FAIL", finding, f"pip install '{requirement}'")
-
-
-def check_sglang(found: str | None, supported: Collection[str]) -> Check:
-    """Whether the engine was run with this SGLang version."""
-    if found in supported:
-        return Check("sglang version", "ok", f"{found} is supported")
-    wanted = " or ".join(supported)
-    return Check("sglang version", "FAIL", f"{found or 'none'}, supported is {wanted}", f"install sglang {wanted}")
-
-
-def check_cuda(device: str, build: str | None, driver: str | None, num_gpus: int) -> Check:
-    """Torch's CUDA version (`build`, None for a CPU build) against the driver's version and what torch sees."""
-    finding = f"torch for {'CUDA ' + build if build else 'CPU'}, driver {driver or 'none'}, {num_gpus} GPUs seen"
-    if device == "cpu" or (num_gpus and build) or (device == "auto" and driver is None):
-        return Check("cuda", "ok", finding)
-    oldest = OLDEST_DRIVERS.get(int(build.split(".")[0]), 0) if build else 0
-    if driver is None:
-        remedy = "install NVIDIA's driver"
-    elif build is None:
-        remedy = "install a CUDA build of torch"
-    elif int(driver.split(".")[0]) < oldest:
-        remedy = f"update the driver to {oldest} or later, or install torch for an older CUDA"
-    else:
-        remedy = "see nvidia-smi and CUDA_VISIBLE_DEVICES"
-    return Check("cuda", "warn" if device == "auto" else "FAIL", finding, f"{remedy}; or set device=cpu")
-
-
-def check_gpus(config: Config, gpus: Sequence[Gpu]) -> Check:
-    """The GPUs and their compute capability; a warning where they lack the configured bfloat16."""
-    finding = ", ".join("{} ({}.{})".format(gpu.name, *gpu.capability) for gpu in gpus) or "none"
-    bfloat16 = config.learner.dtype != "float32" or config.rollout.dtype == "bfloat16"
-    if bfloat16 and config.device != "cpu" and any(gpu.capability < (8, 0) for gpu in gpus):
-        remedy = "set learner.dtype=float32 and rollout.dtype=float16"
-        return Check("gpus", "warn", f"{finding}: bfloat16 needs compute capability 8.0", remedy)
-    return Check("gpus", "ok", finding)
-
-
-def check_placement(config: Config, num_gpus: int) -> Check:
-    """Whether the GPUs suffice; a failure is only a warning where an existing cluster may have more of them."""
-    from asyncrl.runtime.placement import plan
-
-    def describe() -> str:
-        found = plan(config, num_gpus)
-        shares = f"{found.learner_gpus:g} for the learner, {config.rollout.num_actors} x {found.rollout_gpus:g} GPUs"
-        return f"{shares if found.device == 'cuda' else 'cpu'}, weights by {found.backend}"
-
-    check = attempt("placement", "", describe)
-    return replace(check, status="warn") if check.status == "FAIL" and config.cluster.address else check
-
-
-def compare(name: str, need: float, have: float, remedy: str) -> Check:
-    """`need` against `have`, both in GB: more is a failure, more than 80 % of it a warning."""
-    finding = f"about {need:.1f} GB needed, {have:.1f} GB free"
-    if need <= 0.8 * have:
-        return Check(name, "ok", finding)
-    return Check(name, "warn" if need <= have else "FAIL", finding, remedy)
-
-
-def model_gb(config: Config, parameters: int) -> tuple[float, float]:
-    """Of the learner (float32 weights, gradients, two moments, the reference if any) and of one engine's weights."""
-    learner = parameters * (20 if config.loss.needs_reference else 16) / 1e9
-    return learner, parameters * BYTES[config.rollout.dtype] / 1e9 / config.rollout.tensor_parallel_size
-
-
-def check_host_memory(config: Config, has_gpus: bool, parameters: int, have_gb: float | None) -> Check:
-    """With every actor on this machine."""
-    if have_gb is None:
-        return Check("host memory", "warn", "unknown: there is no /proc/meminfo", "look with the system's own tools")
-    on_gpu = config.device == "cuda" or (config.device == "auto" and has_gpus)
-    learner, engine = model_gb(config, parameters)
-    models = 0.0 if on_gpu else learner + config.rollout.num_actors * engine
-    need = STORE_GB + (config.rollout.num_actors + 2) * PROCESS_GB[on_gpu] + models
-    return compare("host memory", need, have_gb, "lower rollout.num_actors, or take a smaller model")
-
-
-def check_gpu_memory(config: Config, parameters: int, gpus: Sequence[Gpu]) -> Check:
-    """Of the fullest GPU, which the learner or an engine may get, or which all of them share."""
-    if not gpus or config.device == "cpu":
-        return Check("gpu memory", "ok", "no GPU is used")
-    gpu = min(gpus, key=lambda gpu: gpu.free_gb)
-    learner, engine = model_gb(config, parameters)
-    shared = config.placement == "colocated"
-    if config.rollout.engine == "sglang" and shared:  # it takes its share, whatever the model
-        engine = max(engine, config.rollout.gpu_memory_utilization * gpu.total_gb)
-    need = learner + config.rollout.num_actors * engine if shared else max(learner, engine)
-    return compare("gpu memory", need, gpu.free_gb, "lower rollout.gpu_memory_utilization, or take a smaller model")
-
-
-def check_disk(config: Config, parameters: int, free_gb: float) -> Check:
-    """For checkpoints of weights and two moments; one more than are kept exists while it is written."""
-    need = (config.checkpoint.keep + 1) * parameters * 12 / 1e9 + 0.1
-    return compare("disk", need, free_gb, "free some space, lower checkpoint.keep, or move run_dir")
-
-
-def check_ports(wanted: int, bind: Callable[[int], int]) -> Check:
-    """Whether `bind` gets as many ports at once as the run's processes listen on."""
-    found = bind(wanted)
-    if found == wanted:
-        return Check("ports", "ok", f"{wanted} free ports on 127.0.0.1")
-    return Check("ports", "FAIL", f"{found} of {wanted} ports on 127.0.0.1", "see `ss -ltn` and `ulimit -n`")
 
 
 def installed(name: str) -> str | None:

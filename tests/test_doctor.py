@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from asyncrl import config as configuration
+from asyncrl import preflight
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "doctor.py"
 _spec = importlib.util.spec_from_file_location("doctor", SCRIPT)
@@ -93,7 +94,7 @@ def test_placement():
 
 @pytest.mark.parametrize(("have", "status"), [(20.0, "ok"), (11.0, "warn"), (9.0, "FAIL")])
 def test_compare(have, status):
-    assert doctor.compare("disk", 10.0, have, "free some").status == status
+    assert preflight.compare("disk", 10.0, have, "free some").status == status
 
 
 def test_host_memory_grows_with_the_model_on_a_cpu_only():

@@ -33,7 +33,7 @@ LAYERS = [
     },
     {"loop"},
     {"runtime.placement", "runtime.parts", "runtime.local", "runtime.cluster"},
-    {"job"},
+    {"job", "preflight"},
 ]
 
 
