@@ -121,6 +121,9 @@ def test_lag_and_policy():
     assert metrics["lag/mean"] == pytest.approx(12 / 9)
     assert metrics["lag/p95"] == metrics["lag/max"] == 3
     assert metrics["lag/span"] == 2
+    shares = [metrics[f"lag/share_{name}"] for name in (0, 1, 2, 3, 4, "more")]
+    assert sum(shares) == pytest.approx(1)
+    assert sum(lag * share for lag, share in enumerate(shares)) == pytest.approx(12 / 9)
     assert metrics["policy/entropy"] == 0.25
     assert metrics["policy/advantage_mean"] == pytest.approx(2.5 / 3)
     assert metrics["policy/advantage_std"] == pytest.approx(math.sqrt(5.25 / 3 - (2.5 / 3) ** 2), rel=1e-5)
@@ -133,6 +136,7 @@ def test_percentiles_and_the_top_share_are_taken_over_all_tokens():
     assert metrics["clip/top_share"] == pytest.approx(0.01)
     assert metrics["mismatch/ratio_p999"] == pytest.approx(math.exp(1.998), rel=1e-5)
     assert metrics["lag/p95"] == 1899
+    assert metrics["lag/share_more"] == pytest.approx(1 - metrics["lag/share_0"] * 5)
 
 
 def test_micro_batches_together_are_the_batch():

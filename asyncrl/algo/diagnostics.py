@@ -29,6 +29,8 @@ _SPLITS = {
     "_stale": "tokens of lag 1 or more; nan without any",
 }
 
+_LAG_BINS = 5
+
 METRICS: dict[str, str] = {
     **{f"mismatch/{key}{split}": f"{text} ({of})" for split, of in _SPLITS.items() for key, text in _MISMATCH.items()},
     "ess/token": "effective sample size of the unclipped token ratios, as a share of the tokens",
@@ -48,6 +50,8 @@ METRICS: dict[str, str] = {
     "lag/p95": "95th percentile of the lag of the tokens",
     "lag/max": "largest lag of a token",
     "lag/span": "newest minus oldest version inside one trajectory, maximum over trajectories",
+    **{f"lag/share_{bin_}": f"histogram of the lag: share of the tokens at {bin_}" for bin_ in range(_LAG_BINS)},
+    "lag/share_more": f"histogram of the lag: share of the tokens at {_LAG_BINS} or more",
     "policy/entropy": "entropy of the policy over the vocabulary in nats, mean over tokens",
     "policy/advantage_mean": "mean advantage of the trajectories",
     "policy/advantage_std": "standard deviation of the advantages of the trajectories",
@@ -168,6 +172,8 @@ def _lags(columns: Columns) -> dict[str, Tensor]:
         "lag/p95": _percentile(lag, 0.95),
         "lag/max": lag.max(),
         "lag/span": (oldest - newest).max(),
+        **{f"lag/share_{bin_}": (lag == bin_).double().mean() for bin_ in range(_LAG_BINS)},
+        "lag/share_more": (lag >= _LAG_BINS).double().mean(),
     }
 
 
