@@ -1,8 +1,10 @@
 """The buffer against a model of its rules: the bound, the slots, the order, back-pressure, reuse."""
 
 import asyncio
+import functools
 from collections import Counter
 
+import helpers
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -16,12 +18,7 @@ def group(number: int, version: int) -> Group:
     return Group(Prompt(number, (1,), ""), (0.0, 1.0), (1, 1), version, version, {}, {}, ())
 
 
-def run(coroutine):
-    async def bounded():
-        async with asyncio.timeout(20):
-            return await coroutine
-
-    return asyncio.run(bounded())
+run = functools.partial(helpers.run, seconds=20)
 
 
 async def ready(awaitable) -> bool:
@@ -73,6 +70,7 @@ class Simulation:
             batch.extend(await self.buffer.take(self.version))
 
         while not await ready(take()):
+            await self.fill()  # reused groups that expired gave their slots back, and producers take them at once
             assert self.generating, "the buffer waits although nothing is being generated"
             self.finish_one()
             await self.fill()
