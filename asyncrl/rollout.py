@@ -36,7 +36,10 @@ class UpdateReport:
 class Rollout:
     """One engine and one environment: what lives in a rollout actor."""
 
-    def __init__(self, engine: Engine, env: Env, sampling: Sampling, group_size: int, seed: int) -> None:
+    def __init__(
+        self, engine: Engine, env: Env, sampling: Sampling, *, group_size: int, seed: int, name: str = "rollout"
+    ) -> None:
+        self.name = name
         self._engine, self._env = engine, env
         self._sampling, self._group_size, self._seed = sampling, group_size, seed
         self._started = time.monotonic()

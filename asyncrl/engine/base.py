@@ -7,10 +7,16 @@ broadcast group with `num_ranks` consecutive ranks (one per tensor-parallel rank
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from asyncrl.types import Completion, Sampling, Version
 from asyncrl.weights import Bucket, Rendezvous
+
+OnUpdate: TypeAlias = Literal["keep", "recompute", "abort"]
+"""What new weights do to live requests: keep their KV cache, compute it again, or end them."""
+
+CHECKPOINT = "checkpoint"
+"""Stands for the digest of the weights that an engine started with, until the first update."""
 
 
 class Engine(Protocol):

@@ -19,13 +19,14 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from asyncrl.engine import sampler
+from asyncrl.engine.base import CHECKPOINT, OnUpdate
 from asyncrl.engine.kv_cache import SlotCache
 from asyncrl.types import Completion, Finish, Sampling, Version
 from asyncrl.weights import BroadcastGroup, Bucket, Rendezvous, digest_of
@@ -33,11 +34,6 @@ from asyncrl.weights import BroadcastGroup, Bucket, Rendezvous, digest_of
 if TYPE_CHECKING:
     from asyncrl.model import PreTrainedModel
 
-OnUpdate: TypeAlias = Literal["keep", "recompute", "abort"]
-"""What new weights do to live requests: keep their KV cache, compute it again, or end them."""
-
-_CHECKPOINT = "checkpoint"
-"""Stands for the digest of the weights that the engine started with."""
 _ADMIT_FRACTION = 8  # While more are waiting, one in this many places must be free before any is filled.
 
 
@@ -90,7 +86,7 @@ class EmbeddedEngine:
         self._missing: set[str] | None = None
         self._parameters: dict[str, Tensor] = dict(model.named_parameters())
         self._version: Version = 0
-        self._digests: dict[Version, str] = {0: _CHECKPOINT}
+        self._digests: dict[Version, str] = {0: CHECKPOINT}
         self._received: list[Bucket] = []
 
     @property

@@ -20,23 +20,21 @@ import dataclasses
 import json
 import time
 from collections.abc import Awaitable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from asyncrl.engine import sampler, sglang_launch, sglang_scheduler
+from asyncrl.engine.base import CHECKPOINT, OnUpdate
 from asyncrl.types import Completion, Finish, Sampling, Version
 from asyncrl.weights import Bucket, Rendezvous
 
-OnUpdate: TypeAlias = Literal["keep", "recompute", "abort"]
 T = TypeVar("T")
 
 _COMMAND_S = 60.0
 """Bound on everything that needs no other process than the scheduler: a decoding step, or a long prefill, fits in."""
 _JOIN_EXTRA_S = 15.0
 """What a call may take longer than its group's own timeout, so that the group's error is the one that is seen."""
-_CHECKPOINT = "checkpoint"
-"""Stands for the digest of the weights that the engine started with."""
 
 
 class SGLangEngine:
@@ -59,7 +57,7 @@ class SGLangEngine:
         self._num_ranks, self._max_length, self._address = num_ranks, max_length, address
         self._dtype = dtype
         self._vocabulary: int = self._manager.model_config.vocab_size
-        self._digests: dict[Version, str] = {0: _CHECKPOINT}
+        self._digests: dict[Version, str] = {0: CHECKPOINT}
         self._version: Version = 0
         self._paused = False
         self._num_requests = 0

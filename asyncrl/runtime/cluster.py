@@ -42,7 +42,7 @@ class RolloutActor:
 
     async def start(self) -> dict[str, Any]:
         """Builds the engine, in the actor's own event loop. Tells the ranks it takes, and facts about the process."""
-        self._rollout = await build_rollout(*self._arguments, _own_address())
+        self._rollout = await build_rollout(*self._arguments, address=_own_address())
         loop = type(asyncio.get_running_loop()).__module__
         return {"num_ranks": self._rollout.num_ranks, "loop": loop, **_process_facts()}
 

@@ -14,36 +14,11 @@ import torch
 
 from asyncrl.checkpoint import Cursor
 from asyncrl.config import Config
-from asyncrl.rollout import Rollout, UpdateReport
+from asyncrl.rollout import Rollout
 from asyncrl.runtime.parts import LearnerPart, build_rollout
 from asyncrl.runtime.placement import plan
-from asyncrl.types import Group, Prompt, Version
+from asyncrl.types import Group, Version
 from asyncrl.weights import Bucket, Rendezvous
-
-
-class LocalRollout:
-    """A rollout actor that is an object."""
-
-    num_ranks = 1
-
-    def __init__(self, name: str, rollout: Rollout) -> None:
-        self.name = name
-        self._rollout = rollout
-
-    async def run(self, prompt: Prompt) -> Group:
-        return await self._rollout.run(prompt)
-
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[float]:
-        return await self._rollout.evaluate(prompts)
-
-    async def join(self, where: Rendezvous, first_rank: int) -> None:
-        await self._rollout.join(where, first_rank)
-
-    async def update_weights(self, buckets: Sequence[Bucket], version: Version) -> UpdateReport:
-        return await self._rollout.update_weights(buckets, version)
-
-    async def close(self) -> None:
-        await self._rollout.close()
 
 
 class LocalLearner:
@@ -79,13 +54,13 @@ class LocalLearner:
 @asynccontextmanager
 async def open_actors(
     config: Config, folder: str, resume: Path | None
-) -> AsyncIterator[tuple[LocalLearner, list[LocalRollout]]]:
+) -> AsyncIterator[tuple[LocalLearner, list[Rollout]]]:
     """The learner and the rollout actors, closed on the way out."""
     torch.set_num_threads(config.learner.num_threads)
     placement = plan(config, num_gpus=0)
     learner = LocalLearner(LearnerPart(config, folder, resume, placement))
     rollouts = [
-        LocalRollout(f"rollout {number}", await build_rollout(config, folder, placement))
+        await build_rollout(config, folder, placement, name=f"rollout {number}")
         for number in range(config.rollout.num_actors)
     ]
     try:

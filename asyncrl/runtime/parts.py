@@ -20,7 +20,9 @@ from asyncrl.types import Sampling
 from asyncrl.weights import DTYPES
 
 
-async def build_rollout(config: Config, folder: str, placement: Placement, address: str = "127.0.0.1") -> Rollout:
+async def build_rollout(
+    config: Config, folder: str, placement: Placement, *, address: str = "127.0.0.1", name: str = "rollout"
+) -> Rollout:
     """An engine with the weights in `folder`, and its environment. `address` is this node's own."""
     settings = config.rollout
     tokenizer = load_tokenizer(folder)
@@ -28,7 +30,7 @@ async def build_rollout(config: Config, folder: str, placement: Placement, addre
     engine = await _build_engine(config, folder, placement, env.max_prompt_tokens + settings.max_new_tokens, address)
     stops = stop_token_ids(folder, tokenizer)
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k, stops)
-    return Rollout(engine, env, sampling, settings.group_size, config.seed)
+    return Rollout(engine, env, sampling, group_size=settings.group_size, seed=config.seed, name=name)
 
 
 async def _build_engine(config: Config, folder: str, placement: Placement, max_length: int, address: str) -> Engine:
