@@ -1,0 +1,92 @@
+"""What must hold between the knobs of a run. Each rule names the values that break it and the remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from asyncrl.config import Config
+
+
+def check(config: Config) -> None:
+    """The rules between knobs. Raises `ValueError` with the rule, the values and the remedy."""
+    _check_ranges(config)
+    loss = config.loss
+    rollout, buffer = config.rollout, config.buffer
+    if not loss.is_corrected and not config.algorithm.allow_uncorrected:
+        remedy = "choose a corrected preset such as async_default, or set algorithm.allow_uncorrected=true"
+        if buffer.max_staleness > 0 or buffer.reuse > 1:
+            raise ValueError(
+                f"off-policy training needs a corrected loss: buffer.max_staleness is {buffer.max_staleness}, "
+                f"buffer.reuse is {buffer.reuse} and preset {config.algorithm.preset!r} has no importance correction; "
+                f"{remedy}, or train with buffer.max_staleness=0"
+            )
+        if rollout.top_p < 1 or rollout.top_k > 0:
+            raise ValueError(
+                f"truncated sampling needs a corrected loss: rollout.top_p is {rollout.top_p}, rollout.top_k is "
+                f"{rollout.top_k} and preset {config.algorithm.preset!r} has no importance correction; {remedy}"
+            )
+    if rollout.group_size < 2 and loss.center != "none":
+        raise ValueError(
+            f"a group baseline needs at least two samples: rollout.group_size is {rollout.group_size} and the preset's "
+            f"center is {loss.center!r}; raise rollout.group_size or set algorithm.loss.center=none"
+        )
+    if config.learner.num_gpus > 1:
+        raise ValueError(f"learner.num_gpus must be 1, got {config.learner.num_gpus}: the learner is not sharded yet")
+    if rollout.engine == "embedded" and (rollout.tensor_parallel_size > 1 or rollout.engine_args):
+        raise ValueError(
+            f"rollout.tensor_parallel_size ({rollout.tensor_parallel_size}) and rollout.engine_args "
+            f"({rollout.engine_args}) are for SGLang: set rollout.engine=sglang or leave them alone"
+        )
+    if rollout.engine == "sglang" and config.runtime == "local":
+        raise ValueError("rollout.engine 'sglang' starts processes of its own: set runtime=cluster")
+    if rollout.temperature == 0:
+        raise ValueError("rollout.temperature must be above 0: greedy samples of a group are all equal")
+
+
+_AT_LEAST = {
+    "num_steps": 1,
+    "model.num_layers": 1,
+    "warmup.num_steps": 0,
+    "warmup.batch_size": 1,
+    "rollout.num_actors": 1,
+    "rollout.group_size": 1,
+    "rollout.max_new_tokens": 1,
+    "rollout.temperature": 0,
+    "rollout.top_k": 0,
+    "rollout.max_running": 1,
+    "rollout.max_attempts": 1,
+    "rollout.num_threads": 1,
+    "buffer.max_staleness": 0,
+    "buffer.reuse": 1,
+    "rollout.tensor_parallel_size": 1,
+    "learner.num_gpus": 1,
+    "learner.groups_per_step": 1,
+    "learner.learning_rate": 0,
+    "learner.warmup_steps": 0,
+    "learner.row_tokens": 1,
+    "learner.micro_batch_tokens": 1,
+    "learner.num_threads": 1,
+    "eval.every": 0,
+    "eval.num_prompts": 1,
+    "weights.bucket_mb": 0.001,
+    "weights.timeout_s": 1,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+}
+
+
+def _check_ranges(config: Config) -> None:
+    for name, least in _AT_LEAST.items():
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not 0 < config.rollout.gpu_memory_utilization < 1:
+        raise ValueError(
+            f"rollout.gpu_memory_utilization must be above 0 and below 1, got {config.rollout.gpu_memory_utilization}"
+        )
+    if not 0 < config.rollout.top_p <= 1:
+        raise ValueError(f"rollout.top_p must be above 0 and at most 1, got {config.rollout.top_p}")
+    if config.buffer.window is not None and config.buffer.window < 1:
+        raise ValueError(f"buffer.window must be at least 1, got {config.buffer.window}")
