@@ -63,6 +63,8 @@ class RolloutConfig(_Section, frozen=True, kw_only=True):
     """GPUs of each SGLang engine."""
     gpu_memory_utilization: float = 0.8
     """Share of a GPU's memory for an SGLang engine's weights and cache; lower it where the learner shares the GPU."""
+    release_memory: bool = False
+    """Give the memory of SGLang's weights and cache to the learner while it makes a step on the same GPU."""
     attention_backend: Literal["auto", "flashinfer", "fa3", "triton", "torch_native"] = "auto"
     """SGLang's attention kernels; "auto" chooses by the GPU's compute capability."""
     engine_args: dict[str, Any] = {}
@@ -122,8 +124,8 @@ class WeightsConfig(_Section, frozen=True, kw_only=True):
     bucket_mb: float = 1024.0
     timeout_s: float = 120.0
     """Bound on joining a broadcast group and on each broadcast."""
-    backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """ "auto" is NCCL between GPUs and gloo elsewhere."""
+    backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
+    """ "auto" is NCCL between GPUs, CUDA IPC on one GPU that is shared, and gloo elsewhere."""
 
 
 class ClusterConfig(_Section, frozen=True, kw_only=True):

@@ -85,11 +85,14 @@ class Learner:
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm))
         self.optimizer.step()
         self.version += 1
-        return ledger.metrics(batch) | {
+        metrics = ledger.metrics(batch) | {
             "gradient/norm": norm,
             "gradient/cosine": self._watch.cosine(),
             "gradient/learning_rate": settings.learning_rate * warm,
         }
+        if self._config.rollout.release_memory:
+            self._make_room()
+        return metrics
 
     def score(self, micro_batch: MicroBatch, model: nn.Module | None = None) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of each trained token, float32[n] and float32[n], at the sampling temperature.
@@ -149,6 +152,11 @@ class Learner:
                 state.setdefault(index, {})[key] = tensors[f"{name}.{key}"]
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
         self.version = version
+
+    def _make_room(self) -> None:
+        """The engines take back the memory that the step needed."""
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
 
     def _backward(self, micro_batch: MicroBatch, ledger: _Ledger) -> None:
         reference = None

@@ -133,6 +133,8 @@ async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
             return
         check_digests(groups, system.rollouts.published)
         clock.lap("wait")
+        if config.rollout.release_memory:
+            await system.rollouts.release()
         learnt = await learner.step(groups)
         clock.lap("step")
         synced = await system.rollouts.update_weights(learner)

@@ -35,6 +35,7 @@ class RolloutHandle(Protocol):
     async def run(self, prompt: Prompt) -> Group: ...
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[float]: ...
     async def join(self, where: Rendezvous, first_rank: int) -> None: ...
+    async def release(self) -> None: ...
     async def update_weights(self, buckets: Sequence[Bucket], version: Version) -> UpdateReport: ...
     async def close(self) -> None: ...
 
@@ -100,6 +101,15 @@ class RolloutPool:
                 if isinstance(part, BaseException):
                     raise part
             return [reward for part in rewards for reward in part]
+
+    async def release(self) -> None:
+        """Every engine gives its GPU memory to the learner until the next update. Actors that died are left out."""
+        actors = self.actors
+        released: list[Any] = await asyncio.gather(*(actor.release() for actor in actors), return_exceptions=True)
+        self._handle_deaths(actors, released)
+        for actor, result in zip(actors, released, strict=True):
+            if isinstance(result, BaseException) and not isinstance(result, ActorDied):
+                raise RuntimeError(f"{actor.name} could not give its memory back: {result}") from result
 
     async def update_weights(self, learner: Publisher) -> dict[str, float]:
         """Makes the learner's version live on every actor and checks its digest there.

@@ -68,6 +68,10 @@ class Rollout:
     async def join(self, where: Rendezvous, first_rank: int) -> None:
         await self._engine.join(where, first_rank)
 
+    async def release(self) -> None:
+        """Gives the engine's GPU memory to the learner until the next update."""
+        await self._engine.release()
+
     async def update_weights(self, buckets: Sequence[Bucket], version: Version) -> UpdateReport:
         """Receives one whole version while requests stay in flight."""
         begin = time.monotonic()

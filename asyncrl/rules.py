@@ -39,6 +39,17 @@ def check(config: Config) -> None:
         )
     if rollout.engine == "sglang" and config.runtime == "local":
         raise ValueError("rollout.engine 'sglang' starts processes of its own: set runtime=cluster")
+    if rollout.release_memory and (rollout.engine, config.placement) != ("sglang", "colocated"):
+        raise ValueError(
+            f"rollout.release_memory is for an SGLang engine that shares the learner's GPU: rollout.engine is "
+            f"{rollout.engine!r} and placement is {config.placement!r}; set rollout.engine=sglang and "
+            "placement=colocated, or rollout.release_memory=false"
+        )
+    if rollout.release_memory and rollout.on_update == "keep":
+        raise ValueError(
+            "rollout.on_update 'keep' keeps the cache that rollout.release_memory gives away: set "
+            "rollout.on_update=recompute, or rollout.release_memory=false"
+        )
     if rollout.temperature == 0:
         raise ValueError("rollout.temperature must be above 0: greedy samples of a group are all equal")
 

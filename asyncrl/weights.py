@@ -8,8 +8,9 @@
     digest of v                          resume(v) -> digest of what was loaded
             \\____ compared by the driver: any difference ends the run ____/
 
-The same code runs over gloo and NCCL. The group is built straight from the backend class instead of through the default
-process group, so that it can be left and rebuilt while a run goes on and so that several ranks may live in one process.
+The same code runs over gloo (CPUs), NCCL (a GPU for each rank) and CUDA IPC (ranks that share a GPU). The group is
+built straight from the backend class instead of through the default process group, so that it can be left and rebuilt
+while a run goes on and so that several ranks may live in one process.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+from torch.multiprocessing.reductions import reduce_tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DIGEST_CHUNK = 1 << 24
@@ -192,8 +195,7 @@ class BroadcastGroup:
             nonlocal work
             try:
                 work.wait()
-                if flat.is_cuda:  # the wait above is of the stream, not of this thread
-                    torch.cuda.current_stream().synchronize()
+                _synchronize(flat)  # the wait above is of the stream, not of this thread
             except Exception as error:
                 self._group = work = None  # both hold connections open
                 raise RuntimeError(f"{failed}: {error}") from error
@@ -219,7 +221,82 @@ def _backend(where: Rendezvous, store: Any, rank: int, address: str, timeout: ti
         group.broadcast(torch.zeros(1, device="cuda"), 0).wait()
         torch.cuda.synchronize()
         return group
-    raise ValueError(f"weights.backend must be 'gloo' or 'nccl', got {where.backend!r}")
+    if where.backend == "ipc":
+        return _IpcGroup(store, rank, where.world_size, timeout)
+    raise ValueError(f"weights.backend must be 'gloo', 'nccl' or 'ipc', got {where.backend!r}")
+
+
+class _IpcGroup:
+    """Ranks that share one GPU: rank 0 hands out its buffer by a CUDA IPC handle, the others copy from it.
+
+    NCCL refuses two ranks on one GPU, and gloo would take every byte through the host. The store carries the handles,
+    which are pickles: like every store of torch it must be reachable for the members of the run only.
+    """
+
+    def __init__(self, store: Any, rank: int, world_size: int, timeout: timedelta) -> None:
+        self._store, self._rank, self._world_size, self._timeout = store, rank, world_size, timeout
+        self._number = 0
+        self._count("join", world_size).wait()
+
+    def broadcast(self, flat: Tensor, _root: int) -> _Receipt:
+        """Hands `flat` out at rank 0, fills it elsewhere. The receipt is of all ranks."""
+        self._number += 1
+        name = f"broadcast-{self._number}"
+        if self._rank == 0:
+            self._forget(f"broadcast-{self._number - 2}")
+            _synchronize(flat)  # the others' copies are ordered by nothing else
+            self._store.set(name, _export(flat))
+            return _Receipt(self._store, name, self._timeout)
+        self._store.wait([name], self._timeout)
+        try:
+            flat.copy_(_open(self._store.get(name)))
+            _synchronize(flat)
+        except Exception as error:
+            self._count(name, self._world_size - 1, f"rank {self._rank}: {error}")
+            raise
+        return self._count(name, self._world_size - 1)
+
+    def _count(self, name: str, expected: int, failure: str = "") -> _Receipt:
+        """The last rank to come opens the way for all, and so does the first to fail."""
+        if self._store.add(f"{name}/count", 1) == expected or failure:
+            self._store.compare_set(f"{name}/all", "", failure)  # a failure that is there stays
+        return _Receipt(self._store, name, self._timeout)
+
+    def _forget(self, name: str) -> None:
+        """Every rank has its receipt of the broadcast before the last, as it took part in the last one."""
+        for key in (name, f"{name}/count", f"{name}/all"):
+            self._store.delete_key(key)
+
+
+@dataclass(frozen=True, slots=True)
+class _Receipt:
+    """A broadcast that every rank takes part in."""
+
+    store: Any
+    name: str
+    timeout: timedelta
+
+    def wait(self) -> None:
+        """Raises the first failure of any rank."""
+        key = f"{self.name}/all"
+        self.store.wait([key], self.timeout)
+        if failure := self.store.get(key):
+            raise RuntimeError(failure.decode())
+
+
+def _export(flat: Tensor) -> bytes:
+    return pickle.dumps(reduce_tensor(flat))
+
+
+def _open(handle: bytes) -> Tensor:
+    rebuild, arguments = pickle.loads(handle)
+    opened: Tensor = rebuild(*arguments)
+    return opened
+
+
+def _synchronize(flat: Tensor) -> None:
+    if flat.is_cuda:
+        torch.cuda.current_stream().synchronize()
 
 
 def publish(group: BroadcastGroup, buckets: Sequence[Bucket], tensors: dict[str, Tensor]) -> str:

@@ -46,6 +46,11 @@ def test_a_resolved_config_reads_back_the_same():
         (["rollout.top_p=1.5"], "rollout.top_p must be above 0 and at most 1, got 1.5"),
         (["rollout.temperature=0"], "greedy samples of a group are all equal"),
         (["rollout.group_size=1"], "rollout.group_size is 1.*raise rollout.group_size"),
+        (["rollout.release_memory=true"], "rollout.engine is 'embedded' and placement is 'disaggregated'"),
+        (
+            ["rollout.release_memory=true", "rollout.engine=sglang", "placement=colocated"],
+            "set rollout.on_update=recompute",
+        ),
         (["buffer.window=0"], "buffer.window must be at least 1"),
         (["algorithm.preset=async_defautl"], "async_default"),
         (["algorithm.loss.entropi_bonus=1"], "entropy_bonus"),

@@ -28,7 +28,10 @@ def test_colocated_actors_share_one_gpu(num_actors):
     placement = placed(1, "placement=colocated", f"rollout.num_actors={num_actors}")
     assert placement.learner_gpus + num_actors * placement.rollout_gpus <= 1
     assert placement.rollout_gpus > 0
-    assert placement.backend == "gloo"
+    assert placement.backend == "ipc"
+    assert (
+        placed(1, "placement=colocated", f"rollout.num_actors={num_actors}", "weights.backend=gloo").backend == "gloo"
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,6 +51,8 @@ def test_colocated_actors_share_one_gpu(num_actors):
         ),
         (2, ["rollout.engine=sglang", "rollout.num_actors=1"], "take no float32: set rollout.dtype=bfloat16"),
         (0, ["weights.backend=nccl"], "needs a GPU for each engine"),
+        (1, ["placement=colocated", "weights.backend=nccl"], "needs a GPU for each engine"),
+        (3, ["weights.backend=ipc"], "needs one GPU that the learner and the engines share: set placement=colocated"),
     ],
 )
 def test_a_wrong_split_says_what_is_needed(num_gpus, words, message):

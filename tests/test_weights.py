@@ -153,7 +153,62 @@ def test_a_member_that_never_comes_is_an_error_that_names_the_group():
         BroadcastGroup(where, 0, store=store)
 
 
+@pytest.fixture
+def shared(monkeypatch):
+    """Stands in for CUDA's handles between processes: the protocol around them is the same."""
+    handles: dict[bytes, torch.Tensor] = {}
+
+    def export(flat):
+        handles[handle := str(len(handles)).encode()] = flat
+        return handle
+
+    monkeypatch.setattr(weights, "_export", export)
+    monkeypatch.setattr(weights, "_open", handles.__getitem__)
+    return handles
+
+
+def ipc_group(num_members, timeout_s=20.0):
+    where, store = open_rendezvous("127.0.0.1", num_members, timeout_s, "ipc")
+    others = (lambda rank=rank: BroadcastGroup(where, rank) for rank in range(1, num_members))
+    return in_threads([lambda: BroadcastGroup(where, 0, store=store), *others])
+
+
+def test_ranks_of_one_gpu_copy_from_rank_0(shared):
+    learner, *engines = ipc_group(3)
+    for number in range(4):
+        sent = torch.full((1000,), number, dtype=torch.uint8)
+        filled = [torch.zeros_like(sent) for _ in engines]
+        sends = [lambda sent=sent: learner.broadcast(sent)]
+        takes = [lambda e=e, f=f: e.broadcast(f) for e, f in zip(engines, filled, strict=True)]
+        in_threads(sends + takes)
+        assert all(torch.equal(copy, sent) for copy in filled)
+    assert len(shared) == 4
+
+
+@pytest.mark.usefixtures("shared")
+def test_a_rank_that_cannot_copy_is_heard_by_all_at_once():
+    learner, good, bad = ipc_group(3, timeout_s=600)
+    sent = torch.zeros(10, dtype=torch.uint8)
+    errors = []
+
+    def broadcast(member, flat):
+        with pytest.raises(RuntimeError, match=r"broadcast of .* bytes failed"):
+            member.broadcast(flat)
+        errors.append(member)
+
+    members = ((learner, sent), (good, sent.clone()), (bad, sent[:3]))
+    in_threads([lambda m=member, f=flat: broadcast(m, f) for member, flat in members])
+    assert len(errors) == 3
+
+
+@pytest.mark.usefixtures("shared")
+def test_an_ipc_rank_that_is_gone_is_missed_after_the_timeout():
+    learner, _ = ipc_group(2, timeout_s=0.3)
+    with pytest.raises(RuntimeError, match=r"rank 0: broadcast of 10 bytes failed or took longer than 0\.3 s"):
+        learner.broadcast(torch.zeros(10, dtype=torch.uint8))
+
+
 def test_an_unknown_backend_is_refused():
     _, store = open_rendezvous("127.0.0.1", 1, 5)
-    with pytest.raises(RuntimeError, match="must be 'gloo' or 'nccl', got 'smoke'"):
+    with pytest.raises(RuntimeError, match="must be 'gloo', 'nccl' or 'ipc', got 'smoke'"):
         BroadcastGroup(Rendezvous("127.0.0.1", store.port, 1, "x", "smoke", 5), 0, store=store)

@@ -37,7 +37,13 @@ class Engine(Protocol):
         """Enter a broadcast group, leaving the one before. Blocks until every member has arrived."""
 
     async def pause(self) -> None:
-        """Stop making tokens, keep the requests. On return no token of the old weights is still being made."""
+        """Stop making tokens, keep the requests. On return no token of the old weights is still being made.
+
+        After `release`: take the memory back."""
+
+    async def release(self) -> None:
+        """`pause`, and give the GPU memory of weights and cache back until the next `pause`; a whole update must
+        follow. Requests in flight start over on it."""
 
     async def receive(self, bucket: Bucket) -> None:
         """Take part in the broadcast of one bucket and load it. Only while paused."""

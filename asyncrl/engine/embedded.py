@@ -127,6 +127,9 @@ class EmbeddedEngine:
         self._paused = True
         self._wake()
 
+    async def release(self) -> None:
+        raise RuntimeError("this engine's memory is PyTorch's own and is not given back; use SGLang for that")
+
     async def receive(self, bucket: Bucket) -> None:
         """Takes part in one broadcast and copies what came into the parameters.
 

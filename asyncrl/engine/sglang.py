@@ -59,7 +59,7 @@ class SGLangEngine:
         self._vocabulary: int = self._manager.model_config.vocab_size
         self._digests: dict[Version, str] = {0: CHECKPOINT}
         self._version: Version = 0
-        self._paused = False
+        self._paused = self._released = False
         self._num_requests = 0
         self._busy_s, self._busy_since = 0.0, 0.0
         loop = asyncio.get_running_loop()
@@ -81,6 +81,7 @@ class SGLangEngine:
         tensor_parallel_size: int = 1,
         attention_backend: sglang_launch.AttentionBackend = "auto",
         gpu_memory_utilization: float = 0.8,
+        release_memory: bool = False,
         on_update: OnUpdate = "keep",
         seed: int = 0,
         address: str = "127.0.0.1",
@@ -90,8 +91,9 @@ class SGLangEngine:
         """Starts SGLang's processes and blocks the event loop until the model is loaded.
 
         At most `max_running` requests run at once; prompt and completion fit in `max_length` tokens. `address` is this
-        node's own, for the broadcast group. `engine_args` are further arguments of SGLang. Raises `ValueError` for
-        settings that cannot work, `RuntimeError` when a process ends while it starts.
+        node's own, for the broadcast group. `release_memory` prepares for `release`. `engine_args` are further
+        arguments of SGLang. Raises `ValueError` for settings that cannot work, `RuntimeError` when a process ends while
+        it starts.
         """
         sglang_launch.check_version(allow_any_version)
         arguments = sglang_launch.server_arguments(
@@ -103,6 +105,7 @@ class SGLangEngine:
             max_running=max_running,
             max_length=max_length,
             gpu_memory_utilization=gpu_memory_utilization,
+            release_memory=release_memory,
             seed=seed,
             extra=engine_args or {},
             known=sglang_launch.known_arguments(),
@@ -162,10 +165,24 @@ class SGLangEngine:
         self._group_timeout_s = where.timeout_s
 
     async def pause(self) -> None:
+        if not self._paused:
+            await self._pause("in_place" if self.on_update == "keep" else "retract")
+        if self._released:
+            await self._command("taking its memory back", _COMMAND_S, do="restore")
+            self._released = False
+
+    async def release(self) -> None:
+        """Raises `RuntimeError` when already paused. On a CPU no memory is given back."""
+        if self._paused:
+            raise RuntimeError("an engine gives its memory back before the pause of an update, not within it")
+        await self._pause("retract")
+        await self._command("giving its memory back", _COMMAND_S, do="release")
+        self._released = True
+
+    async def _pause(self, mode: Literal["in_place", "retract"]) -> None:
         from sglang.srt.managers.io_struct import PauseGenerationReqInput
 
         self._pause_clock(True)
-        mode = "in_place" if self.on_update == "keep" else "retract"
         pausing = self._manager.pause_generation(PauseGenerationReqInput(mode=mode))
         await self._until_end(pausing, _COMMAND_S, "pausing")
         # The pause is only sent by now, and a batch of the old weights may still run on the device.

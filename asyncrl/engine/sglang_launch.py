@@ -47,6 +47,7 @@ _OWNED = {
     "max_running_requests": "rollout.max_running",
     "mem_fraction_static": "rollout.gpu_memory_utilization",
     "random_seed": "seed",
+    "enable_memory_saver": "rollout.release_memory",
 }
 _FIXED = {
     "skip_tokenizer_init": "prompts and completions are token ids",
@@ -162,6 +163,7 @@ def server_arguments(
     max_running: int,
     max_length: int,
     gpu_memory_utilization: float,
+    release_memory: bool = False,
     seed: int,
     extra: Mapping[str, Any],
     known: Collection[str],
@@ -171,6 +173,8 @@ def server_arguments(
     Raises `ValueError` for a key that is set elsewhere, that the engine depends on, or that SGLang does not know.
     """
     _check_extra(extra, known)
+    if release_memory and device == "cuda" and importlib.util.find_spec("torch_memory_saver") is None:
+        raise ValueError("rollout.release_memory needs the package torch_memory_saver: install it, or set it to false")
     defaults: dict[str, Any] = {"grammar_backend": "none", "log_level": "error"}
     if device == "cpu":
         # The default cache would take a share of the host's whole memory, and an idle scheduler a whole core.
@@ -190,6 +194,7 @@ def server_arguments(
         "mem_fraction_static": gpu_memory_utilization,
         "random_seed": seed,
         "skip_tokenizer_init": True,
+        "enable_memory_saver": release_memory and device == "cuda",
     }
     return defaults | dict(extra) | fixed
 

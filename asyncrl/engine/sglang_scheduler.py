@@ -6,6 +6,7 @@
                                              run a batch -> stamp every token with the version that ran it
     pause ------------------------------->   stop between batches (in place, or back to the queue)
     command "settle" -------------------->   wait for the device: nothing of the old weights still runs
+    command "release" ------------------->   give GPU memory back (the requests are in the queue); "restore": take it
     command "receive" ------------------->   broadcast -> digest of what arrived -> model.load_weights
     command "resume" -------------------->   all parameters arrived? new version, new salt -> digest
     continue ---------------------------->   go on
@@ -44,6 +45,9 @@ _GREEDY = 1
 
 VERSIONS_KEY = "asyncrl_versions"
 """Where in an output's `meta_info` the version of each token is."""
+
+_RELEASED = ("weights", "kv_cache")
+"""SGLang's names for the parts of its memory that can be given back."""
 
 ABORTED = "ended by a weight update"
 """The message of a completion that an update cut short."""
@@ -134,6 +138,25 @@ class SchedulerMixin(_Scheduler):  # type: ignore[misc]
     def _do_settle(self) -> None:
         _synchronize(self._weights.device)
 
+    def _do_release(self) -> None:
+        if not self._engine_paused or self.running_batch.reqs:
+            raise RuntimeError("memory is given back only while paused, with every request in the queue")
+        # What the cache and the pools say about their contents is no longer true.
+        self.tree_cache.reset()
+        self.req_to_token_pool.clear()
+        self.token_to_kv_pool_allocator.clear()
+        # Buffers live with the weights, and no update brings them.
+        self._buffers = [(buffer, buffer.clone()) for buffer in self._weights.lose()]
+        for tag in _RELEASED:
+            self.memory_saver_adapter.pause(tag)
+
+    def _do_restore(self) -> None:
+        for tag in _RELEASED:
+            self.memory_saver_adapter.resume(tag)
+        for buffer, values in self._buffers:
+            buffer.copy_(values)
+        self._buffers.clear()
+
     def _do_join(self, where: Mapping[str, Any], first_rank: int, address: str) -> None:
         self._weights.join(Rendezvous(**where), first_rank, address)
 
@@ -182,8 +205,13 @@ class ReceivedWeights:
         self._checksums = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._group: BroadcastGroup | None = None
         self._arrived: list[tuple[Bucket, Tensor]] = []
-        self._changed = False
+        self._changed = self._lost = False
         self._complete: frozenset[str] | None = None
+
+    def lose(self) -> list[Tensor]:
+        """From here on the model has no weights until a whole update has come. Returns what no update brings."""
+        self._lost = True
+        return list(self._model.buffers())
 
     def join(self, where: Rendezvous, first_rank: int, address: str) -> None:
         """Enters a group. An update that was cut short in the one before starts over from its first bucket."""
@@ -219,6 +247,8 @@ class ReceivedWeights:
     def finish(self) -> str | None:
         """The digest of the update that ends here, None if nothing arrived. Raises `RuntimeError` for a partial one."""
         if not self._changed:
+            if self._lost:
+                raise RuntimeError("the memory of the weights was given back and no update has come since")
             return None
         if self._complete is None:
             names = [name for name, _ in self._model.named_parameters()]
@@ -235,7 +265,7 @@ class ReceivedWeights:
             self._checksums.synchronize()
         whole = digest(self._arrived)
         self._arrived.clear()
-        self._changed = False
+        self._changed = self._lost = False
         return whole
 
     def _names(self) -> frozenset[str]:

@@ -57,6 +57,9 @@ class RolloutActor:
     async def join(self, where: Rendezvous, first_rank: int) -> None:
         await self._rollout.join(where, first_rank)
 
+    async def release(self) -> None:
+        await self._rollout.release()
+
     async def update_weights(self, buckets: Sequence[Bucket], version: Version) -> UpdateReport:
         return await self._rollout.update_weights(buckets, version)
 
@@ -115,6 +118,9 @@ class RemoteRollout:
 
     async def join(self, where: Rendezvous, first_rank: int) -> None:
         await self._reply(self.actor.join.remote(where, first_rank))
+
+    async def release(self) -> None:
+        await self._reply(self.actor.release.remote())
 
     async def update_weights(self, buckets: Sequence[Bucket], version: Version) -> UpdateReport:
         report: UpdateReport = await self._reply(self.actor.update_weights.remote(buckets, version))

@@ -54,6 +54,7 @@ async def _build_engine(config: Config, folder: str, placement: Placement, max_l
         tensor_parallel_size=settings.tensor_parallel_size,
         attention_backend=settings.attention_backend,
         gpu_memory_utilization=settings.gpu_memory_utilization,
+        release_memory=settings.release_memory,
         on_update=settings.on_update,
         seed=config.seed,
         address=address,

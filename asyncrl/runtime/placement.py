@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from asyncrl.config import Config
+
+Backend: TypeAlias = Literal["gloo", "nccl", "ipc"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +19,8 @@ class Placement:
     device: Literal["cpu", "cuda"]
     learner_gpus: float
     rollout_gpus: float
-    backend: Literal["gloo", "nccl"]
-    """What weights travel through. NCCL takes no two ranks on one GPU, so colocated actors use gloo."""
+    backend: Backend
+    """What weights travel through. NCCL takes no two ranks on one GPU, so colocated actors use CUDA IPC."""
 
 
 def plan(config: Config, num_gpus: int) -> Placement:
@@ -52,7 +54,7 @@ def plan(config: Config, num_gpus: int) -> Placement:
         )
     if colocated:
         share = math.floor(100 / (actors + 1)) / 100
-        return Placement("cuda", share, share, _backend(config, "gloo"))
+        return Placement("cuda", share, share, _backend(config, "ipc"))
     return Placement("cuda", config.learner.num_gpus, per_actor, _backend(config, "nccl"))
 
 
@@ -74,11 +76,12 @@ def check_resources(config: Config, existing: Mapping[str, float]) -> None:
             )
 
 
-def _backend(config: Config, best: Literal["gloo", "nccl"]) -> Literal["gloo", "nccl"]:
+def _backend(config: Config, best: Backend) -> Backend:
     wanted = config.weights.backend
-    if wanted == "nccl" and best == "gloo":
-        raise ValueError(
-            "weights.backend 'nccl' needs a GPU for each engine and one for the learner; set weights.backend=auto, "
-            "or placement=disaggregated on enough GPUs"
-        )
+    if wanted not in ("auto", "gloo", best):
+        needs = {
+            "nccl": "a GPU for each engine and one for the learner: set placement=disaggregated on enough GPUs",
+            "ipc": "one GPU that the learner and the engines share: set placement=colocated",
+        }
+        raise ValueError(f"weights.backend {wanted!r} needs {needs[wanted]}, or set weights.backend=auto")
     return best if wanted == "auto" else wanted

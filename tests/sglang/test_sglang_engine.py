@@ -252,3 +252,32 @@ def test_an_engine_that_cannot_start_says_so(world, run):
         run(start(world.folder, max_length=64, engine_args={"max_runing_requests": 4}))
     with pytest.raises(ValueError, match="'triton' needs a GPU"):
         run(start(world.folder, max_length=64, attention_backend="triton"))
+
+
+@pytest.mark.parametrize("mode", ["recompute", "abort"])
+def test_memory_given_back_costs_no_request(world, run, mode):
+    async def body():
+        await world.reset(mode)
+        calls = [asyncio.create_task(world.engine.generate(p, LONG, i)) for i, p in enumerate(PROMPTS)]
+        await world.started()
+        await world.engine.release()
+        with pytest.raises(RuntimeError, match="not within it"):
+            await world.engine.release()
+        late = asyncio.create_task(world.engine.generate([4, 4], LONG, 9))
+        with pytest.raises(RuntimeError, match="given back and no update has come since"):
+            await world.engine.resume(1)
+        await world.publish_new(1)
+        return await asyncio.gather(*calls), await late
+
+    completions, late = run(body())
+    assert set(late.versions.tolist()) == {1}
+    assert difference(late, exact(world.new, [4, 4], late), slice(None)) < 1e-5
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        boundary = int(np.searchsorted(completion.versions, 1))
+        assert boundary > 0
+        assert difference(completion, exact(world.old, prompt, completion), slice(boundary)) < 1e-5
+        if mode == "abort":
+            assert (completion.finish, boundary) == ("abort", len(completion.versions))
+        else:
+            assert len(completion.versions) == LENGTH
+            assert difference(completion, exact(world.new, prompt, completion), slice(boundary, None)) < 1e-5
