@@ -16,8 +16,9 @@ from asyncrl.algo.diagnostics import diagnose
 from asyncrl.algo.loss import Columns, Outcome, policy_loss
 from asyncrl.config import Config
 from asyncrl.packing import Batch, MicroBatch, pack
+from asyncrl.transport import BroadcastGroup, Rendezvous, open_rendezvous
 from asyncrl.types import Trajectory, Version
-from asyncrl.weights import BroadcastGroup, Bucket, Outgoing, Rendezvous, make_buckets, open_rendezvous
+from asyncrl.weights import Bucket, Outgoing, make_buckets
 
 _NUM_WATCHED = 100_000
 

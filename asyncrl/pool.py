@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from asyncrl.rollout import UpdateReport
+from asyncrl.transport import Rendezvous, abandon
 from asyncrl.types import Group, Prompt, Version
-from asyncrl.weights import Bucket, Rendezvous
+from asyncrl.weights import Bucket
 
 
 class RolloutFailed(RuntimeError):
@@ -59,6 +60,7 @@ class RolloutPool:
         self._load: dict[RolloutHandle, int] = dict.fromkeys(actors, 0)
         self._max_attempts = max_attempts
         self._grouped = False
+        self._where: Rendezvous
         self._reports: dict[RolloutHandle, UpdateReport] = {}
         self.failures: Counter[str] = Counter()
         self.published: dict[Version, str] = {}
@@ -123,11 +125,8 @@ class RolloutPool:
             actors = self.actors
             begin = time.monotonic()
             await learner.prepare()  # before any engine pauses
-            results: list[Any] = await asyncio.gather(
-                learner.broadcast(),
-                *(actor.update_weights(learner.buckets, learner.version) for actor in actors),
-                return_exceptions=True,
-            )
+            updates = (self._update(actor, learner) for actor in actors)
+            results: list[Any] = await asyncio.gather(learner.broadcast(), *updates, return_exceptions=True)
             sent, reports = results[0], results[1:]
             if self._handle_deaths(actors, reports):
                 continue
@@ -138,6 +137,14 @@ class RolloutPool:
 
     async def close(self) -> None:
         await asyncio.gather(*(actor.close() for actor in self.actors), return_exceptions=True)
+
+    async def _update(self, actor: RolloutHandle, learner: Publisher) -> UpdateReport:
+        try:
+            return await actor.update_weights(learner.buckets, learner.version)
+        except ActorDied:
+            # The others wait for it, and only some transports notice by themselves.
+            await asyncio.to_thread(abandon, self._where, f"{actor.name} died")
+            raise
 
     def _least_loaded(self, tried: set[RolloutHandle]) -> RolloutHandle:
         if not self._load:
@@ -168,7 +175,7 @@ class RolloutPool:
 
     async def _form_group(self, learner: Publisher) -> None:
         actors = self.actors
-        where = await learner.rendezvous(1 + sum(actor.num_ranks for actor in actors))
+        self._where = where = await learner.rendezvous(1 + sum(actor.num_ranks for actor in actors))
         joins, rank = [], 1
         for actor in actors:
             joins.append(actor.join(where, rank))

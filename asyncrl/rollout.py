@@ -18,8 +18,9 @@ import numpy as np
 
 from asyncrl.engine.base import Engine
 from asyncrl.envs.base import Env
+from asyncrl.transport import Rendezvous
 from asyncrl.types import Completion, Group, Prompt, Sampling, Trajectory, Version
-from asyncrl.weights import Bucket, Rendezvous
+from asyncrl.weights import Bucket
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,9 @@ import numpy as np
 import ray
 import torch
 
+from asyncrl.transport import BroadcastGroup, Rendezvous, open_rendezvous
 from asyncrl.types import Sampling
-from asyncrl.weights import BroadcastGroup, Bucket, Outgoing, Rendezvous, make_buckets, open_rendezvous
+from asyncrl.weights import Bucket, Outgoing, make_buckets
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "heads": (4, 2), "vocab_size": 512},

@@ -15,8 +15,9 @@ from asyncrl.engine import kv_cache
 from asyncrl.engine.embedded import EmbeddedEngine
 from asyncrl.engine.sampler import sample, uniforms
 from asyncrl.model import build_tiny, load_model
+from asyncrl.transport import BroadcastGroup, open_rendezvous
 from asyncrl.types import Completion, Sampling
-from asyncrl.weights import BroadcastGroup, Bucket, digest_of, make_buckets, open_rendezvous, publish
+from asyncrl.weights import Bucket, digest_of, make_buckets, publish
 
 PROMPTS = [[19, 6, 2, 9, 3, 12], [5], [20, 4, 8], [7] * 17, [3, 14, 15, 9, 2, 6, 5, 3, 5]]
 

@@ -9,8 +9,8 @@ from helpers import run, trajectory
 from asyncrl.engine.base import Engine
 from asyncrl.pool import ActorDied, RolloutFailed, RolloutPool
 from asyncrl.rollout import Rollout, UpdateReport, make_group, sample_seed
+from asyncrl.transport import Rendezvous
 from asyncrl.types import Completion, Prompt, Sampling
-from asyncrl.weights import Rendezvous
 
 PROMPTS = [Prompt(number, (1, 2), "") for number in range(8)]
 

@@ -8,17 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncrl import weights
-from asyncrl.weights import (
-    DTYPES,
-    BroadcastGroup,
-    Rendezvous,
-    digest_of,
-    flat_digest,
-    make_buckets,
-    open_rendezvous,
-    publish,
-)
+from asyncrl import transport, weights
+from asyncrl.transport import BroadcastGroup, Rendezvous, open_rendezvous
+from asyncrl.weights import DTYPES, digest_of, flat_digest, make_buckets, publish
 
 CPU = torch.device("cpu")
 
@@ -162,8 +154,8 @@ def shared(monkeypatch):
         handles[handle := str(len(handles)).encode()] = flat
         return handle
 
-    monkeypatch.setattr(weights, "_export", export)
-    monkeypatch.setattr(weights, "_open", handles.__getitem__)
+    monkeypatch.setattr(transport, "_export", export)
+    monkeypatch.setattr(transport, "_open", handles.__getitem__)
     return handles
 
 
@@ -199,6 +191,20 @@ def test_a_rank_that_cannot_copy_is_heard_by_all_at_once():
     members = ((learner, sent), (good, sent.clone()), (bad, sent[:3]))
     in_threads([lambda m=member, f=flat: broadcast(m, f) for member, flat in members])
     assert len(errors) == 3
+
+
+@pytest.mark.usefixtures("shared")
+def test_an_abandoned_group_ends_every_wait_at_once():
+    learner, engine, silent = ipc_group(3, timeout_s=600)
+    flat = torch.zeros(10, dtype=torch.uint8)
+    waits = [learner.start(flat), engine.start(flat.clone())]
+    transport.abandon(learner.where, "actor 2 died")
+    for wait in waits:
+        with pytest.raises(RuntimeError, match="the group was abandoned: actor 2 died"):
+            wait()
+    with pytest.raises(RuntimeError, match="has left the group after a failure"):
+        engine.broadcast(flat)
+    assert silent.rank == 2  # alive all the while
 
 
 @pytest.mark.usefixtures("shared")

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Protocol, TypeAlias
 
+from asyncrl.transport import Rendezvous
 from asyncrl.types import Completion, Sampling, Version
-from asyncrl.weights import Bucket, Rendezvous
+from asyncrl.weights import Bucket
 
 OnUpdate: TypeAlias = Literal["keep", "recompute", "abort"]
 """What new weights do to live requests: keep their KV cache, compute it again, or end them."""

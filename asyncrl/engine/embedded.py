@@ -28,8 +28,9 @@ from torch import Tensor
 from asyncrl.engine import sampler
 from asyncrl.engine.base import CHECKPOINT, OnUpdate
 from asyncrl.engine.kv_cache import SlotCache
+from asyncrl.transport import BroadcastGroup, Rendezvous
 from asyncrl.types import Completion, Finish, Sampling, Version
-from asyncrl.weights import BroadcastGroup, Bucket, Rendezvous, digest_of
+from asyncrl.weights import Bucket, digest_of
 
 if TYPE_CHECKING:
     from asyncrl.model import PreTrainedModel

@@ -26,8 +26,9 @@ import numpy as np
 
 from asyncrl.engine import sampler, sglang_launch, sglang_scheduler
 from asyncrl.engine.base import CHECKPOINT, OnUpdate
+from asyncrl.transport import Rendezvous
 from asyncrl.types import Completion, Finish, Sampling, Version
-from asyncrl.weights import Bucket, Rendezvous
+from asyncrl.weights import Bucket
 
 T = TypeVar("T")
 

@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from asyncrl.weights import BroadcastGroup, Bucket, Rendezvous, digest, flat_digest
+from asyncrl.transport import BroadcastGroup, Rendezvous
+from asyncrl.weights import Bucket, digest, flat_digest
 
 if TYPE_CHECKING:
     _Scheduler = Any

@@ -26,8 +26,9 @@ from asyncrl.pool import ActorDied
 from asyncrl.rollout import UpdateReport
 from asyncrl.runtime.parts import LearnerPart, build_rollout
 from asyncrl.runtime.placement import Placement, check_resources, plan
+from asyncrl.transport import Rendezvous
 from asyncrl.types import Group, Prompt, Trajectory, Version
-from asyncrl.weights import Bucket, Rendezvous
+from asyncrl.weights import Bucket
 
 _STORE_BYTES = 512 * 2**20
 _MAX_CONCURRENCY = 100_000  # prompts wait in the engine, not in front of the actor

@@ -17,8 +17,9 @@ from asyncrl.config import Config
 from asyncrl.rollout import Rollout
 from asyncrl.runtime.parts import LearnerPart, build_rollout
 from asyncrl.runtime.placement import plan
+from asyncrl.transport import Rendezvous
 from asyncrl.types import Group, Version
-from asyncrl.weights import Bucket, Rendezvous
+from asyncrl.weights import Bucket
 
 
 class LocalLearner:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from asyncrl.weights import BroadcastGroup, Bucket, Rendezvous, digest_of, make_buckets, open_rendezvous, publish
+from asyncrl.transport import BroadcastGroup, Rendezvous, open_rendezvous
+from asyncrl.weights import Bucket, digest_of, make_buckets, publish
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -11,8 +11,9 @@ import ray
 import torch
 from ray import ObjectRef
 
+from asyncrl.transport import BroadcastGroup, Rendezvous, open_rendezvous
 from asyncrl.types import Completion, Sampling, Version
-from asyncrl.weights import BroadcastGroup, Bucket, Rendezvous, make_buckets, open_rendezvous, publish
+from asyncrl.weights import Bucket, make_buckets, publish
 
 
 @ray.remote(num_cpus=0)
