@@ -5,8 +5,8 @@
          '---- every wait ends with the transfer, the timeout, or ----------------'
 
 A group is built straight from the backend class instead of through the default process group, so that it can be left
-and rebuilt while a run goes on and so that several ranks may live in one process. gloo hears when a member dies. NCCL and IPC do not, so nobody blocks in
-them: a wait looks at the transfer, the clock and the group's store in turn.
+and rebuilt while a run goes on and so that several ranks may live in one process. gloo hears when a member dies. NCCL
+and IPC do not, so nobody blocks in them: a wait looks at the transfer, the clock and the group's store in turn.
 """
 
 from __future__ import annotations

@@ -16,9 +16,12 @@ from asyncrl.weights import Bucket, digest_of, make_buckets, publish
 Tensors = Mapping[str, torch.Tensor]
 
 
-def _serve(pipe: Connection) -> None:
-    """Obeys ("open", world size, seconds), ("join",), ("send", tensors, how many buckets) until the pipe closes."""
+def _serve(pipe: Connection, backend: str, device: str, dtype: str) -> None:
+    """Obeys ("open", world size, seconds), ("join",), ("send", tensors, how many buckets) until the pipe closes;
+    ("join as", rendezvous, rank) and ("receive", buckets) make it another member instead."""
     torch.set_num_threads(1)
+    if device != "cpu":
+        torch.cuda.set_device(device)
     where: Any = None
     store: Any = None
     group: Any = None
@@ -28,34 +31,49 @@ def _serve(pipe: Connection) -> None:
         except EOFError:
             return
         if command == "open":
-            where, store = open_rendezvous("127.0.0.1", *rest)
+            where, store = open_rendezvous("127.0.0.1", *rest, backend)
             pipe.send(where)
         elif command == "join":
             group = BroadcastGroup(where, 0, "127.0.0.1", store)
             pipe.send("joined")
+        elif command == "join as":
+            group = BroadcastGroup(*rest)
+            pipe.send("joined")
+        elif command == "receive":
+            flats = [torch.empty(bucket.num_bytes, dtype=torch.uint8, device=group.device) for bucket in rest[0]]
+            for flat in flats:
+                group.broadcast(flat)
+            pipe.send([flat.cpu() for flat in flats])
         else:
             tensors, limit = rest
-            pipe.send(publish(group, buckets_of(tensors)[:limit], dict(tensors)))
+            try:
+                pipe.send(publish(group, buckets_of(tensors, dtype)[:limit], dict(tensors)))
+            except RuntimeError as error:
+                pipe.send(error)
 
 
-def buckets_of(tensors: Tensors) -> list[Bucket]:
+def buckets_of(tensors: Tensors, dtype: str = "float32") -> list[Bucket]:
     """Several buckets, so that an update can stop between two."""
-    return make_buckets(tensors.items(), "float32", 200_000)
+    return make_buckets(tensors.items(), dtype, 200_000)
 
 
 class Learner:
     """Its handle in the test process."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "gloo", device: str = "cpu", dtype: str = "float32") -> None:
         context = multiprocessing.get_context("spawn")
+        self._dtype = dtype
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, backend, device, dtype), daemon=True)
         self._process.start()
         theirs.close()
 
     async def _ask(self, *command: Any) -> Any:
         self._pipe.send(command)
-        return await asyncio.to_thread(self._pipe.recv)
+        answer = await asyncio.to_thread(self._pipe.recv)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     async def meet(self, *engines: Any, timeout_s: float = 30) -> Rendezvous:
         """A new broadcast group with the engines in it."""
@@ -77,15 +95,28 @@ class Learner:
         await asyncio.gather(*(engine.pause() for engine in engines))
         await self.send(tensors, None, *engines)
         digests = [await engine.resume(version) for engine in engines]
-        assert digests == [digest_of(buckets_of(tensors), dict(tensors))] * len(engines)
+        assert digests == [digest_of(buckets_of(tensors, self._dtype), dict(tensors))] * len(engines)
         return digests[0]
 
     async def send(self, tensors: Tensors, limit: int | None, *engines: Any) -> None:
         """The first `limit` buckets, to paused engines."""
         sending = asyncio.create_task(self._ask("send", tensors, limit))
-        for bucket in buckets_of(tensors)[:limit]:
+        for bucket in buckets_of(tensors, self._dtype)[:limit]:
             await asyncio.gather(*(engine.receive(bucket) for engine in engines))
         await sending
+
+    async def join_as(self, where: Rendezvous, rank: int) -> None:
+        """Enters the group of another learner."""
+        await self._ask("join as", where, rank)
+
+    async def receive(self, buckets: list[Bucket]) -> list[torch.Tensor]:
+        """What arrives, as a member that is not the first."""
+        received: list[torch.Tensor] = await self._ask("receive", buckets)
+        return received
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
 
     def close(self) -> None:
         self._pipe.close()

@@ -216,7 +216,7 @@ def test_a_learner_that_stays_away_is_named_and_may_come_back(world, run):
 
 
 def test_two_engines_on_one_host_and_the_end_of_one(world, run):
-    from conftest import start
+    from sglang_world import start
 
     async def body(second):
         tensors = dict(world.new.named_parameters())
@@ -246,7 +246,7 @@ def test_two_engines_on_one_host_and_the_end_of_one(world, run):
 
 
 def test_an_engine_that_cannot_start_says_so(world, run):
-    from conftest import start
+    from sglang_world import start
 
     with pytest.raises(ValueError, match=r"engine_args.max_runing_requests is not an argument .*did you mean"):
         run(start(world.folder, max_length=64, engine_args={"max_runing_requests": 4}))

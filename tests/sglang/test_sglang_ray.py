@@ -46,7 +46,7 @@ class RolloutActor:
     """An async actor: its event loop is not in the process's main thread."""
 
     async def start(self, folder: Path) -> None:
-        from conftest import start
+        from sglang_world import start
 
         self.engine = await start(folder, max_length=128)
 
