@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")  # as SGLang sets it: members of a group must agree
 sys.path.insert(0, str(Path(__file__).parent.parent / "sglang"))
 
 from sglang_learner import Learner
