@@ -124,6 +124,8 @@ class Learner:
 
     def join(self) -> None:
         """Blocks until every engine has joined."""
+        if self._group is not None:
+            self._group.leave()
         self._group = BroadcastGroup(self._where, 0, self._address, self._store)
 
     def prepare(self) -> None:

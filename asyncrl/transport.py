@@ -102,7 +102,7 @@ class BroadcastGroup:
                 raise RuntimeError("this member has left the group after a failure")
             work = self._group.broadcast(flat, 0)
         except Exception as error:
-            self._leave()
+            self.leave()
             raise RuntimeError(f"{failed}: {error}") from error
 
         def wait() -> None:
@@ -114,7 +114,7 @@ class BroadcastGroup:
                 _synchronize(flat)  # the wait above is of the stream, not of this thread
             except Exception as error:
                 work = None  # it holds connections open
-                self._leave()
+                self.leave()
                 raise RuntimeError(f"{failed}: {error}") from error
 
         return wait
@@ -123,7 +123,8 @@ class BroadcastGroup:
         """`start` and its wait. Blocks; call it from a thread of its own."""
         self.start(flat)()
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """Ends the membership, before another group is joined: NCCL would wait a minute for members that are gone."""
         group, self._group = self._group, None
         if group is not None and self.where.backend == "nccl":
             group.abort()  # its kernel waits on the device for the member that is gone

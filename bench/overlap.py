@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("words", nargs="*", metavar="section.key=value")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--skip", type=int, default=5, help="steps that warm up and do not count")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     config = configuration.load(options.config, [*options.words, *OFF, f"num_steps={options.steps}"])
     result = asyncio.run(measure(config, options.skip))
     ideal = min(result["generation"], result["training"])

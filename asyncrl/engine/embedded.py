@@ -117,7 +117,8 @@ class EmbeddedEngine:
 
     async def join(self, where: Rendezvous, first_rank: int) -> None:
         """Enters a broadcast group. An update that was cut short in the last one starts over from its first bucket."""
-        self._group = None
+        if self._group is not None:
+            self._group.leave()
         self._received = []
         if self._missing is not None:
             self._missing = set(self._parameters)

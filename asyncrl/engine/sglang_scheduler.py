@@ -216,7 +216,8 @@ class ReceivedWeights:
 
     def join(self, where: Rendezvous, first_rank: int, address: str) -> None:
         """Enters a group. An update that was cut short in the one before starts over from its first bucket."""
-        self._group = None
+        if self._group is not None:
+            self._group.leave()
         self._arrived.clear()
         self._group = BroadcastGroup(where, first_rank + self._tp_rank, address)
 

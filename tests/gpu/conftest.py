@@ -13,6 +13,7 @@ import pytest
 import torch
 
 os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")  # as SGLang sets it: members of a group must agree
+os.environ.setdefault("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "false")  # engines share GPUs here
 sys.path.insert(0, str(Path(__file__).parent.parent / "sglang"))
 
 from sglang_learner import Learner
@@ -54,5 +55,7 @@ def world(run: Run, learner: Callable[[str], Learner], tmp_path_factory: pytest.
     old, new = two_models(folder, torch.bfloat16, **SHAPE)
     options = {"max_running": 64, "max_length": 512, "gpu_memory_utilization": 0.3}
     engine = run(start(folder, dtype="bfloat16", device="cuda", release_memory=True, **options), 400)
-    yield World(folder, engine, learner("ipc"), old, new)
+    made = World(folder, engine, learner("ipc"), old, new)
+    run(made.started(), 400)  # compiles kernels
+    yield made
     run(engine.close())

@@ -34,6 +34,8 @@ def _serve(pipe: Connection, backend: str, device: str, dtype: str) -> None:
             where, store = open_rendezvous("127.0.0.1", *rest, backend)
             pipe.send(where)
         elif command == "join":
+            if group is not None:
+                group.leave()
             group = BroadcastGroup(where, 0, "127.0.0.1", store)
             pipe.send("joined")
         elif command == "join as":
