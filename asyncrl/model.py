@@ -87,6 +87,21 @@ def load_model(
     return model.eval()
 
 
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a model, in order: those that its class says to keep together on one device.
+
+    Raises `ValueError` for a model that names none.
+    """
+    names = getattr(model, "_no_split_modules", None) or ()
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} does not name its decoder layers (_no_split_modules): set learner.num_gpus=1 and "
+            "learner.activation_checkpointing=false"
+        )
+    return layers
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer at `path`. Raises `ValueError` when none can be read from there.
 

@@ -117,7 +117,8 @@ def check_placement(config: Config, num_gpus: int) -> Check:
 
     def describe() -> str:
         found = plan(config, num_gpus)
-        shares = f"{found.learner_gpus:g} for the learner, {config.rollout.num_actors} x {found.rollout_gpus:g} GPUs"
+        learner = f"{config.learner.num_gpus} x {found.learner_gpus:g} for the learner"
+        shares = f"{learner}, {config.rollout.num_actors} x {found.rollout_gpus:g} GPUs"
         return f"{shares if found.device == 'cuda' else 'cpu'}, weights by {found.backend}"
 
     check = attempt("placement", "", describe)

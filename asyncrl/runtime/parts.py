@@ -16,6 +16,7 @@ from asyncrl.learner import Learner, row_length
 from asyncrl.model import load_model, load_tokenizer, stop_token_ids
 from asyncrl.rollout import Rollout
 from asyncrl.runtime.placement import Placement
+from asyncrl.sharding import Ranks
 from asyncrl.types import Sampling
 from asyncrl.weights import DTYPES
 
@@ -66,16 +67,24 @@ class LearnerPart:
     """The learner and what it saves and resumes with."""
 
     def __init__(
-        self, config: Config, folder: str, resume: Path | None, placement: Placement, address: str = "127.0.0.1"
+        self,
+        config: Config,
+        folder: str,
+        resume: Path | None,
+        placement: Placement,
+        *,
+        address: str = "127.0.0.1",
+        ranks: Ranks | None = None,
     ) -> None:
         torch.manual_seed(config.seed)
         self._keep = config.checkpoint.keep
         self._tokenizer = load_tokenizer(folder)
         env = load_env(config.env.path, self._tokenizer, config.env.args)
-        model = load_model(str(resume or folder), dtype=torch.float32, device=placement.device)
+        device = "cpu" if ranks else placement.device  # one GPU may not hold what the ranks will split
+        model = load_model(str(resume or folder), dtype=torch.float32, device=device)
         reference = None
         if config.loss.needs_reference:  # a resumed run keeps the reference of its beginning
-            reference = load_model(folder, dtype=torch.float32, device=placement.device)
+            reference = load_model(folder, dtype=torch.float32, device=device)
         self.learner = Learner(
             config,
             model,
@@ -83,11 +92,16 @@ class LearnerPart:
             reference=reference,
             address=address,
             backend=placement.backend,
+            ranks=ranks,
         )
         if resume is not None:
             self.learner.load_state(checkpoint.load_optimizer(resume), checkpoint.load_cursor(resume).version)
 
     def save(self, root: Path, cursor: Cursor) -> None:
+        """Writes a checkpoint at the first rank. Every rank."""
         if cursor.version != self.learner.version:
             raise RuntimeError(f"asked to save version {cursor.version}, the learner is at {self.learner.version}")
-        checkpoint.save(root, cursor, self.learner.model, self._tokenizer, self.learner.state(), keep=self._keep)
+        weights, optimizer = self.learner.weights(), self.learner.state()
+        if self.learner.ranks.is_first:
+            model, tokenizer = self.learner.model, self._tokenizer
+            checkpoint.save(root, cursor, model, tokenizer, weights=weights, optimizer=optimizer, keep=self._keep)
