@@ -46,8 +46,8 @@ class Learner:
     ) -> None:
         """`row_tokens`: length of a packed row, at least that of the longest trajectory that can occur. `reference`:
         the frozen model that a KL term is taken against; `address` and `backend`: this node's own, for the broadcast
-        group, and what that group runs on. `ranks`: this rank among the learner's; of several, each gives the whole
-        models, wherever they are, and keeps its part of them on the ranks' device.
+        group, and what that group runs on. `ranks`: this rank among the learner's; of several, the first
+        gives the whole models and the others at least empty ones, and each keeps its part on the ranks' device.
         """
         self.version: Version = 0
         self.model = model

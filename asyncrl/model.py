@@ -13,6 +13,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -84,6 +85,24 @@ def load_model(
         raise ValueError(f"no model could be loaded from {str(path)!r}: {error}") from error
     _remove_dropout(model)
     nn.Module.to(model, torch.device(device))  # Its own `to` only adds checks for quantised weights, and has no types.
+    return model.eval()
+
+
+def empty_model(path: str | Path, attention: str = "sdpa") -> PreTrainedModel:
+    """A float32 model like that of `load_model` on the CPU, whose weights and buffers have no values yet.
+
+    Nothing is read or written, so it takes no memory until someone does. Raises `ValueError` as `load_model` does.
+    """
+    _quiet()
+    try:
+        config = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no model could be loaded from {str(path)!r}: {error}") from error
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    _remove_dropout(model)
     return model.eval()
 
 

@@ -76,7 +76,10 @@ def shard(module: nn.Module, layers: Iterable[nn.Module], ranks: Ranks, *, bfloa
     With `bfloat16` a layer's weights are rounded before they travel, which a matrix product under autocast would do
     after; what is outside the layers (embedding, last norm, head) stays float32. Gradients are float32 and summed, not
     averaged: the loss has its denominators from the whole batch.
+
+    The values of weights and buffers are the first rank's; other ranks may give an empty model. Every rank.
     """
+    full = {name: parameter.detach() for name, parameter in module.named_parameters()}
     plain = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     rounded = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bfloat16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -85,6 +88,19 @@ def shard(module: nn.Module, layers: Iterable[nn.Module], ranks: Ranks, *, bfloa
         sharded = fully_shard(part, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=True)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that divides
+    for name, parameter in module.named_parameters():
+        _spread(full.pop(name), parameter, ranks)
+    for buffer in module.buffers():
+        dist.broadcast(buffer, 0)
+
+
+@torch.no_grad()
+def _spread(full: Tensor, parameter: Tensor, ranks: Ranks) -> None:
+    """The rows of the first rank's `full` to those who own them in `parameter`."""
+    device = parameter.device
+    sent = full.to(device) if ranks.is_first else torch.empty(full.shape, dtype=full.dtype, device=device)
+    dist.broadcast(sent, 0)
+    own(parameter).copy_(sent[own_rows(parameter)])
 
 
 def whole(tensor: Tensor) -> Tensor:

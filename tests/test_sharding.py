@@ -13,7 +13,7 @@ from asyncrl import checkpoint
 from asyncrl import config as configuration
 from asyncrl.checkpoint import Cursor
 from asyncrl.learner import Learner
-from asyncrl.model import build_tiny, load_model
+from asyncrl.model import build_tiny, empty_model, load_model
 from asyncrl.runtime.parts import LearnerPart
 from asyncrl.runtime.placement import plan
 from asyncrl.sharding import Ranks, join_ranks
@@ -78,7 +78,10 @@ def make_groups(sizes, seed=0):
 
 
 def make_learner(ranks, folder, words):
-    model, reference = (load_model(folder, dtype=torch.float32, device="cpu") for _ in range(2))
+    if ranks.is_first:
+        model, reference = (load_model(folder, dtype=torch.float32, device="cpu") for _ in range(2))
+    else:
+        model, reference = empty_model(folder), empty_model(folder)
     return Learner(configuration.load(None, words), model, 40, reference=reference, ranks=ranks)
 
 

@@ -151,10 +151,10 @@ class RemoteRollout:
 
 
 class RemoteLearner:
-    """The learner as the driver sees it. `ranks` are its actors; only the first one's answers count."""
+    """The learner as the driver sees it. `ranks` are its actors, whose first one answers; `facts` are of each."""
 
     def __init__(
-        self, ranks: Sequence[Any], version: Version, buckets: Sequence[Bucket], facts: dict[str, Any]
+        self, ranks: Sequence[Any], version: Version, buckets: Sequence[Bucket], facts: list[dict[str, Any]]
     ) -> None:
         self.ranks = ranks
         self.version = version
@@ -247,7 +247,8 @@ async def _place_learner(
 async def _start_learner(ranks: Sequence[Any]) -> RemoteLearner:
     where = await ranks[0].open.remote(len(ranks)) if len(ranks) > 1 else None
     described = await asyncio.gather(*(actor.start.remote(where, rank) for rank, actor in enumerate(ranks)))
-    return RemoteLearner(ranks, *described[0])
+    version, buckets, _ = described[0]
+    return RemoteLearner(ranks, version, buckets, [facts for _, _, facts in described])
 
 
 def _process_facts() -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from asyncrl import checkpoint
 from asyncrl.checkpoint import Cursor
@@ -13,7 +14,7 @@ from asyncrl.engine.base import Engine
 from asyncrl.engine.embedded import EmbeddedEngine
 from asyncrl.envs.base import load_env
 from asyncrl.learner import Learner, row_length
-from asyncrl.model import load_model, load_tokenizer, stop_token_ids
+from asyncrl.model import empty_model, load_model, load_tokenizer, stop_token_ids
 from asyncrl.rollout import Rollout
 from asyncrl.runtime.placement import Placement
 from asyncrl.sharding import Ranks
@@ -80,11 +81,10 @@ class LearnerPart:
         self._keep = config.checkpoint.keep
         self._tokenizer = load_tokenizer(folder)
         env = load_env(config.env.path, self._tokenizer, config.env.args)
-        device = "cpu" if ranks else placement.device  # one GPU may not hold what the ranks will split
-        model = load_model(str(resume or folder), dtype=torch.float32, device=device)
+        model = _learner_model(str(resume or folder), placement, ranks)
         reference = None
         if config.loss.needs_reference:  # a resumed run keeps the reference of its beginning
-            reference = load_model(folder, dtype=torch.float32, device=device)
+            reference = _learner_model(folder, placement, ranks)
         self.learner = Learner(
             config,
             model,
@@ -105,3 +105,10 @@ class LearnerPart:
         if self.learner.ranks.is_first:
             model, tokenizer = self.learner.model, self._tokenizer
             checkpoint.save(root, cursor, model, tokenizer, weights=weights, optimizer=optimizer, keep=self._keep)
+
+
+def _learner_model(path: str, placement: Placement, ranks: Ranks | None) -> nn.Module:
+    """Ranks that will split a model get it in host memory, as one GPU may not hold it, and its values at the first."""
+    if ranks is None:
+        return load_model(path, dtype=torch.float32, device=placement.device)
+    return load_model(path, dtype=torch.float32, device="cpu") if ranks.is_first else empty_model(path)
