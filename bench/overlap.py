@@ -45,7 +45,7 @@ async def measure(config: Config, skip: int) -> dict[str, float]:
             pool = RolloutPool(actors, config.rollout.max_attempts)
             await pool.update_weights(learner)
             batches, first_generation = await generate(
-                pool, prompts, learner.version, job.make_buffer(config), num_batches, skip
+                pool, prompts, learner.version, job.make_buffer(config), num_batches=num_batches, skip=skip
             )
             training = await train(learner, batches, skip)
             del batches
@@ -58,7 +58,7 @@ async def measure(config: Config, skip: int) -> dict[str, float]:
                     System(config, prompts, [], pool, learner, buffer, sink, checkpoints, evaluated={config.num_steps})
                 )
             _, second_generation = await generate(
-                pool, prompts, learner.version, job.make_buffer(config), num_batches, skip
+                pool, prompts, learner.version, job.make_buffer(config), num_batches=num_batches, skip=skip
             )
         rows = [row for row in metrics.read(Path(folder)) if "time/total_s" in row][skip:]
     system = len(rows) * batch / sum(row["time/total_s"] for row in rows)
@@ -70,7 +70,7 @@ async def measure(config: Config, skip: int) -> dict[str, float]:
 
 
 async def generate(
-    pool: RolloutPool, prompts: PromptQueue, version: Version, buffer: Buffer, num_batches: int, skip: int
+    pool: RolloutPool, prompts: PromptQueue, version: Version, buffer: Buffer, *, num_batches: int, skip: int
 ) -> tuple[list[list[Group]], float]:
     """Batches as the run's buffer hands them out to a learner that takes no time; and groups per second.
 
