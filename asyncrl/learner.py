@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from asyncrl.algo.diagnostics import diagnose
+from asyncrl.algo.diagnostics import diagnose, learning_rate_factor
 from asyncrl.algo.loss import Columns, Outcome, concatenate, policy_loss
 from asyncrl.config import Config
 from asyncrl.model import decoder_layers
@@ -110,22 +110,24 @@ class Learner:
             num_ranks=self.ranks.num_ranks,
         )
         warm = min(1.0, (self.version + 1) / max(settings.warmup_steps, 1))
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = settings.learning_rate * warm
         self.optimizer.zero_grad(set_to_none=True)
         seen = [self._backward(micro_batch.to(self._device)) for micro_batch in batch.micro_batches]
         norm = float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)))
+        metrics = self._measure(seen, batch)
+        factor = self.ranks.share(learning_rate_factor(self.loss, metrics) if self.ranks.is_first else 0.0)
+        learning_rate = settings.learning_rate * warm * factor
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = learning_rate
         self.optimizer.step()
         self.version += 1
-        metrics = {
+        metrics |= {
             "gradient/norm": norm,
             "gradient/cosine": self._watch.cosine(),
-            "gradient/learning_rate": settings.learning_rate * warm,
+            "gradient/learning_rate": learning_rate,
         }
-        of_all_ranks = self.ranks.gather(_join(seen) if self.ranks.num_ranks > 1 else seen)
         if self._config.rollout.release_memory:
             self._make_room()
-        return _measure([part for parts in of_all_ranks for part in parts], batch) | metrics if of_all_ranks else {}
+        return metrics if self.ranks.is_first else {}
 
     def score(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of each trained token, float32[n] and float32[n], at the sampling temperature."""
@@ -210,6 +212,18 @@ class Learner:
         loss.backward()
         return _Seen(columns, outcome, entropy.detach())
 
+    def _measure(self, seen: Sequence[_Seen], batch: Batch) -> dict[str, float]:
+        """The diagnostics of all ranks' micro-batches together, at the first rank; nothing elsewhere."""
+        of_ranks = self.ranks.gather(_join(seen) if self.ranks.num_ranks > 1 else seen)
+        if not of_ranks:
+            return {}
+        everything = [part for parts in of_ranks for part in parts]
+        entropy = float(torch.cat([part.entropy for part in everything]).mean())
+        return diagnose([part.columns for part in everything], [part.outcome for part in everything], entropy) | {
+            "learner/num_tokens": float(batch.num_tokens),
+            "learner/row_fill": batch.fill,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
@@ -239,14 +253,6 @@ def _on_host(tensors: _Tensors) -> _Tensors:
         if isinstance(value := getattr(tensors, field.name), Tensor)
     }
     return replace(tensors, **moved)  # type: ignore[arg-type]
-
-
-def _measure(seen: Sequence[_Seen], batch: Batch) -> dict[str, float]:
-    entropy = float(torch.cat([part.entropy for part in seen]).mean())
-    return diagnose([part.columns for part in seen], [part.outcome for part in seen], entropy) | {
-        "learner/num_tokens": float(batch.num_tokens),
-        "learner/row_fill": batch.fill,
-    }
 
 
 class _GradientWatch:

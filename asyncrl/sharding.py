@@ -41,10 +41,14 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over the ranks, on every rank; in place."""
+        """The sum over the ranks, on every rank, in place; CPU tensors go over gloo and others over NCCL."""
         if self.mesh is not None:
             dist.all_reduce(values)
         return values
+
+    def share(self, value: float) -> float:
+        """The first rank's value, on every rank."""
+        return float(self.sum(torch.tensor(value if self.is_first else 0.0, dtype=torch.float64)))
 
     def gather(self, item: Any) -> list[Any]:
         """Every rank's item, in order, on the first rank; nothing elsewhere. Tensors should be on the CPU."""

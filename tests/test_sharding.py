@@ -28,6 +28,7 @@ EVERYTHING = [  # each changes what a pass computes: a reference model, an entro
     "algorithm.loss.entropy_bonus=0.05",
     "learner.activation_checkpointing=true",
     "learner.head_chunk=7",
+    "algorithm.preset=vcpo",  # whose learning rate comes from all ranks' ratios
 ]
 
 
@@ -113,7 +114,7 @@ def test_ranks_train_as_one(on_ranks, folder, num_ranks, sizes, words):
     batches = [make_groups(sizes, seed) for seed in range(3)]
     metrics, weights, state = train(Ranks(), folder, words, batches)
     before = make_learner(Ranks(), folder, words).weights()
-    assert max(float((weights[name] - before[name]).abs().max()) for name in weights) > 1e-3, "nothing was trained"
+    assert max(float((weights[name] - before[name]).abs().max()) for name in weights) > 1e-4, "nothing was trained"
 
     first, *others = on_ranks(num_ranks, train, folder, words, batches)
     for mine, wanted in zip(first[0], metrics, strict=True):
