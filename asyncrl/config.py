@@ -38,6 +38,8 @@ class WarmupConfig(_Section, frozen=True, kw_only=True):
     num_steps: int = 0
     """Supervised steps on the environment's demonstrations before reinforcement learning; cached on disk."""
     batch_size: int = 128
+    micro_batch_size: int = 128
+    """Demonstrations that go through the model at once."""
     learning_rate: float = 1e-3
 
 

@@ -59,6 +59,7 @@ _AT_LEAST = {
     "model.num_layers": 1,
     "warmup.num_steps": 0,
     "warmup.batch_size": 1,
+    "warmup.micro_batch_size": 1,
     "rollout.num_actors": 1,
     "rollout.group_size": 1,
     "rollout.max_new_tokens": 1,
