@@ -19,7 +19,8 @@ LAYERS = [
     {"types", "algo.presets", "config", "rules", "transport"},
     {"evaluation", "algo.advantage", "algo.loss", "algo.diagnostics", "buffer", "weights", "model", "envs.base"},
     {"metrics", "checkpoint", "packing", "engine.base", "envs.digits", "envs.numbers"}
-    | {"envs.data", "envs.chat", "envs.rewards", "envs.dataset", "envs.gsm8k"},
+    | {"envs.data", "envs.chat", "envs.rewards", "envs.dataset", "envs.gsm8k", "envs.mixture"}
+    | {"envs.reasoning_gym"},
     {
         "engine.kv_cache",
         "engine.sampler",
