@@ -38,6 +38,8 @@ class WarmupConfig(_Section, frozen=True, kw_only=True):
     num_steps: int = 0
     """Supervised steps on the environment's demonstrations before reinforcement learning; cached on disk."""
     batch_size: int = 128
+    micro_batch_size: int = 128
+    """Demonstrations that go through the model at once."""
     learning_rate: float = 1e-3
 
 
@@ -120,8 +122,18 @@ class AlgorithmConfig(_Section, frozen=True, kw_only=True):
 
 class EvalConfig(_Section, frozen=True, kw_only=True):
     every: int = 20
-    """Steps between held-out evaluations (greedy); 0 is never. The last step is always evaluated."""
+    """Steps between held-out evaluations; 0 is never. The last step is always evaluated."""
     num_prompts: int = 200
+    """Held-out prompts, or all that there are if there are less."""
+    num_samples: int = 1
+    """Attempts at each prompt (n), for the mean and pass@k."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    pass_reward: float = 1.0
+    """The reward from which on an attempt passes, for pass@k."""
+    max_running: int = 64
+    """Attempts that evaluation has in flight on each engine, so that training's do not wait behind all of them."""
 
 
 class WeightsConfig(_Section, frozen=True, kw_only=True):

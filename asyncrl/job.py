@@ -57,6 +57,8 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
     with Metrics(folder, config.num_steps, first_step=cursor.version if cursor else 0, quiet=quiet) as metrics:
         for name, score in baselines.items():
             metrics.say(f"no skill: {name!r} scores {score:.2f} on the {len(heldout)} held-out prompts")
+        for reason, count in getattr(env, "skipped", {}).items():
+            metrics.say(f"skipped rows of the data: {count}, {reason}")
         metrics.say(f"starting {config.rollout.num_actors} rollout actors and the learner")
         async with runtime.open_actors(config, initial, saved) as (learner, actors):
             prompts = PromptQueue(env.prompts("train", config.seed), cursor)
