@@ -75,6 +75,7 @@ class Learner:
             micro_batch_tokens=settings.micro_batch_tokens,
             max_new_tokens=self._config.rollout.max_new_tokens,
             mask_truncated=self._config.algorithm.mask_truncated,
+            overlong_tail=self._config.algorithm.overlong_tail,
         )
         warm = min(1.0, (self.version + 1) / max(settings.warmup_steps, 1))
         self.optimizer.zero_grad(set_to_none=True)
