@@ -18,7 +18,8 @@ HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboa
 LAYERS = [
     {"types", "algo.method", "algo.own", "algo.presets", "config", "rules", "transport"},
     {"algo.advantage", "algo.loss", "algo.diagnostics", "buffer", "weights", "model", "envs.base"},
-    {"metrics", "checkpoint", "packing", "engine.base", "envs.digits", "envs.numbers"},
+    {"metrics", "checkpoint", "packing", "engine.base", "envs.digits", "envs.numbers"}
+    | {"envs.data", "envs.chat", "envs.rewards", "envs.dataset", "envs.gsm8k"},
     {
         "engine.kv_cache",
         "engine.sampler",
