@@ -110,12 +110,16 @@ class LearnerConfig(_Section, frozen=True, kw_only=True):
 
 class AlgorithmConfig(_Section, frozen=True, kw_only=True):
     preset: str = "async_default"
+    """A name in `asyncrl/algo/presets.py`, or `package.module:function` of a loss of your own."""
     loss: dict[str, Any] = {}
     """Single fields of the preset's loss to replace."""
     drop_zero_variance: bool = False
     """Replace groups whose rewards are all equal by new prompts, counted (dynamic sampling)."""
     mask_truncated: bool = False
     """Give no gradient to trajectories that ran out of tokens (overlong filtering)."""
+    overlong_tail: int = 0
+    """Lower the reward over the last so many tokens before rollout.max_new_tokens, in a line down to -1 (soft overlong
+    punishment); 0 is off."""
     allow_uncorrected: bool = False
     """Permit off-policy training without an importance correction."""
 

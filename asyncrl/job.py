@@ -23,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 
 from asyncrl import checkpoint
+from asyncrl.algo import own
 from asyncrl.buffer import Buffer
 from asyncrl.config import Config, to_tree
 from asyncrl.envs.base import load_env
@@ -46,6 +47,7 @@ class Result:
 
 async def train(config: Config, resume: Path | None = None, *, quiet: bool = False) -> Result:
     """Runs the job to its last step, or to Ctrl-C; `resume` is the run folder of an earlier job to go on with."""
+    own.check(config.loss)
     runtime = load_runtime(config.runtime)
     initial = str(prepare(config, quiet=quiet))
     env = load_env(config.env.path, load_tokenizer(initial), config.env.args)

@@ -16,7 +16,7 @@ HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboa
 
 # Each layer may import itself and the ones before it.
 LAYERS = [
-    {"types", "algo.presets", "config", "rules", "transport"},
+    {"types", "algo.method", "algo.own", "algo.presets", "config", "rules", "transport"},
     {
         "evaluation",
         "algo.advantage",
