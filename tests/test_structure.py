@@ -12,12 +12,23 @@ from asyncrl import metrics
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "asyncrl").rglob("*.py"))
 
-HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboard": {"metrics.py"}}
+HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboard": {"sinks.py"}}
 
 # Each layer may import itself and the ones before it.
 LAYERS = [
-    {"types", "algo.presets", "config", "rules", "transport"},
-    {"algo.advantage", "algo.loss", "algo.diagnostics", "buffer", "weights", "model", "envs.base"},
+    {"types", "algo.presets", "config", "rules", "transport", "timeline"},
+    {
+        "algo.advantage",
+        "algo.loss",
+        "algo.diagnostics",
+        "buffer",
+        "weights",
+        "model",
+        "envs.base",
+        "blame",
+        "samples",
+        "sinks",
+    },
     {"metrics", "checkpoint", "packing", "engine.base", "envs.digits", "envs.numbers"},
     {
         "engine.kv_cache",
