@@ -163,7 +163,7 @@ class RolloutPool:
         try:
             with self._timeline.span(actor.name, "group", prompt=prompt.id) as facts:
                 group = await actor.run(prompt)
-                facts |= {"oldest": group.oldest, "newest": group.newest, "tokens": sum(group.lengths)}
+                facts |= {"oldest": group.oldest, "newest": group.newest, "lengths": group.lengths}
                 facts["reward"] = sum(group.rewards) / len(group.rewards)
             return group
         finally:
