@@ -217,12 +217,11 @@ def histogram(lengths: Sequence[int]) -> dict[str, list[float]]:
 
 def render(data: Mapping[str, Any]) -> str:
     """The page. The data cannot end the script element that holds it: every `<` in it is escaped."""
+    scripts = [(PAGE / name).read_text() for name in ("charts.js", "timeline.js", "samples.js", "main.js")]
     parts = {
         "title": html.escape(data["name"]),
         "style": (PAGE / "style.css").read_text(),
-        "script": "\n".join(
-            (PAGE / name).read_text() for name in ("charts.js", "timeline.js", "samples.js", "main.js")
-        ),
+        "script": "\n".join(scripts),
         "data": json.dumps(clean(data), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
     }
     page = (PAGE / "page.html").read_text()

@@ -1,7 +1,7 @@
 // Charts by hand: SVG with a cursor that reads the values. Colours are CSS variables, so they follow the theme.
 
 const COLORS = ["var(--c0)", "var(--c1)", "var(--c2)", "var(--c3)", "var(--c4)", "var(--c5)"];
-const WIDTH = 560, LEFT = 46, RIGHT = 10, TOP = 12, BOTTOM = 22;
+const NARROW = 400, WIDE = 830, LEFT = 46, RIGHT = 10, TOP = 12, BOTTOM = 22;
 
 /** An element from its tag, attributes and children; text is never parsed as HTML. */
 function make(tag, attributes = {}, ...children) {
@@ -57,7 +57,8 @@ function rolling(values, width) {
 }
 
 function card(title, note, ...children) {
-  return make("div", { class: "card" }, make("h3", {}, title), note ? make("p", { class: "note" }, note) : null, ...children);
+  const wide = children.some((child) => child?.viewBox?.baseVal.width === WIDE);
+  return make("div", { class: wide ? "card wide" : "card" }, make("h3", {}, title), note ? make("p", { class: "note" }, note) : null, ...children);
 }
 
 const tip = make("div", { class: "tip", hidden: true });
@@ -72,13 +73,13 @@ function showTip(event, text) {
 const hideTip = () => { tip.hidden = true; };
 
 /** The frame of a chart: axes, scales and a cursor that calls `read(index)` for its text. */
-function frame({ x, low, high, height, unit, read }) {
-  const svg = make("svg", { viewBox: `0 0 ${WIDTH} ${height}`, role: "img" });
+function frame({ x, low, high, width, height, unit, read }) {
+  const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, role: "img" });
   const first = x[0], last = x[x.length - 1];
-  const px = (value) => LEFT + ((value - first) / (last - first || 1)) * (WIDTH - LEFT - RIGHT);
+  const px = (value) => LEFT + ((value - first) / (last - first || 1)) * (width - LEFT - RIGHT);
   const py = (value) => height - BOTTOM - ((value - low) / (high - low || 1)) * (height - TOP - BOTTOM);
   for (const value of ticks(low, high)) {
-    svg.append(make("line", { class: "rule", x1: LEFT, x2: WIDTH - RIGHT, y1: py(value), y2: py(value) }));
+    svg.append(make("line", { class: "rule", x1: LEFT, x2: width - RIGHT, y1: py(value), y2: py(value) }));
     svg.append(make("text", { x: LEFT - 7, y: py(value) + 4, "text-anchor": "end" }, show(value, unit)));
   }
   for (const value of ticks(first, last, 6)) {
@@ -88,7 +89,7 @@ function frame({ x, low, high, height, unit, read }) {
   svg.append(cursor);
   svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect();
-    const wanted = first + (((event.clientX - box.left) / box.width) * WIDTH - LEFT) / (WIDTH - LEFT - RIGHT) * (last - first);
+    const wanted = first + (((event.clientX - box.left) / box.width) * width - LEFT) / (width - LEFT - RIGHT) * (last - first);
     let best = 0;
     x.forEach((value, at) => { if (Math.abs(value - wanted) < Math.abs(x[best] - wanted)) best = at; });
     cursor.setAttribute("x1", px(x[best]));
@@ -109,24 +110,28 @@ function legend(series, unit) {
 const path = (points) => points.map(([x, y], at) => `${at && points[at - 1] ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join("");
 
 /** Lines over steps. Each series: name, y, and optionally x, dots, smooth (a faint line under its rolling mean). */
-function lineChart(title, note, series, { x, min, max, unit = "", height = 190, rule, log = false } = {}) {
+function lineChart(title, note, series, { x, min, max, unit = "", wide = false, height = 190, rule } = {}) {
   series = series.map((one, at) => ({ color: COLORS[at % COLORS.length], x, ...one }))
     .filter((one) => one.y && one.y.some(isNumber));
   if (!series.length) return card(title, note, make("p", { class: "empty" }, "nothing measured yet"));
+  const chartWidth = wide ? WIDE : NARROW;
   const values = series.flatMap((one) => one.y).filter(isNumber).concat(rule ? [rule.y] : []);
   let low = Math.min(...values), high = Math.max(...values);
   if (min !== undefined) low = Math.min(min, low);
   if (max !== undefined) high = Math.max(max, high);
-  if (low === high) { low -= Math.abs(low) * 0.1 || 0.5; high += Math.abs(high) * 0.1 || 0.5; }
+  if (low === high) {
+    if (min === undefined) low -= Math.abs(low) * 0.1 || 0.5;
+    high += Math.abs(high) * 0.1 || (unit === "%" ? 0.01 : 0.5);
+  }
   const domain = [...new Set(series.flatMap((one) => one.x))].sort((a, b) => a - b);
   const read = (at) => [`step ${domain[at]}`, ...series.map((one) => {
     const found = one.x.indexOf(domain[at]);
     return found < 0 ? null : `${one.name}: ${show(one.y[found], unit)}`;
   }).filter(Boolean)].join("\n");
-  const { svg, px, py } = frame({ x: domain, low, high, height, unit, read });
+  const { svg, px, py } = frame({ x: domain, low, high, width: chartWidth, height, unit, read });
   if (rule) {
-    svg.append(make("line", { x1: LEFT, x2: WIDTH - RIGHT, y1: py(rule.y), y2: py(rule.y), stroke: "var(--quiet)", "stroke-dasharray": "2 4" }));
-    svg.append(make("text", { x: WIDTH - RIGHT, y: py(rule.y) - 5, "text-anchor": "end" }, rule.name));
+    svg.append(make("line", { x1: LEFT, x2: chartWidth - RIGHT, y1: py(rule.y), y2: py(rule.y), stroke: "var(--quiet)", "stroke-dasharray": "2 4" }));
+    svg.append(make("text", { x: chartWidth - RIGHT, y: py(rule.y) - 5, "text-anchor": "end" }, rule.name));
   }
   for (const one of series) {
     const line = (y, opacity, width) => {
@@ -158,7 +163,7 @@ function stackChart(title, note, series, { x, max, unit = "", height = 190 }) {
   const read = (at) => [`step ${x[at]}`, ...series.map((one) => `${one.name}: ${show(one.y[at], unit)}`)].join("\n");
   const sorted = [...sums].sort((a, b) => a - b);
   const high = max ?? (Math.max(sorted[Math.floor(sorted.length * 0.99)], sorted.at(-1) * 0.4) || 1);
-  const { svg, px, py } = frame({ x, low: 0, high, height, unit, read });
+  const { svg, px, py } = frame({ x, low: 0, high, width: NARROW, height, unit, read });
   const cut = (value) => py(Math.min(value, high));
   for (const { one, below, above } of layers) {
     const there = x.map((value, at) => [px(value), cut(above[at])]);
@@ -172,11 +177,11 @@ function stackChart(title, note, series, { x, max, unit = "", height = 190 }) {
 function barChart(title, note, labels, series, { unit = "%", height = 190 } = {}) {
   series = series.map((one, at) => ({ color: COLORS[at % COLORS.length], ...one }));
   const high = Math.max(...series.flatMap((one) => one.y).filter(isNumber), 1e-9);
-  const svg = make("svg", { viewBox: `0 0 ${WIDTH} ${height}`, role: "img" });
+  const svg = make("svg", { viewBox: `0 0 ${NARROW} ${height}`, role: "img" });
   const py = (value) => height - BOTTOM - (value / high) * (height - TOP - BOTTOM - 6);
-  const slot = (WIDTH - LEFT - RIGHT) / labels.length, width = Math.min(54, (slot * 0.8) / series.length);
+  const slot = (NARROW - LEFT - RIGHT) / labels.length, width = Math.min(54, (slot * 0.8) / series.length);
   for (const value of ticks(0, high)) {
-    svg.append(make("line", { class: "rule", x1: LEFT, x2: WIDTH - RIGHT, y1: py(value), y2: py(value) }));
+    svg.append(make("line", { class: "rule", x1: LEFT, x2: NARROW - RIGHT, y1: py(value), y2: py(value) }));
     svg.append(make("text", { x: LEFT - 7, y: py(value) + 4, "text-anchor": "end" }, show(value, unit)));
   }
   const every = Math.ceil(labels.length / 12);

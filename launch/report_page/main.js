@@ -22,8 +22,8 @@ function header() {
   const baseline = Object.entries(data.origin.no_skill ?? {}).sort((a, b) => b[1] - a[1])[0];
   const accuracy = data.evals.at(-1)?.[1];
   const tiles = [
-    [show(accuracy), baseline ? `held-out reward; no skill ${show(baseline[1])}` : "held-out reward"],
-    [show(last("reward/mean")), "training reward, last step"],
+    [isNumber(accuracy) ? accuracy.toFixed(2) : "–", baseline ? `held-out reward; no skill ${show(baseline[1])}` : "held-out reward"],
+    [isNumber(last("reward/mean")) ? last("reward/mean").toFixed(2) : "–", "training reward, last step"],
     [`${step} / ${total}`, `steps in ${duration(isNumber(wall) && wall > 0 ? wall * (data.num_rows / Math.max(x.length, 1)) : NaN)}`],
     [show(mean("rollout/tokens_per_s")), "tokens generated a second, mean"],
     [show(mean("lag/mean")), `mean lag; staleness target ${config["buffer.max_staleness"]}`],
@@ -43,11 +43,12 @@ function learning(baseline) {
     lineChart("Reward", "training batches (made by lagged policies) and held-out prompts (greedy)", [
       line("training", "reward/mean", { smooth: true }),
       { name: "held-out", x: data.evals.map(([version]) => version), y: data.evals.map(([, value]) => value), dots: true },
-    ], { x, min: 0, height: 230, rule: baseline && { y: baseline[1], name: `no skill: ${baseline[0]}` } }),
-    lineChart("Policy entropy", "nats, mean over tokens", [line("entropy", "policy/entropy", { smooth: true })], { x, min: 0, height: 230 }),
+    ], { x, min: 0, wide: true, rule: baseline && { y: baseline[1], name: `no skill: ${baseline[0]}` } }),
+    lineChart("Policy entropy", "nats, mean over tokens", [line("entropy", "policy/entropy", { smooth: true })], { x, min: 0 }),
     lineChart("Gradient norm", "before clipping", [line("norm", "gradient/norm", { smooth: true, color: COLORS[3] })], { x, min: 0 }),
     lineChart("Groups without variance", "share of groups whose rewards are all equal: they teach nothing",
-      [line("zero variance", "reward/zero_variance", { smooth: true, color: COLORS[5] })], { x, min: 0, max: 1, unit: "%" }));
+      [line("zero variance", "reward/zero_variance", { smooth: true, color: COLORS[5] })], { x, min: 0, max: 1, unit: "%" }),
+    lineChart("Throughput", "tokens generated a second, all actors", [line("tokens / s", "rollout/tokens_per_s", { color: COLORS[2], smooth: true })], { x, min: 0 }));
 }
 
 function offPolicy() {
@@ -59,10 +60,11 @@ function offPolicy() {
     lineChart("Lag over steps", "", [line("mean", "lag/mean"), line("95th percentile", "lag/p95"), line("maximum", "lag/max", { color: COLORS[5] })], { x, min: 0 }),
     lineChart("Effective sample size", "of the importance ratios, as a share", [line("tokens", "ess/token"), line("trajectories", "ess/sequence"), line("tokens, capped", "ess/token_capped")],
       { x, max: 1, unit: "%" }),
+    lineChart("Mismatch of behavior and current policy", "k3 estimate of the divergence, a token", [line("all tokens", "mismatch/k3"), line("lag 0", "mismatch/k3_fresh"), line("lag 1 or more", "mismatch/k3_stale")], { x, min: 0 }),
     lineChart("What the loss clipped and masked", "share of all tokens", [
       line("capped, advantage > 0", "clip/capped_positive"), line("capped, advantage < 0", "clip/capped_negative"),
       line("masked, advantage > 0", "clip/trust_positive"), line("masked, advantage < 0", "clip/trust_negative"),
-    ], { x, min: 0, unit: "%" }));
+    ], { x, min: 0, unit: "%", wide: true }));
 }
 
 function waits() {
@@ -72,22 +74,23 @@ function waits() {
   const rollout = [part("no prompt to play: waits for slots", share("rollout_for_slots"), "--c1"), part("paused for weights", share("rollout_for_weights"), "--c3")];
   learner.unshift(part("trains", 1 - learner.reduce((sum, one) => sum + one.value, 0), "--c0"));
   rollout.unshift(part("plays prompts", 1 - rollout.reduce((sum, one) => sum + one.value, 0), "--c2"));
+  const busy = (name) => metric(name)?.map((idle) => isNumber(idle) ? Math.max(0, 1 - idle) : null);
   if (data.blame) {
     const advice = `Measured: ${data.blame.num_actors} rollout actors to 1 learner. Balanced, if throughput grew with their number: ${data.blame.balanced_actors} to 1.`;
-    at("waits").append(card("Where the time went", "whole run, share of wall time", make("div", { class: "bars" }, ...bar("learner", learner), ...bar("rollout actors, mean", rollout)), make("p", { class: "quiet", style: "margin-top:10px" }, advice)));
+    const utilisation = lineChart("Utilisation", "share of the time with work", [{ name: "learner", y: busy("learner/idle"), smooth: true }, { name: "engines", y: busy("rollout/idle"), smooth: true, color: COLORS[2] }],
+      { x, min: 0, max: 1, unit: "%" });
+    const went = card("Where the time went", "whole run, share of wall time", make("div", { class: "bars" }, ...bar("learner", learner), ...bar("rollout actors, mean", rollout)), make("p", { class: "quiet", style: "margin-top:10px" }, advice));
+    went.classList.add("wide");
+    at("waits").append(went, utilisation);
   }
   const learnerTimes = [line("trains", "time/step_s", { color: COLORS[0] }), line("waits for groups", "wait/learner_for_groups_s", { color: COLORS[1] }),
     line("weight update", "wait/learner_for_weights_s", { color: COLORS[3] }), line("checkpoint", "wait/learner_for_checkpoint_s", { color: COLORS[4] })];
   const rolloutTimes = [line("waits for slots", "wait/rollout_for_slots_s", { color: COLORS[1] }), line("paused for weights", "wait/rollout_for_weights_s", { color: COLORS[3] }),
     line("with evaluations in the engine", "wait/rollout_for_evaluation_s", { color: COLORS[4] })];
-  const busy = (name) => metric(name)?.map((idle) => isNumber(idle) ? Math.max(0, 1 - idle) : null);
   at("waits").append(
     stackChart("Learner, each step", "seconds", learnerTimes, { x, unit: "s" }),
     stackChart("Rollout actors, each step", "seconds, mean over actors", rolloutTimes, { x, unit: "s" }),
-    lineChart("Utilisation", "share of the time with work", [{ name: "learner", y: busy("learner/idle"), smooth: true }, { name: "engines", y: busy("rollout/idle"), smooth: true, color: COLORS[2] }],
-      { x, min: 0, max: 1, unit: "%" }),
-    lineChart("Weight update", "", [line("whole update", "sync/total_s", { color: COLORS[3], smooth: true }), line("generation paused", "sync/pause_s", { color: COLORS[1], smooth: true })], { x, min: 0, unit: "s" }),
-    lineChart("Throughput", "tokens generated a second, all actors", [line("tokens / s", "rollout/tokens_per_s", { color: COLORS[2], smooth: true })], { x, min: 0 }));
+    lineChart("Weight update", "", [line("whole update", "sync/total_s", { color: COLORS[3], smooth: true }), line("generation paused", "sync/pause_s", { color: COLORS[1], smooth: true })], { x, min: 0, unit: "s" }));
 }
 
 function bar(name, parts) {

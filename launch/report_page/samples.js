@@ -19,7 +19,9 @@ function showSamples(rows, place) {
   }
   const versions = [...new Set(rows.map((row) => row.version))];
   const list = make("div"), title = make("b"), note = make("p", { class: "note" });
-  let at = versions.length - 1, coloring = "advantage";
+  // Begin where there is something to see: the last step whose trajectories were not all equally good.
+  const telling = versions.findLastIndex((version) => rows.some((row) => row.version === version && row.advantage !== 0));
+  let at = telling < 0 ? versions.length - 1 : telling, coloring = "advantage";
   const slider = make("input", { type: "range", min: 0, max: versions.length - 1, value: at, "aria-label": "step",
     oninput: () => { at = Number(slider.value); fill(); } });
   const move = (by) => { at = Math.max(0, Math.min(versions.length - 1, at + by)); slider.value = at; fill(); };

@@ -18,7 +18,7 @@ class Gantt {
     this.color = "version";
     place.append(make("div", { class: "card" }, this.controls(), this.canvas, this.legend()));
     this.listen();
-    new ResizeObserver(() => this.draw()).observe(this.canvas);
+    new ResizeObserver(() => requestAnimationFrame(() => this.draw())).observe(place);
   }
 
   /** Lanes with their spans in rows: a span goes to the first row that is free when it begins. */
