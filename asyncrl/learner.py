@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from asyncrl.algo.diagnostics import diagnose
+from asyncrl.algo.diagnostics import diagnose, learning_rate_factor
 from asyncrl.algo.loss import Columns, Outcome, policy_loss
 from asyncrl.config import Config
 from asyncrl.packing import Batch, MicroBatch, pack
@@ -77,19 +77,21 @@ class Learner:
             mask_truncated=self._config.algorithm.mask_truncated,
         )
         warm = min(1.0, (self.version + 1) / max(settings.warmup_steps, 1))
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = settings.learning_rate * warm
         self.optimizer.zero_grad(set_to_none=True)
         ledger = _Ledger()
         for micro_batch in batch.micro_batches:
             self._backward(micro_batch.to(self._device), ledger)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm))
+        seen = ledger.metrics(batch)
+        learning_rate = settings.learning_rate * warm * learning_rate_factor(self.loss, seen)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = learning_rate
         self.optimizer.step()
         self.version += 1
-        metrics = ledger.metrics(batch) | {
+        metrics = seen | {
             "gradient/norm": norm,
             "gradient/cosine": self._watch.cosine(),
-            "gradient/learning_rate": settings.learning_rate * warm,
+            "gradient/learning_rate": learning_rate,
         }
         if self._config.rollout.release_memory:
             self._make_room()

@@ -115,6 +115,13 @@ def test_steps_raise_the_probability_of_what_was_rewarded(folder):
     assert gain[part.advantages > 0].mean() > 0 > gain[part.advantages < 0].mean()
 
 
+def test_a_poor_sample_size_lowers_the_learning_rate(folder):
+    learner = make_learner(folder, "algorithm.preset=vcpo", "learner.warmup_steps=0", "learner.learning_rate=1e-3")
+    metrics = learner.step([[trajectory(4, 6, seed=i, reward=float(i % 2)) for i in range(4)]])
+    assert 0 < metrics["ess/sequence"] < 0.9
+    assert metrics["gradient/learning_rate"] == pytest.approx(1e-3 * metrics["ess/sequence"] ** 0.5)
+
+
 def test_a_saved_state_goes_on_exactly(folder):
     groups = [[trajectory(4, 5, seed=i, reward=float(i % 2)) for i in range(4)]]
     first = make_learner(folder)

@@ -17,19 +17,10 @@ HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboa
 # Each layer may import itself and the ones before it.
 LAYERS = [
     {"types", "algo.presets", "config", "rules", "transport", "timeline"},
-    {
-        "algo.advantage",
-        "algo.loss",
-        "algo.diagnostics",
-        "buffer",
-        "weights",
-        "model",
-        "envs.base",
-        "blame",
-        "samples",
-        "sinks",
-    },
-    {"metrics", "checkpoint", "packing", "engine.base", "envs.digits", "envs.numbers"},
+    {"algo.advantage", "algo.loss", "algo.diagnostics", "buffer", "weights", "model", "envs.base"}
+    | {"blame", "samples", "sinks"},
+    {"metrics", "checkpoint", "packing", "engine.base", "envs.digits", "envs.numbers"}
+    | {"envs.data", "envs.chat", "envs.rewards", "envs.dataset", "envs.gsm8k"},
     {
         "engine.kv_cache",
         "engine.sampler",
