@@ -163,6 +163,17 @@ class CheckpointConfig(_Section, frozen=True, kw_only=True):
     keep: int = 2
 
 
+class MetricsConfig(_Section, frozen=True, kw_only=True):
+    sample_trajectories: int = 4
+    """Trajectories of each step that are saved with every column; 0 is none."""
+    timeline: bool = True
+    """Write what every part of the run did, and when, to the run folder."""
+    prometheus_port: int = 0
+    """Serve the newest metrics at http://127.0.0.1:PORT/metrics, for Prometheus; 0 is off."""
+    wandb: str = ""
+    """Weights & Biases project to log to as well; empty is off."""
+
+
 class Config(_Section, frozen=True, kw_only=True):
     seed: int = 0
     num_steps: int = 100
@@ -185,6 +196,7 @@ class Config(_Section, frozen=True, kw_only=True):
     weights: WeightsConfig = WeightsConfig()
     cluster: ClusterConfig = ClusterConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
 
     @property
     def loss(self) -> presets.Loss:

@@ -102,6 +102,8 @@ _AT_LEAST = {
     "weights.timeout_s": 1,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
+    "metrics.sample_trajectories": 0,
+    "metrics.prometheus_port": 0,
 }
 
 
