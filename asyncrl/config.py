@@ -85,7 +85,7 @@ class BufferConfig(_Section, frozen=True, kw_only=True):
 
 class LearnerConfig(_Section, frozen=True, kw_only=True):
     num_gpus: int = 1
-    """GPUs of the learner, where there are any."""
+    """Ranks that the model is split between (FSDP2): one GPU each, and without GPUs one process each."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the forward and backward pass; "auto" is bfloat16 on GPUs. Weights, head and optimizer are float32."""
     groups_per_step: int = 32
@@ -99,9 +99,13 @@ class LearnerConfig(_Section, frozen=True, kw_only=True):
     row_tokens: int = 64
     """Length of a packed row; raised to the longest trajectory that can occur."""
     micro_batch_tokens: int = 16384
-    """Tokens (padding included) that go through the model at once."""
+    """Tokens (padding included) that go through the model at once, on each rank."""
+    head_chunk: int = 2048
+    """Trained tokens whose logits exist at once; of a micro-batch with more, logits are computed twice."""
+    activation_checkpointing: bool = False
+    """Compute each decoder layer again in the backward pass instead of keeping its activations."""
     num_threads: int = 1
-    """CPU threads of the learner."""
+    """CPU threads of each learner rank."""
 
 
 class AlgorithmConfig(_Section, frozen=True, kw_only=True):
@@ -144,7 +148,7 @@ class ClusterConfig(_Section, frozen=True, kw_only=True):
     address: str | None = None
     """An existing Ray cluster to join, "auto" or an address; by default the run starts its own on this machine."""
     learner_resources: dict[str, float] = {}
-    """Custom Ray resources that the learner's node must have, to place it."""
+    """Custom Ray resources that each learner rank takes of its node, to place it."""
     rollout_resources: dict[str, float] = {}
     """The same for each rollout actor."""
 

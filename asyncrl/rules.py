@@ -30,8 +30,11 @@ def check(config: Config) -> None:
             f"a group baseline needs at least two samples: rollout.group_size is {rollout.group_size} and the preset's "
             f"center is {loss.center!r}; raise rollout.group_size or set algorithm.loss.center=none"
         )
-    if config.learner.num_gpus > 1:
-        raise ValueError(f"learner.num_gpus must be 1, got {config.learner.num_gpus}: the learner is not sharded yet")
+    if config.learner.num_gpus > 1 and config.runtime == "local":
+        raise ValueError(
+            f"learner.num_gpus is {config.learner.num_gpus} and runtime 'local' is one process: set runtime=cluster, "
+            "or learner.num_gpus=1"
+        )
     if rollout.engine == "embedded" and (rollout.tensor_parallel_size > 1 or rollout.engine_args):
         raise ValueError(
             f"rollout.tensor_parallel_size ({rollout.tensor_parallel_size}) and rollout.engine_args "
@@ -82,6 +85,7 @@ _AT_LEAST = {
     "learner.warmup_steps": 0,
     "learner.row_tokens": 1,
     "learner.micro_batch_tokens": 1,
+    "learner.head_chunk": 1,
     "learner.num_threads": 1,
     "eval.every": 0,
     "eval.num_prompts": 1,

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from asyncrl.algo.advantage import advantages, normalizers
 
-CENTERS, SCALES = ("mean", "loo", "none"), ("none", "group_std", "batch_std")
+CENTERS, SCALES = ("mean", "loo", "batch", "none"), ("none", "group_std", "batch_std")
 
 
 @st.composite
@@ -35,9 +35,11 @@ def test_advantages_follow_their_definition(batch, center, scale):
     expected = []
     for i, reward in enumerate(rewards.tolist()):
         others = [rewards[j].item() for j in range(len(rewards)) if groups[j] == groups[i] and j != i]
+        if center == "batch":
+            others = [rewards[j].item() for j in range(len(rewards)) if j != i]
         expected.append(centered(reward, others, center))
     for i in range(len(rewards)) if scale == "group_std" else ():
-        group = rewards[groups == groups[i]]
+        group = rewards if center == "batch" else rewards[groups == groups[i]]
         expected[i] /= (group - group.mean()).square().mean().sqrt().item() + 1e-6
     expected = torch.tensor(expected, dtype=torch.float64)
     if scale == "batch_std":
@@ -46,7 +48,7 @@ def test_advantages_follow_their_definition(batch, center, scale):
 
 
 @settings(deadline=None, max_examples=25)
-@given(batches(), st.sampled_from(CENTERS[:2]), st.sampled_from(SCALES), st.integers(-80, 80))
+@given(batches(), st.sampled_from(CENTERS[:3]), st.sampled_from(SCALES), st.integers(-80, 80))
 def test_a_constant_shift_of_the_rewards_changes_nothing(batch, center, scale, shift):
     rewards, groups = batch
     shifted = advantages(rewards + shift / 8, groups, center, scale)

@@ -17,8 +17,18 @@ HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboa
 # Each layer may import itself and the ones before it.
 LAYERS = [
     {"types", "algo.presets", "config", "rules", "transport"},
-    {"evaluation", "algo.advantage", "algo.loss", "algo.diagnostics", "buffer", "weights", "model", "envs.base"},
-    {"metrics", "checkpoint", "packing", "engine.base", "envs.digits", "envs.numbers"}
+    {
+        "evaluation",
+        "algo.advantage",
+        "algo.loss",
+        "algo.diagnostics",
+        "buffer",
+        "sharding",
+        "weights",
+        "model",
+        "envs.base",
+    },
+    {"metrics", "checkpoint", "packing", "scoring", "engine.base", "envs.digits", "envs.numbers"}
     | {"envs.data", "envs.chat", "envs.rewards", "envs.dataset", "envs.gsm8k", "envs.mixture"}
     | {"envs.reasoning_gym"},
     {

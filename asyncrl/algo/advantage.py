@@ -19,12 +19,15 @@ def advantages(rewards: Tensor, groups: Tensor, center: Center, scale: Scale) ->
     """Advantage of each trajectory; float[N] of the dtype of `rewards`.
 
     `rewards` float[N]; `groups` int64[N], equal for trajectories of one prompt. `center`: "mean" subtracts the group
-    mean (GRPO 2402.03300), "loo" the mean of the others of the group (RLOO 2402.14740). `scale` divides by the
-    population standard deviation of the group's rewards, or of all centered rewards of the batch (ScaleRL 2510.13786).
-    A group of equal rewards gets exactly 0. ValueError if "loo" meets a group of one.
+    mean (GRPO 2402.03300), "loo" the mean of the others of the group (RLOO 2402.14740), "batch" the mean of all rewards
+    (REINFORCE++ 2501.03262). `scale` divides by the population standard deviation of the group's rewards, or of all
+    centered rewards of the batch (ScaleRL 2510.13786). Equal rewards of what is centered get exactly 0. ValueError if
+    "loo" meets a group of one.
     """
     _, index, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
     exact = rewards.double()
+    if center == "batch":
+        index, sizes = torch.zeros_like(index), sizes.sum().view(1)
     # Centered on the smallest reward first: equal rewards then have a mean of exactly 0.
     low = torch.full_like(sizes, torch.inf, dtype=torch.float64).scatter_reduce(0, index, exact, "amin")
     above = exact - low[index]

@@ -18,11 +18,12 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
-Center: TypeAlias = Literal["mean", "loo", "none"]
+Center: TypeAlias = Literal["mean", "loo", "batch", "none"]
 Scale: TypeAlias = Literal["none", "group_std", "batch_std"]
 Aggregate: TypeAlias = Literal["token", "seq_mean", "seq_sum", "prompt", "constant"]
 Anchor: TypeAlias = Literal["behavior", "proximal", "loglinear"]
 Weight: TypeAlias = Literal["none", "token", "geometric", "sequence"]
+PolicyWeight: TypeAlias = Literal["none", "token", "geometric", "sequence", "clipped_geometric"]
 Outside: TypeAlias = Literal["clamp", "drop"]
 Trust: TypeAlias = Literal["none", "ratio", "tv", "kl", "m2"]
 Guard: TypeAlias = Literal["none", "geometric_band", "negative_kl", "max_kl", "veto"]
@@ -51,12 +52,21 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     behavior_cap: NonNegative = 0.0
     behavior_outside: Outside = "clamp"
 
-    policy_weight: Weight = "none"
+    policy_weight: PolicyWeight = "none"
+    """"clipped_geometric" is "geometric" over token ratios that are first clamped to the trust range on the side to
+    which the advantage pushes them; the trust mask then judges each token."""
     policy_floor: NonNegative = 0.0
     policy_cap: NonNegative = 0.0
     policy_outside: Outside = "clamp"
     policy_sign: Literal["both", "negative"] = "both"
     """Sign of the advantages that are weighted; with "negative" the others keep weight 1."""
+    policy_gate: NonNegative = 0.0
+    """Temperature tau of a soft trust region on positive advantages: the weight r times 4 s (1 - s) with
+    s = sigmoid(tau (r - 1)), which is 1 at r = 1 and falls smoothly on both sides; 0 is no gate."""
+    policy_gate_negative: NonNegative = 0.0
+    """The same for negative advantages."""
+    policy_factor: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    """Constant factor of the weight."""
 
     trust: Trust = "none"
     """What removes a token that moved too far from the anchor: "ratio" (1 - low, 1 + high) at the level of the policy
@@ -77,9 +87,17 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Coefficient of the squared policy log-ratio, of the token or summed over the sequence; masks do not apply."""
     penalty_level: Literal["token", "sequence"] = "token"
     reference_kl: NonNegative = 0.0
-    """Coefficient of the k3 estimate of KL(current || reference) in the loss; masks do not apply."""
+    """Coefficient of an estimate of KL(current || reference) in the loss; masks do not apply."""
+    reference_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """With x = current - reference: "k1" x, "k2" x^2 / 2, "k3" exp(-x) - 1 + x. Without `reference_weighted` the
+    gradient of "k1" is noise of mean 0 at lag 0, and that of "k2" is the unbiased one."""
+    reference_weighted: bool = False
+    """Multiply the estimate by the ratio to the behavior policy, and differentiate both (DeepSeek-V3.2)."""
     entropy_bonus: NonNegative = 0.0
     """Coefficient of the entropy of the policy; the learner, which holds the logits, adds the term."""
+    learning_rate_scale: Literal["none", "sqrt_ess"] = "none"
+    """Factor of the step's learning rate: "sqrt_ess" is the root of the effective sample size of the trajectories, as
+    a share of them, on unclipped ratios. (A factor of the gradient would be lost in Adam.)"""
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
@@ -95,9 +113,16 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
                 f'behavior_weight = "{self.behavior_weight}" needs anchor = "proximal", got "{self.anchor}"; '
                 'set behavior_weight = "none" and use policy_weight, which then holds the whole ratio'
             )
+        if self.center == "batch" and self.scale == "group_std":
+            raise ValueError('center = "batch" knows no groups: set scale = "batch_std" or "none", got "group_std"')
         if self.anchor == "loglinear" and self.trust != "ratio":
             raise ValueError(
                 f'anchor = "loglinear" only widens trust = "ratio", got "{self.trust}"; set trust = "ratio"'
+            )
+        if self.policy_weight == "clipped_geometric" and (self.trust != "ratio" or not self.trust_signed):
+            raise ValueError(
+                f'policy_weight = "clipped_geometric" clamps to the range of a signed trust = "ratio", got trust = '
+                f'"{self.trust}", trust_signed = {self.trust_signed}; set trust = "ratio" and trust_signed = true'
             )
         if self.trust == "ratio" and self.trust_low > 1:
             raise ValueError(f"trust_low must be at most 1 for ratios, got {self.trust_low}; 1 removes the lower bound")
@@ -198,16 +223,52 @@ PRESETS: dict[str, Loss] = {
     "m2po": Loss(scale="group_std", policy_weight="token", trust="m2", trust_high=0.04),
     # TOPR 2503.14286: positives unweighted, negatives by the sequence ratio capped at 1.
     "topr": Loss(policy_weight="sequence", policy_cap=1.0, policy_sign="negative"),
+    # GMPO 2507.20673: geometric mean of token ratios clipped to (exp(-0.4), exp(0.4)), anchored on the behavior policy.
+    "gmpo": Loss(
+        scale="group_std",
+        policy_weight="clipped_geometric",
+        trust="ratio",
+        trust_low=1 - math.exp(-0.4),
+        trust_high=math.exp(0.4) - 1,
+        aggregate="seq_mean",
+    ),
+    # SAPO 2511.20347: a soft gate in place of the clip, narrower for negatives; anchored on the behavior policy.
+    "sapo": Loss(
+        scale="group_std", policy_weight="token", policy_gate=1.0, policy_gate_negative=1.05, aggregate="seq_mean"
+    ),
+    # DeepSeek-V3.2 2512.02556: off-policy sequence mask (OPSM) and the ratio-weighted KL. Their delta belongs to their
+    # engine: set guard_high to a few times the mean of -log ratio at lag 0.
+    "dsv32": Loss(
+        policy_weight="token",
+        trust="ratio",
+        guard="negative_kl",
+        guard_high=0.05,
+        reference_kl=1e-3,
+        reference_weighted=True,
+        aggregate="seq_mean",
+    ),
+    # OPMD as in Trinity-RFT 2505.17826 with tau = 1: no ratio, half the advantage.
+    "opmd": Loss(policy_factor=0.5),
+    # VCPO 2602.17616: sequence ratio capped at 8, learning rate by the root of the effective sample size. Its baseline
+    # of least variance needs the gradient norm of each trajectory; here it is the group mean.
+    "vcpo": Loss(policy_weight="sequence", policy_cap=8.0, learning_rate_scale="sqrt_ess"),
+    # REINFORCE++ 2501.03262: no group, mean and standard deviation of the whole batch.
+    "reinforce_pp": Loss(center="batch", scale="batch_std", policy_weight="token", trust="ratio"),
+    # The same with the group mean as baseline.
+    "reinforce_pp_baseline": Loss(scale="batch_std", policy_weight="token", trust="ratio"),
+    # RLOO 2402.14740 with the correction of `tis2`.
+    "rloo_tis2": Loss(center="loo", policy_weight="token", policy_cap=2.0),
     # Kimi k1.5 2501.12599, which writes half of tau = 0.1 times the squared log-ratio of the sequence.
     "kimi_k15": Loss(penalty=0.05, penalty_level="sequence", aggregate="seq_sum"),
 }
 
 _SWITCHES: dict[str, str] = {
     **{f"behavior_{field}": "behavior_weight" for field in ("floor", "cap", "outside")},
-    **{f"policy_{field}": "policy_weight" for field in ("floor", "cap", "outside", "sign")},
+    **{f"policy_{f}": "policy_weight" for f in ("floor", "cap", "outside", "sign", "gate", "gate_negative")},
     **{f"trust_{field}": "trust" for field in ("low", "high", "signed")},
     **{f"guard_{field}": "guard" for field in ("low", "high")},
     "penalty_level": "penalty",
+    **{f"reference_{field}": "reference_kl" for field in ("estimator", "weighted")},
 }
 """Field -> the field that turns it on: setting the first while the second is off would do nothing."""
 
