@@ -18,7 +18,7 @@ from asyncrl.envs.chat import ChatFormat, Style
 from asyncrl.types import Prompt, Trajectory
 
 _SIZE = 10**9
-"""Examples that a task is asked for; they are made when drawn."""
+"""Examples that a task is asked for, which are made when drawn. A few tasks want less: `config = { size = 1000 }`."""
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")
 
@@ -49,7 +49,7 @@ class ReasoningGym:
         if task not in known:
             raise ValueError(f"env.args.task {task!r} is no task of reasoning-gym: it has {', '.join(sorted(known))}")
         try:
-            self._tasks = reasoning_gym.create_dataset(task, seed=0, size=_SIZE, **(config or {}))
+            self._tasks = reasoning_gym.create_dataset(task, **{"seed": 0, "size": _SIZE, **(config or {})})
         except (AssertionError, TypeError, ValueError) as error:
             raise ValueError(f"env.args.config {dict(config or {})} does not fit the task {task!r}: {error}") from error
         if answer == "tag" and not system_prompt:
@@ -63,7 +63,7 @@ class ReasoningGym:
         rng = random.Random(f"{split} {seed}")
         count = num_long = 0
         while True:
-            index = rng.randrange(_SIZE)
+            index = rng.randrange(self._tasks.size)
             question = self._tasks[index]["question"]
             if split_of(question) != split:
                 continue
