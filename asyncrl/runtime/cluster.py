@@ -55,7 +55,7 @@ class RolloutActor:
         group = await self._rollout.run(prompt)
         return replace(group, trajectories=None), group.trajectories
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[float]:
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
         return await self._rollout.evaluate(prompts)
 
     async def join(self, where: Rendezvous, first_rank: int) -> None:
@@ -126,9 +126,9 @@ class RemoteRollout:
         answered: Group = await self._reply(group)
         return replace(answered, trajectories=trajectories)
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[float]:
-        rewards: list[float] = await self._reply(self.actor.evaluate.remote(prompts))
-        return rewards
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
+        groups: list[Group] = await self._reply(self.actor.evaluate.remote(prompts))
+        return groups
 
     async def join(self, where: Rendezvous, first_rank: int) -> None:
         await self._reply(self.actor.join.remote(where, first_rank))

@@ -15,7 +15,7 @@ from asyncrl.engine.embedded import EmbeddedEngine
 from asyncrl.envs.base import load_env
 from asyncrl.learner import Learner, row_length
 from asyncrl.model import empty_model, load_model, load_tokenizer, stop_token_ids
-from asyncrl.rollout import Rollout
+from asyncrl.rollout import Attempts, Rollout
 from asyncrl.runtime.placement import Placement
 from asyncrl.sharding import Ranks
 from asyncrl.types import Sampling
@@ -32,7 +32,16 @@ async def build_rollout(
     engine = await _build_engine(config, folder, placement, env.max_prompt_tokens + settings.max_new_tokens, address)
     stops = stop_token_ids(folder, tokenizer)
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k, stops)
-    return Rollout(engine, env, sampling, group_size=settings.group_size, seed=config.seed, name=name)
+    tried = Sampling(settings.max_new_tokens, config.eval.temperature, config.eval.top_p, stop_token_ids=stops)
+    return Rollout(
+        engine,
+        env,
+        sampling,
+        group_size=settings.group_size,
+        seed=config.seed,
+        name=name,
+        evaluation=Attempts(tried, config.eval.num_samples, config.eval.max_running),
+    )
 
 
 async def _build_engine(config: Config, folder: str, placement: Placement, max_length: int, address: str) -> Engine:
