@@ -7,7 +7,6 @@ import pytest
 from asyncrl import config as configuration
 from asyncrl.runtime.placement import Placement, check_resources, plan
 
-
 ROOT = Path(__file__).parent.parent
 
 
