@@ -91,7 +91,7 @@ class Learner:
         )
         if settings.activation_checkpointing:
             recompute_activations(decoder_layers(model))
-        if self.ranks.num_ranks > 1:
+        if self.ranks.mesh is not None:
             shard(scorer, decoder_layers(model), self.ranks, bfloat16=bfloat16)
         return scorer
 
@@ -219,7 +219,7 @@ class Learner:
 
     def _measure(self, seen: Sequence[_Seen], batch: Batch) -> dict[str, float]:
         """The diagnostics of all ranks' micro-batches together, at the first rank; nothing elsewhere."""
-        of_ranks = self.ranks.gather(_join(seen) if self.ranks.num_ranks > 1 else seen)
+        of_ranks = self.ranks.gather(_join(seen) if self.ranks.mesh is not None else seen)
         if not of_ranks:
             return {}
         everything = [part for parts in of_ranks for part in parts]

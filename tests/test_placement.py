@@ -1,9 +1,13 @@
 """GPUs and nodes are shared out, or refused with the numbers, before any actor starts."""
 
+from pathlib import Path
+
 import pytest
 
 from asyncrl import config as configuration
 from asyncrl.runtime.placement import Placement, check_resources, plan
+
+ROOT = Path(__file__).parent.parent
 
 
 def placed(num_gpus, *words):
@@ -29,6 +33,7 @@ def test_each_learner_rank_has_a_gpu():
     with pytest.raises(ValueError, match=r"needs 8 GPUs \(4 for the learner, 4 x 1 for engines\), 7 exist"):
         placed(7, *words)
     assert placed(0, *words) == Placement("cpu", 0, 0, "gloo")
+    assert plan(configuration.load(ROOT / "configs" / "qwen2.5_7b_gsm8k_8gpu.toml"), 8).rollout_gpus == 1
     with pytest.raises(ValueError, match=r"learner\.num_gpus is 4 and .* set both to 1"):
         placed(8, *words, "placement=colocated")
 

@@ -1,6 +1,7 @@
 """A learner of several ranks does what a learner of one does. Ranks are processes that meet over gloo."""
 
 import multiprocessing
+import os
 import threading
 from concurrent.futures import ProcessPoolExecutor
 
@@ -51,9 +52,9 @@ def processes():
 def on_ranks(processes):
     """`on_ranks(n, function, ...)` returns what `function(ranks, ...)` returns at each of n ranks."""
 
-    def call(num_ranks, function, *arguments):
+    def call(num_ranks, function, *arguments, device="cpu"):
         where, store = open_rendezvous("127.0.0.1", num_ranks, 40)  # which also ends a collective that waits in vain
-        calls = [processes.submit(at_rank, where, rank, function, arguments) for rank in range(num_ranks)]
+        calls = [processes.submit(at_rank, where, rank, device, function, arguments) for rank in range(num_ranks)]
         answers = [call.result() for call in calls]
         del store  # the ranks met at it
         return answers
@@ -61,9 +62,11 @@ def on_ranks(processes):
     return call
 
 
-def at_rank(where, rank, function, arguments):
+def at_rank(where, rank, device, function, arguments):
     torch.set_num_threads(1)
-    ranks = join_ranks(where, rank, "cpu")
+    if device == "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)  # one process sees one GPU, as Ray has it
+    ranks = join_ranks(where, rank, device)
     try:
         return function(ranks, *arguments)
     finally:
@@ -124,6 +127,24 @@ def test_ranks_train_as_one(on_ranks, folder, num_ranks, sizes, words):
     assert_close(first[1], weights)
     assert_close(first[2], state)
     assert others == [([{}, {}, {}], {}, {})] * (num_ranks - 1)
+
+
+ON_GPUS = [pytest.param("cuda", 1, marks=pytest.mark.gpu), pytest.param("cuda", 2, marks=pytest.mark.multi_gpu)]
+
+
+@pytest.mark.parametrize(("device", "num_ranks"), [("cpu", 2), *ON_GPUS])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ranks_of_any_device_and_precision_train_as_one_cpu(on_ranks, folder, device, num_ranks, dtype):
+    close = 1e-3 if dtype == "float32" else 0.05
+    batches = [make_groups([[3, 9, 12, 5], [1, 2, 12, 12]], seed) for seed in range(3)]
+    words = [*SMALL, f"learner.dtype={dtype}"]
+    metrics, weights, _ = train(Ranks(), folder, words, batches)
+    (found, trained, _), *_ = on_ranks(num_ranks, train, folder, words, batches, device=device)
+    for name in ("gradient/norm", "gradient/cosine", "policy/entropy", "mismatch/k3"):
+        wanted = [row[name] for row in metrics]
+        assert [row[name] for row in found] == pytest.approx(wanted, rel=close, abs=close, nan_ok=True), name
+    if dtype == "float32":
+        assert_close(trained, weights, atol=1e-4)
 
 
 def save_after_a_step(ranks, config, folder, root, batch):
