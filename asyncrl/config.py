@@ -110,12 +110,16 @@ class LearnerConfig(_Section, frozen=True, kw_only=True):
 
 class AlgorithmConfig(_Section, frozen=True, kw_only=True):
     preset: str = "async_default"
+    """A name in `asyncrl/algo/presets.py`, or `package.module:function` of a loss of your own."""
     loss: dict[str, Any] = {}
     """Single fields of the preset's loss to replace."""
     drop_zero_variance: bool = False
     """Replace groups whose rewards are all equal by new prompts, counted (dynamic sampling)."""
     mask_truncated: bool = False
     """Give no gradient to trajectories that ran out of tokens (overlong filtering)."""
+    overlong_tail: int = 0
+    """Lower the reward over the last so many tokens before rollout.max_new_tokens, in a line down to -1 (soft overlong
+    punishment); 0 is off."""
     allow_uncorrected: bool = False
     """Permit off-policy training without an importance correction."""
 
@@ -162,6 +166,17 @@ class CheckpointConfig(_Section, frozen=True, kw_only=True):
     keep: int = 2
 
 
+class MetricsConfig(_Section, frozen=True, kw_only=True):
+    sample_trajectories: int = 4
+    """Trajectories of each step that are saved with every column; 0 is none."""
+    timeline: bool = True
+    """Write what every part of the run did, and when, to the run folder."""
+    prometheus_port: int = 0
+    """Serve the newest metrics at http://127.0.0.1:PORT/metrics, for Prometheus; 0 is off."""
+    wandb: str = ""
+    """Weights & Biases project to log to as well; empty is off."""
+
+
 class Config(_Section, frozen=True, kw_only=True):
     seed: int = 0
     num_steps: int = 100
@@ -184,6 +199,7 @@ class Config(_Section, frozen=True, kw_only=True):
     weights: WeightsConfig = WeightsConfig()
     cluster: ClusterConfig = ClusterConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
 
     @property
     def num_engines(self) -> int:

@@ -110,6 +110,7 @@ class Learner:
             mask_truncated=self._config.algorithm.mask_truncated,
             rank=self.ranks.rank,
             num_ranks=self.ranks.num_ranks,
+            overlong_tail=self._config.algorithm.overlong_tail,
         )
         warm = min(1.0, (self.version + 1) / max(settings.warmup_steps, 1))
         self.optimizer.zero_grad(set_to_none=True)

@@ -22,6 +22,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -124,31 +125,39 @@ async def produce(system: System) -> None:
         group = await system.rollouts.run(prompt)
         if drop_equal and not group.has_variance:
             system.buffer.drop(ticket, "zero variance")
+            system.metrics.timeline.mark("buffer", "drop", reason="zero variance", lengths=group.lengths)
             system.prompts.settle([prompt])
         else:
             system.buffer.put(ticket, group)
+            system.metrics.timeline.count("buffer", "ready", system.buffer.num_ready)
 
 
 async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
     """Drains the buffer, one optimizer step a batch."""
     learner, buffer, config = system.learner, system.buffer, system.config
+    span = partial(system.metrics.timeline.span, "learner")
     while learner.version < config.num_steps:
         clock = _Clock()
-        groups = await buffer.take(learner.version)
+        with span("wait for groups"):
+            groups = await buffer.take(learner.version)
         if not groups:
             return
+        system.metrics.timeline.count("buffer", "ready", buffer.num_ready)
         check_digests(groups, system.rollouts.published)
         clock.lap("wait")
-        if config.rollout.release_memory:
-            await system.rollouts.release()
-        learnt = await learner.step(groups)
+        with span("step", version=learner.version + 1):
+            if config.rollout.release_memory:
+                await system.rollouts.release()
+            learnt = await learner.step(groups)
         clock.lap("step")
-        synced = await system.rollouts.update_weights(learner)
+        with span("update weights", version=learner.version):
+            synced = await system.rollouts.update_weights(learner)
         clock.lap("sync")
         buffered = buffer.release()
         system.prompts.settle([group.prompt for group in groups])
         row = measure(groups) | learnt | synced | clock.metrics() | measure_buffer(buffer, buffered)
         system.metrics.step(learner.version, row, buffer.max_lag)
+        tasks.create_task(system.metrics.sample(learner.version, groups))
         if config.checkpoint.every and learner.version % config.checkpoint.every == 0:
             await save(system)
         if config.eval.every and learner.version % config.eval.every == 0:
@@ -173,7 +182,8 @@ async def evaluate(system: System) -> None:
     version = system.learner.version
     if version not in system.evaluated:
         system.evaluated.add(version)
-        groups = await (system.evaluators or system.rollouts).evaluate(system.heldout)
+        with system.metrics.timeline.span("evaluation", "evaluation", version=version):
+            groups = await (system.evaluators or system.rollouts).evaluate(system.heldout)
         system.metrics.evaluation(version, summarize(groups, version, system.config.eval.pass_reward))
     system.evaluating = False
 
@@ -181,7 +191,8 @@ async def evaluate(system: System) -> None:
 async def save(system: System) -> None:
     """A checkpoint of the current version. The learner waits for it, generation does not."""
     version = system.learner.version
-    await system.learner.save(system.checkpoints, system.prompts.cursor(version))
+    with system.metrics.timeline.span("learner", "checkpoint", version=version):
+        await system.learner.save(system.checkpoints, system.prompts.cursor(version))
 
 
 def check_digests(groups: Sequence[Group], published: dict[int, str]) -> None:

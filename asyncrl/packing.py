@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asyncrl.algo.advantage import advantages, normalizers
-from asyncrl.algo.presets import Loss
+from asyncrl.algo.advantage import estimate, normalizers, overlong_punishment
+from asyncrl.algo.method import Loss
 from asyncrl.types import Trajectory
 
 
@@ -73,6 +73,7 @@ def pack(
     mask_truncated: bool = False,
     rank: int = 0,
     num_ranks: int = 1,
+    overlong_tail: int = 0,
 ) -> Batch:
     """Packs whole groups into rows of at most `row_tokens`, first-fit decreasing, and returns those of `rank`.
 
@@ -84,7 +85,9 @@ def pack(
     index = torch.tensor([number for number, group in enumerate(groups) for _ in group])
     rewards = torch.tensor([trajectory.reward for trajectory in trajectories], dtype=torch.float32)
     lengths = torch.tensor([int(trajectory.mask.sum()) for trajectory in trajectories])
-    advantage = advantages(rewards, index, loss.center, loss.scale)
+    if overlong_tail:
+        rewards = rewards + overlong_punishment(lengths, max_new_tokens, overlong_tail)
+    advantage = estimate(rewards, index, loss)
     if mask_truncated:
         kept = torch.tensor([trajectory.finish != "length" for trajectory in trajectories])
         advantage = torch.where(kept, advantage, 0.0)

@@ -58,6 +58,11 @@ def check(config: Config) -> None:
             f"eval.num_samples is {config.eval.num_samples} and eval.temperature is 0: greedy samples of a prompt are "
             "all equal; set eval.temperature=1, or eval.num_samples=1"
         )
+    if config.algorithm.overlong_tail > rollout.max_new_tokens:
+        raise ValueError(
+            f"algorithm.overlong_tail ({config.algorithm.overlong_tail}) must be at most rollout.max_new_tokens "
+            f"({rollout.max_new_tokens}): it is the last part of it; lower it"
+        )
     if rollout.temperature == 0:
         raise ValueError("rollout.temperature must be above 0: greedy samples of a group are all equal")
 
@@ -80,6 +85,7 @@ _AT_LEAST = {
     "buffer.reuse": 1,
     "rollout.tensor_parallel_size": 1,
     "learner.num_gpus": 1,
+    "algorithm.overlong_tail": 0,
     "learner.groups_per_step": 1,
     "learner.learning_rate": 0,
     "learner.warmup_steps": 0,
@@ -97,6 +103,8 @@ _AT_LEAST = {
     "weights.timeout_s": 1,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
+    "metrics.sample_trajectories": 0,
+    "metrics.prometheus_port": 0,
 }
 
 

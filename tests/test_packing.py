@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from helpers import trajectory
@@ -113,6 +114,30 @@ def test_truncated_trajectories_keep_their_place_in_the_denominator():
     batch = pack(groups, LOSS, row_tokens=20, micro_batch_tokens=99, max_new_tokens=9, mask_truncated=True)
     assert batch.advantages.tolist() == [-0.5, 0.0]
     assert float(batch.micro_batches[0].normalizers.sum()) == pytest.approx(1.0)
+
+
+def test_tokens_of_two_versions_in_one_trajectory_keep_their_own_version_and_logprob():
+    mixed = dataclasses.replace(
+        trajectory(2, 5, seed=0, reward=1.0),
+        versions=np.array([0, 0, 3, 3, 3, 5, 5], np.int32),
+        logprobs=np.array([0, 0, -0.3, -0.31, -0.32, -0.5, -0.51], np.float32),
+    )
+    groups = [[trajectory(3, 2, seed=1, version=4), mixed]]
+    batch = pack(groups, LOSS, row_tokens=40, micro_batch_tokens=99, max_new_tokens=9)
+    pairs = [
+        (version, round(logprob, 2))
+        for part in batch.micro_batches
+        for version, logprob in zip(part.versions.tolist(), part.behavior_logprobs.tolist(), strict=True)
+        if version != 4
+    ]
+    assert pairs == [(3, -0.3), (3, -0.31), (3, -0.32), (5, -0.5), (5, -0.51)]
+
+
+def test_long_replies_are_punished_before_advantages_are_taken():
+    groups = groups_of([[(3, 4), (3, 8)]])
+    groups[0][0] = dataclasses.replace(groups[0][0], reward=1.0)
+    batch = pack(groups, LOSS, row_tokens=30, micro_batch_tokens=99, max_new_tokens=10, overlong_tail=4)
+    assert batch.advantages.tolist() == [0.25, -0.25], "rewards 1 and 1 - 0.5"
 
 
 def test_a_trajectory_that_cannot_fit_is_an_error_not_a_drop():
