@@ -99,6 +99,7 @@ async def evaluate(config: Config) -> dict[str, Any]:
         "tokens_per_s": sum(length for group in groups for length in group.lengths) / seconds,
         "total_s": seconds,
         "no_skill": env.baselines(prompts),
+        "skipped_rows": dict(getattr(env, "skipped", {})),
         "metrics": summarize(groups, 0, config.eval.pass_reward),
         "prompts": [{"id": group.prompt.id, "rewards": group.rewards} for group in groups],
     }
@@ -126,6 +127,7 @@ def report(result: dict[str, Any]) -> str:
         if name.startswith("eval/pass@"):
             lines.append(f"{name.removeprefix('eval/'):<12} {value:.4f}")
     lines += [f"no skill     {score:.4f}  ({name})" for name, score in result["no_skill"].items()]
+    lines += [f"skipped rows of the data: {count}, {reason}" for reason, count in result["skipped_rows"].items()]
     lines.append(f"truncated    {metrics['eval/truncated']:.4f}")
     lines.append(f"mean length  {metrics['eval/mean_length']:.1f} tokens, {result['tokens_per_s']:.0f} tokens/s")
     return "\n".join(lines)

@@ -37,11 +37,16 @@ UNLEARNT = [
 
 
 def test_four_rollout_actors_train_and_evaluate(tmp_path):
-    config = configuration.load(None, [*SMALL, f"run_dir={tmp_path}", "rollout.num_actors=4", "num_steps=4"])
+    config = configuration.load(
+        None, [*SMALL, f"run_dir={tmp_path}", "rollout.num_actors=4", "eval.num_actors=1", "num_steps=4"]
+    )
     result = run(job.train(config, quiet=True), seconds=110)
     rows = [row for row in metrics.read(result.folder) if "lag/max" in row]
     assert [row["rollout/num_actors"] for row in rows] == [4] * 4
     assert max(row["lag/max"] for row in rows) <= job.make_buffer(config).max_lag
+    evaluated = [row["eval/mixed_versions"] for row in metrics.read(result.folder) if "eval/accuracy" in row]
+    assert evaluated
+    assert max(evaluated) == 0, "the evaluator holds its version"
     assert result.accuracy is not None
 
 
