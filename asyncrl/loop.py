@@ -31,6 +31,7 @@ from asyncrl.checkpoint import Cursor
 from asyncrl.config import Config
 from asyncrl.metrics import Metrics
 from asyncrl.pool import Publisher, RolloutPool
+from asyncrl.staleness import StalenessControl
 from asyncrl.types import Group, Prompt
 
 
@@ -87,6 +88,8 @@ class System:
     metrics: Metrics
     checkpoints: Path
     evaluated: set[int] = field(default_factory=set)
+    control: StalenessControl | None = None
+    """Moves the admitted staleness; without one it stays what the buffer was made with."""
 
 
 async def run(system: System) -> None:
@@ -143,6 +146,9 @@ async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
         system.prompts.settle([group.prompt for group in groups])
         row = measure(groups) | learnt | synced | clock.metrics() | measure_buffer(buffer, buffered)
         system.metrics.step(learner.version, row, buffer.max_lag)
+        if system.control is not None and (decision := system.control.decide(row)) is not None:
+            buffer.allow(system.control.staleness)
+            system.metrics.say(decision)
         if config.checkpoint.every and learner.version % config.checkpoint.every == 0:
             await save(system)
         if config.eval.every and learner.version % config.eval.every == 0:
@@ -196,6 +202,7 @@ def measure(groups: Sequence[Group]) -> dict[str, float]:
 def measure_buffer(buffer: Buffer, wait_s: float) -> dict[str, float]:
     """How full the buffer is after a step, and how long the batch lay in it."""
     return {
+        "buffer/staleness": float(buffer.staleness),
         "buffer/ready": float(buffer.num_ready),
         "buffer/pending": float(buffer.num_pending),
         "buffer/wait_s": wait_s,

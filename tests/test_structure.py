@@ -17,7 +17,7 @@ HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboa
 # Each layer may import itself and the ones before it.
 LAYERS = [
     {"types", "algo.method", "algo.own", "algo.presets", "config", "rules", "transport"},
-    {"algo.advantage", "algo.loss", "algo.diagnostics", "buffer", "weights", "model", "envs.base"},
+    {"algo.advantage", "algo.loss", "algo.diagnostics", "buffer", "staleness", "weights", "model", "envs.base"},
     {"metrics", "checkpoint", "packing", "engine.base", "envs.digits", "envs.numbers"}
     | {"envs.data", "envs.chat", "envs.rewards", "envs.dataset", "envs.gsm8k"},
     {
