@@ -12,14 +12,29 @@ from asyncrl import metrics
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "asyncrl").rglob("*.py"))
 
-HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboard": {"metrics.py"}}
+HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboard": {"sinks.py"}}
 
 # Each layer may import itself and the ones before it.
 LAYERS = [
-    {"types", "algo.method", "algo.own", "algo.presets", "config", "rules", "transport"},
-    {"algo.advantage", "algo.loss", "algo.diagnostics", "buffer", "staleness", "weights", "model", "envs.base"},
-    {"metrics", "checkpoint", "packing", "engine.base", "envs.digits", "envs.numbers"}
-    | {"envs.data", "envs.chat", "envs.rewards", "envs.dataset", "envs.gsm8k"},
+    {"types", "algo.method", "algo.own", "algo.presets", "config", "rules", "transport", "timeline"},
+    {
+        "evaluation",
+        "algo.advantage",
+        "algo.loss",
+        "algo.diagnostics",
+        "buffer",
+        "sharding",
+        "weights",
+        "model",
+        "envs.base",
+        "blame",
+        "samples",
+        "sinks",
+        "staleness",
+    },
+    {"metrics", "checkpoint", "packing", "scoring", "engine.base", "envs.digits", "envs.numbers"}
+    | {"envs.data", "envs.chat", "envs.rewards", "envs.dataset", "envs.gsm8k", "envs.mixture"}
+    | {"envs.reasoning_gym"},
     {
         "engine.kv_cache",
         "engine.sampler",
