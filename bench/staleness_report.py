@@ -74,7 +74,7 @@ def write(cells: Sequence[Cell], settings: dict[str, Any], folder: Path) -> str:
     if probes:
         parts.append(_probe_table(probes))
     if grid:
-        parts += [_lag_table(grid), _difference_table(grid), _drift_table(grid)]
+        parts += [_lag_table(grid), *([_difference_table(grid)] if len(grid.presets) > 1 else []), _drift_table(grid)]
     if system:
         parts.append(_system_table(system, settings["target"]))
     text = "\n\n".join(parts) + "\n"
