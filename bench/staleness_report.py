@@ -20,6 +20,8 @@ import staleness_plots
 
 Cell = dict[str, Any]
 _RESAMPLES = 4000
+_FEWEST_SEEDS = 5
+"""A bootstrap over fewer seeds than this has intervals far too narrow to call anything by."""
 
 
 class Grid:
@@ -145,7 +147,8 @@ def _difference_table(grid: Grid) -> str:
     for preset, lag in product(grid.presets[1:], grid.lags):
         difference = grid.tuned(preset, lag) - grid.tuned(first, lag)
         low, high = interval(difference)
-        verdict = "above" if low > 0 else "below" if high < 0 else "not resolved"
+        resolved = "above" if low > 0 else "below" if high < 0 else "not resolved"
+        verdict = resolved if len(grid.seeds) >= _FEWEST_SEEDS else "too few seeds"
         body.append([preset, str(lag), f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]", verdict])
     return f"**Against {first}**, paired by seed, final accuracy\n\n" + _table(
         ["preset", "lag S", "difference, 95 % interval", "verdict"], body
