@@ -13,7 +13,7 @@ run: .venv/installed
 test: .venv/installed-test
 	$(BIN)/python -m pytest $(ARGS)
 
-# What staleness costs, preset by preset: about ten minutes on two cores; stopped, it goes on where it was.
+# What staleness costs, preset by preset; stopped, it goes on where it was (docs/staleness.md).
 ablation: .venv/installed
 	$(BIN)/python bench/staleness.py $(ARGS)
 

@@ -71,6 +71,7 @@ class Buffer:
             )
         self.groups_per_step = groups_per_step
         self.capacity = (max_staleness + 1) * groups_per_step
+        self._limit = self.capacity
         self.window = 1 if order == "fifo" or max_staleness == 0 else min(window, self.capacity)
         self.reuse = reuse
         self.max_lag = reuse * (self.capacity + self.window - 2) // groups_per_step if self.capacity > 1 else reuse - 1
@@ -91,6 +92,11 @@ class Buffer:
         return len(self._pending) + len(self._ready) + len(self._taken) + len(self._replays)
 
     @property
+    def staleness(self) -> int:
+        """The S that is admitted now."""
+        return self._limit // self.groups_per_step - 1
+
+    @property
     def num_ready(self) -> int:
         return len(self._ready)
 
@@ -98,9 +104,20 @@ class Buffer:
     def num_pending(self) -> int:
         return len(self._pending)
 
+    def allow(self, staleness: int) -> None:
+        """From here on admits up to `staleness`, which is at most the bound that the buffer was made with.
+
+        Lowering it drops nothing: slots above the new limit are not given out again.
+        """
+        limit = (staleness + 1) * self.groups_per_step
+        if not self.groups_per_step <= limit <= self.capacity:
+            raise RuntimeError(f"staleness {staleness} is outside 0 to {self.capacity // self.groups_per_step - 1}")
+        self._limit = limit
+        self._wake_admissions(limit - self.charged)
+
     async def admit(self) -> Ticket | None:
         """Waits for a free slot and charges it; None once the buffer is closed."""
-        while not self._closed and self.charged >= self.capacity:
+        while not self._closed and self.charged >= self._limit:
             turn = asyncio.get_running_loop().create_future()
             self._admissions.append(turn)
             try:
@@ -159,7 +176,7 @@ class Buffer:
             entry.uses += 1
             if entry.uses < self.reuse:
                 self._replays[entry.ticket.number] = entry
-        self._wake_admissions(self.capacity - self.charged)
+        self._wake_admissions(self._limit - self.charged)
         return sum(now - entry.ready_at for entry in batch) / max(len(batch), 1)
 
     def close(self) -> None:

@@ -74,13 +74,21 @@ class RolloutConfig(_Section, frozen=True, kw_only=True):
 
 
 class BufferConfig(_Section, frozen=True, kw_only=True):
-    max_staleness: int = 1
-    """S: (S + 1) batches of groups may be in the system at once; 0 is synchronous training."""
+    max_staleness: int | Literal["auto"] = 1
+    """S: (S + 1) batches of groups may be in the system at once; 0 is synchronous training. "auto" moves it between
+    `staleness_bounds` by the effective sample size, the mismatch and the time that the learner waits."""
+    staleness_bounds: tuple[int, int] = (1, 8)
+    """Lowest and highest S of "auto", which starts at the lowest."""
     order: Literal["window", "fifo", "freshest"] = "window"
     window: int | None = None
     """Groups that may compete with the oldest one for a place in the next batch; default: one batch."""
     reuse: int = 1
     """Times that a group may be trained on."""
+
+    @property
+    def highest_staleness(self) -> int:
+        """The largest S that may come to hold: it sizes the buffer and bounds the lag."""
+        return self.staleness_bounds[1] if self.max_staleness == "auto" else self.max_staleness
 
 
 class LearnerConfig(_Section, frozen=True, kw_only=True):

@@ -33,6 +33,7 @@ from asyncrl.loop import PromptQueue, System, run
 from asyncrl.metrics import Metrics, plot, verdict
 from asyncrl.model import load_tokenizer
 from asyncrl.pool import RolloutPool
+from asyncrl.staleness import StalenessControl
 from asyncrl.warmup import prepare
 
 
@@ -80,6 +81,9 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
             )
             if evaluating:
                 system.evaluators = RolloutPool(evaluating, config.rollout.max_attempts)
+            if config.buffer.max_staleness == "auto":
+                system.control = StalenessControl(*config.buffer.staleness_bounds)
+                buffer.allow(system.control.staleness)
             with _stop_on_ctrl_c(buffer, metrics):
                 await run(system)
             result = Result(folder, learner.version, metrics.last_accuracy, baselines)
@@ -107,7 +111,7 @@ def load_runtime(name: str) -> ModuleType:
 def make_buffer(config: Config) -> Buffer:
     return Buffer(
         config.learner.groups_per_step,
-        config.buffer.max_staleness,
+        config.buffer.highest_staleness,
         order=config.buffer.order,
         window=config.buffer.window or config.learner.groups_per_step,
         reuse=config.buffer.reuse,

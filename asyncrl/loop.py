@@ -33,6 +33,7 @@ from asyncrl.config import Config
 from asyncrl.evaluation import by_source, summarize
 from asyncrl.metrics import Metrics
 from asyncrl.pool import LearnerLink, RolloutPool, ToEvaluators
+from asyncrl.staleness import StalenessControl
 from asyncrl.types import Group, Prompt
 
 
@@ -92,6 +93,8 @@ class System:
     evaluators: RolloutPool | None = None
     """Engines for evaluation alone, which hold one version still; without them the rollout actors evaluate."""
     evaluating: bool = False
+    control: StalenessControl | None = None
+    """Moves the admitted staleness; without one it stays what the buffer was made with."""
 
 
 async def run(system: System) -> None:
@@ -158,6 +161,9 @@ async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
         row = measure(groups) | learnt | synced | clock.metrics() | measure_buffer(buffer, buffered)
         system.metrics.step(learner.version, row, buffer.max_lag)
         tasks.create_task(system.metrics.sample(learner.version, groups))
+        if system.control is not None and (decision := system.control.decide(row)) is not None:
+            buffer.allow(system.control.staleness)
+            system.metrics.say(decision)
         if config.checkpoint.every and learner.version % config.checkpoint.every == 0:
             await save(system)
         if config.eval.every and learner.version % config.eval.every == 0:
@@ -228,6 +234,7 @@ def measure(groups: Sequence[Group]) -> dict[str, float]:
 def measure_buffer(buffer: Buffer, wait_s: float) -> dict[str, float]:
     """How full the buffer is after a step, and how long the batch lay in it."""
     return {
+        "buffer/staleness": float(buffer.staleness),
         "buffer/ready": float(buffer.num_ready),
         "buffer/pending": float(buffer.num_pending),
         "buffer/wait_s": wait_s,

@@ -53,6 +53,8 @@ METRICS: dict[str, str] = {
     "rollout/num_actors": "rollout actors alive",
     "rollout/failures": "failed rollouts and dead actors so far",
     "rollout/tokens_per_s": "tokens generated a second, all actors",
+    "rollout/effective_tokens_per_s": "the same times ess/token: on-policy tokens that would be worth as much",
+    "buffer/staleness": "staleness that is admitted, S",
     "buffer/ready": "finished groups that wait for the learner, after the step",
     "buffer/pending": "groups being generated, after the step",
     "buffer/wait_s": "seconds from a group's completion until its batch was trained and live, mean",
@@ -166,6 +168,7 @@ class Metrics:
     def step(self, version: int, row: dict[str, float], max_lag: int) -> None:
         """One learner step."""
         row["rollout/tokens_per_s"] = row["rollout/num_tokens"] / max(row["time/total_s"], 1e-9)
+        row["rollout/effective_tokens_per_s"] = row["rollout/tokens_per_s"] * row["ess/token"]
         row |= self._waits(row)
         self._record(version, row)
         self._progress.update(self._bar, completed=version)

@@ -14,7 +14,7 @@ def check(config: Config) -> None:
     rollout, buffer = config.rollout, config.buffer
     if not loss.is_corrected and not config.algorithm.allow_uncorrected:
         remedy = "choose a corrected preset such as async_default, or set algorithm.allow_uncorrected=true"
-        if buffer.max_staleness > 0 or buffer.reuse > 1:
+        if buffer.highest_staleness > 0 or buffer.reuse > 1:
             raise ValueError(
                 f"off-policy training needs a corrected loss: buffer.max_staleness is {buffer.max_staleness}, "
                 f"buffer.reuse is {buffer.reuse} and preset {config.algorithm.preset!r} has no importance correction; "
@@ -81,7 +81,6 @@ _AT_LEAST = {
     "rollout.max_running": 1,
     "rollout.max_attempts": 1,
     "rollout.num_threads": 1,
-    "buffer.max_staleness": 0,
     "buffer.reuse": 1,
     "rollout.tensor_parallel_size": 1,
     "learner.num_gpus": 1,
@@ -122,5 +121,10 @@ def _check_ranges(config: Config) -> None:
     for name, top_p in (("rollout", config.rollout.top_p), ("eval", config.eval.top_p)):
         if not 0 < top_p <= 1:
             raise ValueError(f"{name}.top_p must be above 0 and at most 1, got {top_p}")
+    if config.buffer.max_staleness != "auto" and config.buffer.max_staleness < 0:
+        raise ValueError(f"buffer.max_staleness must be at least 0, got {config.buffer.max_staleness}")
+    lowest, highest = config.buffer.staleness_bounds
+    if not 0 <= lowest <= highest:
+        raise ValueError(f"buffer.staleness_bounds must be 0 <= lowest <= highest, got {lowest} and {highest}")
     if config.buffer.window is not None and config.buffer.window < 1:
         raise ValueError(f"buffer.window must be at least 1, got {config.buffer.window}")

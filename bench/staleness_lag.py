@@ -96,8 +96,8 @@ class Lab:
 
     async def accuracy(self) -> float:
         """Held-out reward of the weights that the engine has, greedy."""
-        rewards = await self._rollout.evaluate(self._heldout)
-        return sum(rewards) / len(rewards)
+        groups = await self._rollout.evaluate(self._heldout)
+        return statistics.fmean(reward for group in groups for reward in group.rewards)
 
     async def close(self) -> None:
         await self._rollout.close()

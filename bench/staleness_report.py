@@ -20,6 +20,8 @@ import staleness_plots
 
 Cell = dict[str, Any]
 _RESAMPLES = 4000
+_FEWEST_SEEDS = 5
+"""A bootstrap over fewer seeds than this has intervals far too narrow to call anything by."""
 
 
 class Grid:
@@ -74,7 +76,7 @@ def write(cells: Sequence[Cell], settings: dict[str, Any], folder: Path) -> str:
     if probes:
         parts.append(_probe_table(probes))
     if grid:
-        parts += [_lag_table(grid), _difference_table(grid), _drift_table(grid)]
+        parts += [_lag_table(grid), *([_difference_table(grid)] if len(grid.presets) > 1 else []), _drift_table(grid)]
     if system:
         parts.append(_system_table(system, settings["target"]))
     text = "\n\n".join(parts) + "\n"
@@ -145,7 +147,8 @@ def _difference_table(grid: Grid) -> str:
     for preset, lag in product(grid.presets[1:], grid.lags):
         difference = grid.tuned(preset, lag) - grid.tuned(first, lag)
         low, high = interval(difference)
-        verdict = "above" if low > 0 else "below" if high < 0 else "not resolved"
+        resolved = "above" if low > 0 else "below" if high < 0 else "not resolved"
+        verdict = resolved if len(grid.seeds) >= _FEWEST_SEEDS else "too few seeds"
         body.append([preset, str(lag), f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]", verdict])
     return f"**Against {first}**, paired by seed, final accuracy\n\n" + _table(
         ["preset", "lag S", "difference, 95 % interval", "verdict"], body

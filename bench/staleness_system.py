@@ -57,7 +57,7 @@ def summary(rows: list[dict[str, Any]], target: float) -> dict[str, Any]:
         "rollout_idle": mean("rollout/idle"),
         "tokens_per_s": mean("rollout/tokens_per_s"),
         "ess": mean("ess/token"),
-        "effective_tokens_per_s": statistics.fmean(row["rollout/tokens_per_s"] * row["ess/token"] for row in steps),
+        "effective_tokens_per_s": mean("rollout/effective_tokens_per_s"),
         "reached": any(accuracy >= target for accuracy in accuracies),
         "nan": any(math.isnan(accuracy) for accuracy in accuracies),
     }

@@ -47,11 +47,12 @@ class Simulation:
         self.batches: list[list[int]] = []
 
     async def fill(self) -> None:
-        while self.buffer.charged < self.buffer.capacity:
+        limit = (self.buffer.staleness + 1) * self.buffer.groups_per_step
+        while self.buffer.charged < limit:
             ticket = await self.buffer.admit()
             self.generating[ticket.number] = (ticket, self.version)
             self.admitted += 1
-        assert self.buffer.charged == self.buffer.capacity
+        assert limit <= self.buffer.charged <= self.buffer.capacity  # above the limit only after it was lowered
         assert not await ready(self.buffer.admit())
 
     def finish_one(self) -> None:
@@ -95,15 +96,18 @@ class Simulation:
             "reuse": st.integers(1, 3),
         }
     ),
+    st.booleans(),
     st.randoms(use_true_random=False),
 )
-def test_bound_slots_and_accounts_hold(settings, random):
+def test_bound_slots_and_accounts_hold(settings, varying, random):
     buffer = Buffer(**settings)
     simulation = Simulation(buffer, random.choice)
 
     async def play():
         await simulation.fill()
         for _ in range(25):
+            if varying:
+                buffer.allow(random.randint(0, settings["max_staleness"]))
             await simulation.step()
 
     run(play())
@@ -188,6 +192,30 @@ def test_admission_waits_for_release_not_for_take():
         assert not await ready(buffer.admit()), "prompts admitted before release would see old weights"
         buffer.release()
         assert await ready(buffer.admit())
+
+    run(play())
+
+
+def test_lowered_staleness_admits_less_and_raised_staleness_admits_at_once():
+    async def play():
+        buffer = Buffer(2, 2)
+        buffer.allow(0)
+        tickets = [await buffer.admit() for _ in range(2)]
+        third = asyncio.ensure_future(buffer.admit())
+        await asyncio.sleep(0)
+        assert not third.done()
+        assert (buffer.staleness, buffer.capacity) == (0, 6)
+        buffer.allow(1)
+        tickets.append(await third)
+        buffer.allow(0)
+        for ticket in tickets:
+            buffer.put(ticket, group(ticket.number, 0))
+        await buffer.take(0)
+        buffer.release()  # one group of three is left, so one slot of two is free
+        await buffer.admit()
+        assert not await ready(buffer.admit())
+        with pytest.raises(RuntimeError, match="staleness 3 is outside 0 to 2"):
+            buffer.allow(3)
 
     run(play())
 

@@ -30,6 +30,7 @@ LAYERS = [
         "blame",
         "samples",
         "sinks",
+        "staleness",
     },
     {"metrics", "checkpoint", "packing", "scoring", "engine.base", "envs.digits", "envs.numbers"}
     | {"envs.data", "envs.chat", "envs.rewards", "envs.dataset", "envs.gsm8k", "envs.mixture"}
