@@ -103,3 +103,5 @@ def _check_ranges(config: Config) -> None:
         raise ValueError(f"rollout.top_p must be above 0 and at most 1, got {config.rollout.top_p}")
     if config.buffer.window is not None and config.buffer.window < 1:
         raise ValueError(f"buffer.window must be at least 1, got {config.buffer.window}")
+    if config.metrics.prometheus_port > 65535:
+        raise ValueError(f"metrics.prometheus_port must be at most 65535, got {config.metrics.prometheus_port}")
