@@ -25,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 
 from asyncrl import checkpoint
+from asyncrl.algo import own
 from asyncrl.buffer import Buffer
 from asyncrl.config import Config, to_tree
 from asyncrl.envs.base import load_env
@@ -48,6 +49,7 @@ class Result:
 
 async def train(config: Config, resume: Path | None = None, *, quiet: bool = False) -> Result:
     """Runs the job to its last step, or to Ctrl-C; `resume` is the run folder of an earlier job to go on with."""
+    own.check(config.loss)
     runtime = load_runtime(config.runtime)
     initial = str(prepare(config, quiet=quiet))
     tokenizer = load_tokenizer(initial)
@@ -65,6 +67,8 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
     with Metrics(folder, config.num_steps, first_step=first_step, quiet=quiet, config=config, decode=decode) as metrics:
         for name, score in baselines.items():
             metrics.say(f"no skill: {name!r} scores {score:.2f} on the {len(heldout)} held-out prompts")
+        for reason, count in getattr(env, "skipped", {}).items():
+            metrics.say(f"skipped rows of the data: {count}, {reason}")
         metrics.say(f"starting {config.rollout.num_actors} rollout actors and the learner")
         async with runtime.open_actors(config, initial, saved) as (learner, actors):
             prompts = PromptQueue(env.prompts("train", config.seed), cursor)

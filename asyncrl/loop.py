@@ -30,6 +30,7 @@ from typing import Protocol
 from asyncrl.buffer import Buffer
 from asyncrl.checkpoint import Cursor
 from asyncrl.config import Config
+from asyncrl.evaluation import by_source, summarize
 from asyncrl.metrics import Metrics
 from asyncrl.pool import Publisher, RolloutPool
 from asyncrl.types import Group, Prompt
@@ -159,13 +160,14 @@ async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
 
 
 async def evaluate(system: System) -> None:
-    """Held-out reward of one greedy attempt a prompt, on the engines as they are, beside the run."""
+    """Held-out attempts, on the engines as they are, beside the run: later weights may arrive under them, which
+    `eval/mixed_versions` counts."""
     version = system.learner.version
     if version not in system.evaluated:
         system.evaluated.add(version)
         with system.metrics.timeline.span("evaluation", "evaluation", version=version):
-            rewards = await system.rollouts.evaluate(system.heldout)
-        system.metrics.evaluation(version, sum(rewards) / len(rewards))
+            groups = await system.rollouts.evaluate(system.heldout)
+        system.metrics.evaluation(version, summarize(groups, version, system.config.eval.pass_reward))
 
 
 async def save(system: System) -> None:
@@ -199,9 +201,10 @@ def measure(groups: Sequence[Group]) -> dict[str, float]:
         "completion/max_length": float(max(lengths)),
         "completion/mixed_versions": sum(group.newest > group.oldest for group in groups) / len(groups),
     }
-    for name in groups[0].metrics:
-        row[f"completion/{name}"] = sum(group.metrics.get(name, 0.0) for group in groups) / len(groups)
-    return row
+    for name in sorted({name for group in groups for name in group.metrics}):  # environments of a mixture differ
+        values = [group.metrics[name] for group in groups if name in group.metrics]
+        row[f"completion/{name}"] = sum(values) / len(values)
+    return row | by_source(groups, "reward")
 
 
 def measure_buffer(buffer: Buffer, wait_s: float) -> dict[str, float]:

@@ -30,7 +30,13 @@ METRICS: dict[str, str] = {
     "reward/mean": "mean reward of the batch, made by lagged policies",
     "reward/std": "standard deviation of the rewards of the batch",
     "reward/zero_variance": "share of groups whose rewards are all equal: they teach nothing",
-    "eval/accuracy": "held-out reward, one greedy attempt a prompt, of the version it is logged under",
+    "eval/accuracy": "held-out reward, mean over the attempts at every prompt (greedy unless configured otherwise)",
+    "eval/low": "lower end of its 95 % confidence interval, over prompts",
+    "eval/high": "upper end of its 95 % confidence interval, over prompts",
+    "eval/pass@1": "share of prompts solved by one attempt; likewise pass@k, without bias, for k = 2, 4, ... up to n",
+    "eval/mean_length": "sampled tokens of a held-out attempt, mean",
+    "eval/truncated": "share of held-out attempts that ran out of tokens",
+    "eval/mixed_versions": "share of held-out prompts with tokens of another version than the one it is logged under",
     "completion/mean_length": "sampled tokens a trajectory, mean",
     "completion/max_length": "sampled tokens a trajectory, maximum",
     "completion/truncated": "share of trajectories that ran out of tokens",
@@ -59,7 +65,8 @@ METRICS: dict[str, str] = {
     "time/sync_s": "seconds of the step spent in the weight update",
     "time/total_s": "seconds of the step",
 }
-"""Every metric that a run logs, with its meaning; `completion/` also holds what an environment reports itself."""
+"""Every metric that a run logs, with its meaning. `completion/` also holds what an environment reports itself, and
+`reward/NAME` and `eval/NAME` are the mean rewards of each environment of a mixture."""
 
 OVERVIEW: dict[str, dict[str, list[str]]] = {
     "learning": {
@@ -172,11 +179,15 @@ class Metrics:
         if self._samples and (rows := await self._samples.draw(version, groups)):
             self._board.samples(version, rows)
 
-    def evaluation(self, version: int, accuracy: float) -> None:
+    def evaluation(self, version: int, row: dict[str, float]) -> None:
         """A held-out evaluation of `version`; it may arrive after later steps."""
-        self.last_accuracy = accuracy
-        self._record(version, {"eval/accuracy": accuracy})
-        self.say(f"eval {version} | held-out {accuracy:.3f}")
+        self.last_accuracy = row["eval/accuracy"]
+        self._record(version, row)
+        passed = "".join(
+            f" | {name.removeprefix('eval/')} {value:.3f}" for name, value in row.items() if "pass@" in name
+        )
+        accuracy, low, high = row["eval/accuracy"], row["eval/low"], row["eval/high"]
+        self.say(f"eval {version} | held-out {accuracy:.3f} ({low:.3f} to {high:.3f}){passed}")
 
     def _record(self, version: int, row: dict[str, float]) -> None:
         values = {name: None if math.isnan(value) else round(value, 7) for name, value in row.items()}

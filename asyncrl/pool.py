@@ -35,7 +35,7 @@ class RolloutHandle(Protocol):
     num_ranks: int
 
     async def run(self, prompt: Prompt) -> Group: ...
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[float]: ...
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]: ...
     async def join(self, where: Rendezvous, first_rank: int) -> None: ...
     async def release(self) -> None: ...
     async def update_weights(self, buckets: Sequence[Bucket], version: Version) -> UpdateReport: ...
@@ -91,21 +91,19 @@ class RolloutPool:
                     ) from error
         raise RolloutFailed(f"prompt {prompt.id}: {self._max_attempts} rollout actors died while running it")
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[float]:
-        """Greedy rewards, the prompts spread evenly over all actors, generation going on beside them."""
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
+        """Held-out attempts without their tokens, the prompts spread evenly over all actors, beside generation."""
         while True:
             actors = self.actors
             shares = [prompts[index :: len(actors)] for index in range(len(actors))]
-            rewards: list[Any] = await asyncio.gather(
-                *(self._evaluate_on(actor, part) for actor, part in zip(actors, shares, strict=True)),
-                return_exceptions=True,
-            )
-            if self._handle_deaths(actors, rewards):
+            parts = (self._evaluate_on(actor, part) for actor, part in zip(actors, shares, strict=True))
+            played: list[Any] = await asyncio.gather(*parts, return_exceptions=True)
+            if self._handle_deaths(actors, played):
                 continue
-            for part in rewards:
+            for part in played:
                 if isinstance(part, BaseException):
                     raise part
-            return [reward for part in rewards for reward in part]
+            return [group for part in played for group in part]
 
     async def release(self) -> None:
         """Every engine gives its GPU memory to the learner until the next update. Actors that died are left out."""
@@ -170,7 +168,7 @@ class RolloutPool:
             if actor in self._load:
                 self._load[actor] -= 1
 
-    async def _evaluate_on(self, actor: RolloutHandle, prompts: Sequence[Prompt]) -> list[float]:
+    async def _evaluate_on(self, actor: RolloutHandle, prompts: Sequence[Prompt]) -> list[Group]:
         with self._timeline.span(actor.name, "evaluation", num_prompts=len(prompts)):
             return await actor.evaluate(prompts)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -527,3 +528,36 @@ def test_a_token_without_advantage_has_no_gradient_whatever_its_ratio():
     columns = as_float32(guard_columns([[100.0, -100.0]], [0.0]))
     found, _ = gradient(columns, Loss(policy_weight="token"))
     assert found.tolist() == [0.0, 0.0]
+
+
+def own_tis2(columns):
+    """A loss as a user would write it: truncated importance sampling, with autograd."""
+    ratio = (columns.logprobs - columns.behavior_logprobs).exp().detach().clamp(max=2)
+    return -(columns.normalizers * ratio * columns.advantages * columns.logprobs).sum()
+
+
+def own_constant(columns):
+    return columns.advantages.sum()
+
+
+def test_a_loss_of_the_user_is_a_loss_like_any_other():
+    columns = make_columns(make_data())
+    loss = resolve(f"{__name__}:own_tis2", {"center": "loo"})
+    assert loss == Loss(function=f"{__name__}:own_tis2", center="loo")
+    (total, outcome), (known_total, known) = policy_loss(columns, loss), policy_loss(columns, PRESETS["tis2"])
+    torch.testing.assert_close(total, known_total)
+    torch.testing.assert_close(gradient(columns, loss)[0], gradient(columns, PRESETS["tis2"])[0])
+    torch.testing.assert_close(outcome.coefficient, known.coefficient)
+    torch.testing.assert_close(outcome.log_weight, known.log_weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("own_constant", "must return a scalar tensor that depends on columns.logprobs"),
+        ("own_los", "has no function 'own_los'"),
+    ],
+)
+def test_a_loss_of_the_user_that_cannot_be_used_is_named(name, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        policy_loss(make_columns(make_data()), Loss(function=f"{__name__}:{name}"))

@@ -16,11 +16,22 @@ HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboa
 
 # Each layer may import itself and the ones before it.
 LAYERS = [
-    {"types", "algo.presets", "config", "rules", "transport", "timeline"},
-    {"algo.advantage", "algo.loss", "algo.diagnostics", "buffer", "weights", "model", "envs.base"}
+    {"types", "algo.method", "algo.own", "algo.presets", "config", "rules", "transport", "timeline"},
+    {
+        "evaluation",
+        "algo.advantage",
+        "algo.loss",
+        "algo.diagnostics",
+        "buffer",
+        "sharding",
+        "weights",
+        "model",
+        "envs.base",
+    }
     | {"blame", "samples", "sinks"},
-    {"metrics", "checkpoint", "packing", "engine.base", "envs.digits", "envs.numbers"}
-    | {"envs.data", "envs.chat", "envs.rewards", "envs.dataset", "envs.gsm8k"},
+    {"metrics", "checkpoint", "packing", "scoring", "engine.base", "envs.digits", "envs.numbers"}
+    | {"envs.data", "envs.chat", "envs.rewards", "envs.dataset", "envs.gsm8k", "envs.mixture"}
+    | {"envs.reasoning_gym"},
     {
         "engine.kv_cache",
         "engine.sampler",

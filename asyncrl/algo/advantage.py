@@ -9,10 +9,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from asyncrl.algo.presets import Aggregate, Center, Scale
+from asyncrl.algo import own
+from asyncrl.algo.method import Aggregate, Center, Loss, Scale
 
 _STD_FLOOR = 1e-6
 """Added to a standard deviation, so that rewards that hardly differ are not blown up."""
+
+
+def estimate(rewards: Tensor, groups: Tensor, loss: Loss) -> Tensor:
+    """The advantages that `loss` asks for: `advantages`, or the user's own function of the same two tensors.
+
+    ValueError if that function returns something else than one finite number a trajectory.
+    """
+    if not loss.advantage:
+        return advantages(rewards, groups, loss.center, loss.scale)
+    values = own.load(loss.advantage)(rewards, groups)
+    if not isinstance(values, Tensor) or values.shape != rewards.shape or not bool(values.isfinite().all()):
+        raise ValueError(
+            f"{loss.advantage!r} must return a finite tensor of shape {list(rewards.shape)}, one advantage a "
+            f"trajectory; got {values}"
+        )
+    return values.detach().to(rewards.dtype)
+
+
+def overlong_punishment(lengths: Tensor, max_length: int, tail: int) -> Tensor:
+    """Added to the rewards of long replies (DAPO 2503.14476, equation 13); float32[N] in [-1, 0].
+
+    0 up to `max_length` - `tail` tokens, then falling in a line to -1 at `max_length` and beyond.
+    """
+    return ((max_length - tail - lengths.float()) / tail).clamp(-1.0, 0.0)
 
 
 def advantages(rewards: Tensor, groups: Tensor, center: Center, scale: Scale) -> Tensor:

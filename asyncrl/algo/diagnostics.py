@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from asyncrl.algo.loss import Columns, Outcome, concatenate, sequence_sum
-from asyncrl.algo.presets import Loss
+from asyncrl.algo.method import Loss
 
 _MISMATCH = {
     "k1": "mean of -log ratio: unbiased, noisy estimate of KL(behavior || current), may be negative",

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
 
-from asyncrl.algo.presets import Loss, Outside, PolicyWeight
+from asyncrl.algo import own
+from asyncrl.algo.method import Loss, Outside, PolicyWeight
 
 _TINY = 1e-6
 """Probabilities are kept this far from 0 and 1 in the binary KL of the trust mask, whose logarithms would diverge."""
@@ -81,6 +82,8 @@ def policy_loss(columns: Columns, loss: Loss) -> tuple[Tensor, Outcome]:
     The losses of the micro-batches of a step add up to the loss of the step, except with trust "m2", whose threshold is
     taken over the tokens it is given. RuntimeError if a column that the loss needs is missing.
     """
+    if loss.function:
+        return _own_loss(columns, loss)
     # The one stop-gradient: nothing below sees `columns.logprobs` until the last sum.
     current = columns.logprobs.detach()
     log_ratio = current - columns.behavior_logprobs
@@ -100,6 +103,27 @@ def policy_loss(columns: Columns, loss: Loss) -> tuple[Tensor, Outcome]:
     total = -torch.where(keep | (kappa != 0), terms, 0.0).sum()
     nonfinite = ~(log_ratio.isfinite() & log_weight.isfinite() & coefficient.isfinite())
     return total, Outcome(coefficient, log_weight, capped, trust_masked, guard_masked, log_ratio, nonfinite)
+
+
+def _own_loss(columns: Columns, loss: Loss) -> tuple[Tensor, Outcome]:
+    """A loss of the user in the form of all others: its slope by a log-prob is -n times the token's coefficient.
+
+    ValueError unless it returns a scalar that depends on `columns.logprobs`.
+    """
+    with torch.enable_grad():
+        leaf = columns.logprobs.detach().requires_grad_()
+        total = own.load(loss.function)(replace(columns, logprobs=leaf))
+        if not isinstance(total, Tensor) or total.dim() or not total.requires_grad:
+            raise ValueError(f"{loss.function!r} must return a scalar tensor that depends on columns.logprobs")
+        (slope,) = torch.autograd.grad(total, leaf)
+    current = columns.logprobs
+    nothing = torch.zeros_like(slope, dtype=torch.bool)
+    coefficient = -slope / columns.normalizers
+    weight = torch.where(columns.advantages != 0, coefficient / columns.advantages, 1.0).abs()
+    log_ratio = current.detach() - columns.behavior_logprobs
+    nonfinite = ~(log_ratio.isfinite() & coefficient.isfinite())
+    value = total.detach() + (slope * (current - current.detach())).sum()
+    return value, Outcome(coefficient, weight.log(), nothing, nothing, nothing, log_ratio, nonfinite)
 
 
 def concatenate(columns: Sequence[Columns], outcomes: Sequence[Outcome]) -> tuple[Columns, Outcome]:

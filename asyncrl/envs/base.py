@@ -43,7 +43,10 @@ class Tokenizer(Protocol):
 
 
 class Env(Protocol):
-    """Prompts and rewards. One instance lives in every rollout actor and one in the driver."""
+    """Prompts and rewards. One instance lives in every rollout actor and one in the driver.
+
+    An environment that leaves rows of its data out counts them in `skipped`, reason -> count, for the run to report.
+    """
 
     max_prompt_tokens: int
     """No prompt is longer: it sizes the engine's cache and the learner's rows."""
