@@ -1,6 +1,5 @@
 """A run, seen afterwards and from outside: the page, the terminal view, sampled trajectories and the other sinks."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -9,7 +8,6 @@ import sys
 import types
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import pandas
 import pytest
@@ -20,24 +18,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from asyncrl import config as configuration
 from asyncrl import job, metrics, samples
 from asyncrl.sinks import Prometheus, WeightsAndBiases
+from launch import report, watch
 
-LAUNCH = Path(__file__).parent.parent / "launch"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMIUM_FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--hide-scrollbars"),
     *("--enable-logging=stderr", "--virtual-time-budget=3000", "--window-size=1320,2900"),
 ]
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, LAUNCH / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-report, watch = script("report"), script("watch")
 
 
 @pytest.fixture(scope="module")
