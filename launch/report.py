@@ -76,7 +76,7 @@ def collect(folder: Path, window: tuple[int, int] | None = None) -> dict[str, An
         "meanings": metrics.METRICS,
         "num_rows": len(steps),
         "steps": columns(thin(steps)),
-        "evals": [[row["version"], row["eval/accuracy"]] for row in rows if "eval/accuracy" in row],
+        "evals": columns(newest([row for row in rows if "eval/accuracy" in row])),
         "blame": found
         and {
             "sentence": found.sentence,
