@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from asyncrl.rollout import UpdateReport
 from asyncrl.timeline import Timeline
-from asyncrl.transport import Rendezvous, abandon
+from asyncrl.transport import Audience, Rendezvous, abandon
 from asyncrl.types import Group, Prompt, Version
 from asyncrl.weights import Bucket
 
@@ -52,6 +52,38 @@ class Publisher(Protocol):
     async def join(self) -> None: ...
     async def prepare(self) -> None: ...
     async def broadcast(self) -> str: ...
+
+
+class LearnerLink(Protocol):
+    """The learner's side of weight updates, to either audience."""
+
+    version: Version
+    buckets: Sequence[Bucket]
+
+    async def rendezvous(self, world_size: int, audience: Audience = ...) -> Rendezvous: ...
+    async def join(self, audience: Audience = ...) -> None: ...
+    async def prepare(self, audience: Audience = ...) -> None: ...
+    async def broadcast(self, audience: Audience = ...) -> str: ...
+
+
+class ToEvaluators:
+    """The learner as the evaluators' pool sees it: the same weights, through a broadcast group of their own."""
+
+    def __init__(self, learner: LearnerLink) -> None:
+        self._learner = learner
+        self.version, self.buckets = learner.version, learner.buckets
+
+    async def rendezvous(self, world_size: int) -> Rendezvous:
+        return await self._learner.rendezvous(world_size, "evaluators")
+
+    async def join(self) -> None:
+        await self._learner.join("evaluators")
+
+    async def prepare(self) -> None:
+        await self._learner.prepare("evaluators")
+
+    async def broadcast(self) -> str:
+        return await self._learner.broadcast("evaluators")
 
 
 class RolloutPool:
@@ -96,8 +128,10 @@ class RolloutPool:
         while True:
             actors = self.actors
             shares = [prompts[index :: len(actors)] for index in range(len(actors))]
-            parts = (self._evaluate_on(actor, part) for actor, part in zip(actors, shares, strict=True))
-            played: list[Any] = await asyncio.gather(*parts, return_exceptions=True)
+            played: list[Any] = await asyncio.gather(
+                *(self._evaluate_on(actor, part) for actor, part in zip(actors, shares, strict=True)),
+                return_exceptions=True,
+            )
             if self._handle_deaths(actors, played):
                 continue
             for part in played:

@@ -27,8 +27,10 @@ LAYERS = [
         "weights",
         "model",
         "envs.base",
-    }
-    | {"blame", "samples", "sinks"},
+        "blame",
+        "samples",
+        "sinks",
+    },
     {"metrics", "checkpoint", "packing", "scoring", "engine.base", "envs.digits", "envs.numbers"}
     | {"envs.data", "envs.chat", "envs.rewards", "envs.dataset", "envs.gsm8k", "envs.mixture"}
     | {"envs.reasoning_gym"},
