@@ -79,7 +79,9 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
                 config, prompts, heldout, pool, learner, buffer, metrics, (folder / "checkpoints").absolute()
             )
             if evaluating:
-                system.evaluators = RolloutPool(evaluating, config.rollout.max_attempts)
+                for number, actor in enumerate(evaluating):
+                    actor.name = f"evaluator {number}"
+                system.evaluators = RolloutPool(evaluating, config.rollout.max_attempts, metrics.timeline)
             with _stop_on_ctrl_c(buffer, metrics):
                 await run(system)
             result = Result(folder, learner.version, metrics.last_accuracy, baselines)
