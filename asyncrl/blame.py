@@ -1,6 +1,6 @@
 """Who waited for whom: the waits of one step from its spans, and what a whole run should change about them.
 
-learner  waits for groups (rollout actors too slow), for the weight update, for a checkpoint
+learner  waits for groups (rollout actors too slow), for the weight update, for a checkpoint, for evaluators
 rollout  waits for slots (learner too slow: the buffer admits no more), for weights, and works for evaluations
 """
 
@@ -17,6 +17,7 @@ METRICS: dict[str, str] = {
     "wait/learner_for_groups_s": "seconds since the last step that the learner waited for a batch of groups",
     "wait/learner_for_weights_s": "seconds since the last step that the learner waited for its weights to go live",
     "wait/learner_for_checkpoint_s": "seconds since the last step that the learner wrote a checkpoint",
+    "wait/learner_for_evaluation_s": "seconds since the last step that the learner sent its weights to evaluators",
     "wait/rollout_for_slots_s": "seconds since the last step without any prompt to play, mean over rollout actors",
     "wait/rollout_for_weights_s": "seconds since the last step paused for new weights, mean over rollout actors",
     "wait/rollout_for_evaluation_s": "seconds since the last step with evaluations in the engine, mean over actors",
@@ -28,14 +29,16 @@ _LEARNER = {
     "wait for groups": "wait/learner_for_groups_s",
     "update weights": "wait/learner_for_weights_s",
     "checkpoint": "wait/learner_for_checkpoint_s",
+    "update evaluators": "wait/learner_for_evaluation_s",
 }
 _WORTH_SAYING = 0.1
 """Share of the time above which a wait is worth a change."""
 
-_SENTENCES = {
+_IN_WORDS = {
     "wait/learner_for_groups_s": "learner for groups",
     "wait/learner_for_weights_s": "learner for weights",
     "wait/learner_for_checkpoint_s": "learner for a checkpoint",
+    "wait/learner_for_evaluation_s": "learner for evaluators",
     "wait/rollout_for_slots_s": "rollouts for slots",
     "wait/rollout_for_weights_s": "rollouts for weights",
 }
@@ -68,11 +71,11 @@ def _intervals(spans: Sequence[Span], name: str) -> list[tuple[float, float]]:
 
 def longest(row: Mapping[str, float]) -> str:
     """The longest wait of a step in a few words."""
-    known = {name: row[name] for name in _SENTENCES if row.get(name) is not None and math.isfinite(row[name])}
+    known = {name: row[name] for name in _IN_WORDS if row.get(name) is not None and math.isfinite(row[name])}
     if not known:
         return "-"
     name = max(known, key=known.__getitem__)
-    return f"{_SENTENCES[name]} {known[name]:.2f} s"
+    return f"{_IN_WORDS[name]} {known[name]:.2f} s"
 
 
 @dataclass(frozen=True, slots=True)

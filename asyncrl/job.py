@@ -80,7 +80,9 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
                 config, prompts, heldout, pool, learner, buffer, metrics, (folder / "checkpoints").absolute()
             )
             if evaluating:
-                system.evaluators = RolloutPool(evaluating, config.rollout.max_attempts)
+                for number, actor in enumerate(evaluating):
+                    actor.name = f"evaluator {number}"
+                system.evaluators = RolloutPool(evaluating, config.rollout.max_attempts, metrics.timeline)
             if config.buffer.max_staleness == "auto":
                 system.control = StalenessControl(*config.buffer.staleness_bounds)
                 buffer.allow(system.control.staleness)

@@ -178,7 +178,8 @@ async def start_evaluation(system: System, tasks: asyncio.TaskGroup) -> None:
     elif system.evaluating:
         system.metrics.say(f"eval {system.learner.version} | left out, another is under way: raise eval.every")
     else:
-        await system.evaluators.update_weights(ToEvaluators(system.learner))
+        with system.metrics.timeline.span("learner", "update evaluators", version=system.learner.version):
+            await system.evaluators.update_weights(ToEvaluators(system.learner))
         system.evaluating = True
         tasks.create_task(evaluate(system))
 

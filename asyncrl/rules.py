@@ -128,3 +128,5 @@ def _check_ranges(config: Config) -> None:
         raise ValueError(f"buffer.staleness_bounds must be 0 <= lowest <= highest, got {lowest} and {highest}")
     if config.buffer.window is not None and config.buffer.window < 1:
         raise ValueError(f"buffer.window must be at least 1, got {config.buffer.window}")
+    if config.metrics.prometheus_port > 65535:
+        raise ValueError(f"metrics.prometheus_port must be at most 65535, got {config.metrics.prometheus_port}")

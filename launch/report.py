@@ -76,7 +76,7 @@ def collect(folder: Path, window: tuple[int, int] | None = None) -> dict[str, An
         "meanings": metrics.METRICS,
         "num_rows": len(steps),
         "steps": columns(thin(steps)),
-        "evals": [[row["version"], row["eval/accuracy"]] for row in rows if "eval/accuracy" in row],
+        "evals": columns(newest([row for row in rows if "eval/accuracy" in row])),
         "blame": found
         and {
             "sentence": found.sentence,
@@ -169,8 +169,8 @@ def bounds(
 
 
 def lane_order(lane: str) -> tuple[int, int, str]:
-    """The learner on top, then evaluation, then the actors by number."""
-    place = {"learner": 0, "evaluation": 1, "buffer": 2}.get(lane, 3)
+    """The learner on top, then evaluation, then rollout actors and evaluators by number."""
+    place = {"learner": 0, "evaluation": 1, "buffer": 2}.get(lane, 3 if lane.startswith("rollout") else 4)
     digits = "".join(letter for letter in lane if letter.isdigit())
     return place, int(digits or 0), lane
 

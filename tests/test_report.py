@@ -1,6 +1,5 @@
 """A run, seen afterwards and from outside: the page, the terminal view, sampled trajectories and the other sinks."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -9,7 +8,6 @@ import sys
 import types
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import pandas
 import pytest
@@ -20,24 +18,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from asyncrl import config as configuration
 from asyncrl import job, metrics, samples
 from asyncrl.sinks import Prometheus, WeightsAndBiases
+from launch import report, watch
 
-LAUNCH = Path(__file__).parent.parent / "launch"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMIUM_FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--hide-scrollbars"),
     *("--enable-logging=stderr", "--virtual-time-budget=3000", "--window-size=1320,2900"),
 ]
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, LAUNCH / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-report, watch = script("report"), script("watch")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +54,7 @@ def test_the_page_holds_the_run_and_needs_no_network(folder, tmp_path):
     assert "http" not in re.sub(r"http://www\.w3\.org/2000/svg", "", page.split('id="data"')[0])
     data = data_of(page)
     assert data["steps"]["version"] == list(range(1, 13))
-    assert [version for version, _ in data["evals"]] == [0, 4, 8, 12]
+    assert data["evals"]["version"] == [0, 4, 8, 12]
     assert data["timeline"]["lanes"][0] == "learner"
     assert {"rollout 0", "rollout 1"} <= set(data["timeline"]["lanes"])
     dropped = metrics.read(folder)[-2]["buffer/dropped"]
@@ -90,7 +78,7 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"version": 0, "time": 1.0, "eval/accuracy": 0.25}\n{"version": 1, "rew')
     assert report.main([str(tmp_path)]) == 0
     data = data_of((tmp_path / "report.html").read_text())
-    assert data["evals"] == [[0, 0.25]]
+    assert data["evals"]["eval/accuracy"] == [0.25]
     assert data["blame"] is None
     assert report.main([str(tmp_path / "nowhere")]) == 2
     assert "is no run folder" in capsys.readouterr().err
@@ -104,24 +92,28 @@ def test_text_of_a_sample_cannot_leave_its_script_element(folder):
     assert data_of(page)["samples"][0]["tokens"][0] == "</script><b>{{data}}"
 
 
+def begun(folder):
+    """A run folder in which nothing has happened yet."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(configuration.to_tree(configuration.Config())))
+    return folder
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, none here")
+@pytest.mark.timeout(300)
 def test_the_page_draws_in_a_browser(folder, tmp_path):
-    page = tmp_path / "page.html"
-    page.write_text(report.render(report.collect(folder)))
     flags = [*CHROMIUM_FLAGS, f"--user-data-dir={tmp_path / 'profile'}"]
-    dom = subprocess.run(
-        [CHROMIUM, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=100, check=True
-    )
-    assert "CONSOLE" not in dom.stderr, "the page logged an error"
-    body = dom.stdout.split('id="data"')[0]
-    assert body.count("<svg") >= 14
-    assert body.count('class="sample"') == 3
-    assert "undefined" not in body
-    assert "NaN" not in body
-    picture = tmp_path / "page.png"
-    subprocess.run(
-        [CHROMIUM, *flags, f"--screenshot={picture}", page.as_uri()], capture_output=True, timeout=100, check=True
-    )
+    page, picture = tmp_path / "page.html", tmp_path / "page.png"
+    for run_folder, num_charts, num_samples in ((begun(tmp_path / "begun"), 0, 0), (folder, 14, 3)):
+        page.write_text(report.render(report.collect(run_folder)))
+        command = [CHROMIUM, *flags, "--dump-dom", page.as_uri()]
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        assert "CONSOLE" not in dom.stderr, dom.stderr
+        body = dom.stdout.split('id="data"')[0]
+        assert body.count("<svg") >= num_charts
+        assert body.count('class="sample"') == num_samples
+        assert not {"undefined", "NaN"} & set(re.findall(r"\w+", body))
+    subprocess.run([CHROMIUM, *flags, f"--screenshot={picture}", page.as_uri()], timeout=120, check=True)
     assert picture.stat().st_size > 100_000
 
 

@@ -109,7 +109,7 @@ function legend(series, unit) {
 
 const path = (points) => points.map(([x, y], at) => `${at && points[at - 1] ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join("");
 
-/** Lines over steps. Each series: name, y, and optionally x, dots, smooth (a faint line under its rolling mean). */
+/** Lines over steps. Each series: name, y, and optionally x, dots, smooth (a faint line under its rolling mean), low and high. */
 function lineChart(title, note, series, { x, min, max, unit = "", wide = false, height = 190, rule } = {}) {
   series = series.map((one, at) => ({ color: COLORS[at % COLORS.length], x, ...one }))
     .filter((one) => one.y && one.y.some(isNumber));
@@ -146,6 +146,8 @@ function lineChart(title, note, series, { x, min, max, unit = "", wide = false, 
       one.y.forEach((value, at) => isNumber(value) && svg.append(
         make("circle", { cx: px(one.x[at]), cy: py(value), r: 3, fill: one.color })));
     }
+    one.low?.forEach((value, at) => isNumber(value) && isNumber(one.high[at]) && svg.append(
+      make("line", { x1: px(one.x[at]), x2: px(one.x[at]), y1: py(value), y2: py(one.high[at]), stroke: one.color, "stroke-width": 1.2 })));
   }
   return card(title, note, svg, series.length > 1 || unit ? legend(series, unit) : legend(series));
 }

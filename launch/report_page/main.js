@@ -20,7 +20,7 @@ function header() {
     `  ${config["env.path"]} · ${config["model.path"]} · ${config["algorithm.preset"]}`,
     data.origin.commit ? ` · commit ${data.origin.commit.slice(0, 10)}` : "");
   const baseline = Object.entries(data.origin.no_skill ?? {}).sort((a, b) => b[1] - a[1])[0];
-  const accuracy = data.evals.at(-1)?.[1];
+  const accuracy = data.evals["eval/accuracy"]?.at(-1);
   const tiles = [
     [isNumber(accuracy) ? accuracy.toFixed(2) : "–", baseline ? `held-out reward; no skill ${show(baseline[1])}` : "held-out reward"],
     [isNumber(last("reward/mean")) ? last("reward/mean").toFixed(2) : "–", "training reward, last step"],
@@ -40,9 +40,9 @@ function header() {
 
 function learning(baseline) {
   at("learning").append(
-    lineChart("Reward", "training batches (made by lagged policies) and held-out prompts (greedy)", [
+    lineChart("Reward", "training batches (made by lagged policies) and held-out prompts, with 95 % intervals", [
       line("training", "reward/mean", { smooth: true }),
-      { name: "held-out", x: data.evals.map(([version]) => version), y: data.evals.map(([, value]) => value), dots: true },
+      { name: "held-out", x: data.evals.version, y: data.evals["eval/accuracy"], low: data.evals["eval/low"], high: data.evals["eval/high"], dots: true },
     ], { x, min: 0, wide: true, rule: baseline && { y: baseline[1], name: `no skill: ${baseline[0]}` } }),
     lineChart("Policy entropy", "nats, mean over tokens", [line("entropy", "policy/entropy", { smooth: true })], { x, min: 0 }),
     lineChart("Gradient norm", "before clipping", [line("norm", "gradient/norm", { smooth: true, color: COLORS[3] })], { x, min: 0 }),
@@ -70,7 +70,7 @@ function offPolicy() {
 function waits() {
   const shares = data.blame?.shares ?? {}, share = (name) => shares[`wait/${name}_s`] ?? 0;
   const part = (name, value, color) => ({ name, value: Math.max(0, value), color });
-  const learner = [part("waits for groups", share("learner_for_groups"), "--c1"), part("weight update", share("learner_for_weights"), "--c3"), part("checkpoint", share("learner_for_checkpoint"), "--c4")];
+  const learner = [part("waits for groups", share("learner_for_groups"), "--c1"), part("weight update", share("learner_for_weights"), "--c3"), part("checkpoint", share("learner_for_checkpoint"), "--c4"), part("sends weights to evaluators", share("learner_for_evaluation"), "--c5")];
   const rollout = [part("no prompt to play: waits for slots", share("rollout_for_slots"), "--c1"), part("paused for weights", share("rollout_for_weights"), "--c3")];
   learner.unshift(part("trains", 1 - learner.reduce((sum, one) => sum + one.value, 0), "--c0"));
   rollout.unshift(part("plays prompts", 1 - rollout.reduce((sum, one) => sum + one.value, 0), "--c2"));
@@ -84,7 +84,7 @@ function waits() {
     at("waits").append(went, utilisation);
   }
   const learnerTimes = [line("trains", "time/step_s", { color: COLORS[0] }), line("waits for groups", "wait/learner_for_groups_s", { color: COLORS[1] }),
-    line("weight update", "wait/learner_for_weights_s", { color: COLORS[3] }), line("checkpoint", "wait/learner_for_checkpoint_s", { color: COLORS[4] })];
+    line("weight update", "wait/learner_for_weights_s", { color: COLORS[3] }), line("checkpoint", "wait/learner_for_checkpoint_s", { color: COLORS[4] }), line("sends weights to evaluators", "wait/learner_for_evaluation_s", { color: COLORS[5] })];
   const rolloutTimes = [line("waits for slots", "wait/rollout_for_slots_s", { color: COLORS[1] }), line("paused for weights", "wait/rollout_for_weights_s", { color: COLORS[3] }),
     line("with evaluations in the engine", "wait/rollout_for_evaluation_s", { color: COLORS[4] })];
   at("waits").append(
@@ -116,8 +116,11 @@ function everyMetric() {
   const place = at("all").querySelector(".grid");
   at("all").addEventListener("toggle", () => {
     if (place.childElementCount) return;
-    for (const name of Object.keys(data.steps)) {
-      if (!["version", "time"].includes(name)) place.append(lineChart(name, data.meanings[name] ?? "reported by the environment", [line("last", name)], { x, height: 210 }));
+    for (const table of [data.steps, data.evals]) {
+      for (const name of Object.keys(table)) {
+        if (["version", "time"].includes(name)) continue;
+        place.append(lineChart(name, data.meanings[name] ?? "reported by the environment", [{ name: "last", y: table[name] }], { x: table.version, height: 210 }));
+      }
     }
   });
 }

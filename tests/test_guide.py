@@ -1,0 +1,87 @@
+"""The guide: its commands resolve, its knobs and links exist, and its environment runs."""
+
+import random
+import re
+import shlex
+from pathlib import Path
+
+import helpers
+import pytest
+from helpers import run as run_coroutine
+
+from asyncrl import config as configuration
+from asyncrl import job, metrics
+from asyncrl.config import Config
+from asyncrl.envs.base import single_turn, split_of
+from asyncrl.sinks import flat
+from asyncrl.types import Prompt
+from launch import report, run
+
+ROOT = Path(__file__).parent.parent
+GUIDE = (ROOT / "docs" / "guide.md").read_text()
+COMMANDS = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", GUIDE, re.S)
+    for line in block.splitlines()
+    if line.startswith("python launch/")
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_resolve(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _, script, *words = shlex.split(command, comments=True)
+    assert (ROOT / script).exists()
+    if script.endswith(("run.py", "doctor.py")):
+        run.resolve(run.parse(words))
+    elif "--steps" in words:
+        assert report.parse_window(words[words.index("--steps") + 1]) == (40, 60)
+
+
+def test_a_command_for_gpus_says_so():
+    for command in COMMANDS:
+        if "gpu.toml" in command and "run.py" in command:
+            assert re.search(r"# needs (one|two|four) (GPU|nodes)", command), command
+
+
+def test_knobs_exist():
+    # The table of other projects' names has ours in its first column only.
+    table = GUIDE.partition("| here |")[2]
+    first = [line.split("|")[1] for line in table.splitlines() if line.count("|") > 3]
+    ours = GUIDE.replace(table, "") + "\n".join(first)
+    sections = set(Config.__struct_fields__)
+    named = {name for name in re.findall(r"`([a-z_]+\.[a-z_]+)[`=]", ours) if name.partition(".")[0] in sections}
+    knobs = set(flat(configuration.to_tree(Config())))
+    assert len(named) > 25
+    assert {name for name in named if name not in knobs and not name.endswith((".md", ".path"))} == set()
+
+
+def test_metrics_exist():
+    areas = {name.partition("/")[0] for name in metrics.METRICS}
+    named = {name for name in re.findall(r"`([a-z]+/[a-z0-9_]+)`", GUIDE) if name.partition("/")[0] in areas}
+    assert len(named) > 8
+    assert named <= set(metrics.METRICS)
+
+
+def test_links_lead_somewhere():
+    headings = [line[3:].lower() for line in GUIDE.splitlines() if line.startswith("## ")]
+    anchors = {"#" + re.sub(r"[^a-z0-9 -]", "", heading).replace(" ", "-") for heading in headings}
+    for target in re.findall(r"\]\(([^)]+)\)", GUIDE):
+        if target.startswith("#"):
+            assert target in anchors
+        elif not target.startswith("http"):
+            assert (ROOT / "docs" / target).exists(), target
+
+
+def test_the_environment_of_the_guide_runs(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE, re.S)
+    (source,) = [block for block in blocks if block.startswith("class LastDigit")]
+    names = {"random": random, "Prompt": Prompt, "single_turn": single_turn, "split_of": split_of}
+    exec(source, names)
+    monkeypatch.setattr(helpers, "LastDigit", names["LastDigit"], raising=False)
+    words = ["runtime=local", "env.path=helpers:LastDigit", "num_steps=2", "rollout.group_size=4"]
+    words += ["learner.groups_per_step=2", "eval.num_prompts=4", "metrics.timeline=false", f"run_dir={tmp_path}"]
+    result = run_coroutine(job.train(configuration.load(None, words), quiet=True))
+    assert result.version == 2
+    assert list(result.baselines) == ["always 7"]
+    assert not (result.folder / "timeline.jsonl").exists()
