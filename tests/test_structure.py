@@ -16,7 +16,7 @@ HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboa
 
 # Each layer may import itself and the ones before it.
 LAYERS = [
-    {"types", "algo.presets", "config", "rules", "transport"},
+    {"types", "algo.presets", "config", "rules", "transport", "confine", "sandbox"},
     {"algo.advantage", "algo.loss", "algo.diagnostics", "buffer", "weights", "model", "envs.base"},
     {"metrics", "checkpoint", "packing", "engine.base", "envs.digits", "envs.numbers"},
     {
