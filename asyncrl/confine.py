@@ -1,6 +1,6 @@
 """Confines this process and then becomes another program: the inside of `sandbox`. Standard library only.
 
-    python -I -S confine.py '{"argv": [...], "readable": [...], "listable": [...], "cpu_s": 5, "memory_bytes": 536870912}'
+    python -I -S confine.py '{"argv": [...], "readable": [...], "listable": [...], "cpu_s": 5, "memory_bytes": 1e8}'
 
 In order: limits of `setrlimit`; root gives its capabilities up; no new privileges (`prctl`); Landlock leaves the paths
 in `readable` for reading, the names below `listable`, and nothing else of the file system; a seccomp filter refuses new

@@ -18,7 +18,7 @@ HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboa
 LAYERS = [
     {"types", "algo.presets", "config", "rules", "transport", "confine", "sandbox"},
     {"algo.advantage", "algo.loss", "algo.diagnostics", "buffer", "weights", "model", "envs.base"},
-    {"metrics", "checkpoint", "packing", "engine.base", "envs.digits", "envs.numbers"},
+    {"metrics", "checkpoint", "packing", "engine.base", "envs.digits", "envs.numbers", "envs.multi_turn"},
     {
         "engine.kv_cache",
         "engine.sampler",
@@ -26,6 +26,11 @@ LAYERS = [
         "engine.sglang",
         "engine.sglang_launch",
         "engine.sglang_scheduler",
+        "envs.tools",
+        "envs.sql",
+        "envs.code",
+        "envs.swe",
+        "envs.gym",
         "rollout",
         "pool",
         "learner",
