@@ -36,7 +36,7 @@ _IMPORTS = "import bisect, collections, functools, heapq, itertools, math, re, s
 
 
 @dataclass(frozen=True, slots=True)
-class Test:
+class UnitTest:
     """Input and what must come out: text of stdin and stdout, or lines of JSON for a function."""
 
     input: str
@@ -109,7 +109,7 @@ class _CodeEpisode:
             self.metrics["tests_passed"] += 1 / len(tests)
         return 1.0
 
-    async def _run(self, test: Test) -> str:
+    async def _run(self, test: UnitTest) -> str:
         """What is wrong with the program on this test, "" if it passes."""
         call = _CALL.format(name=self._function) if test.functional else ""
         outcome = await self._sandbox.run(_IMPORTS + self._program + call, stdin=test.input)
@@ -120,7 +120,7 @@ class _CodeEpisode:
         return f"printed:\n{outcome.stdout}"
 
 
-def matches(printed: str, test: Test) -> bool:
+def matches(printed: str, test: UnitTest) -> bool:
     """Whether the output is right: as JSON for a function; else line by line, words equal as text or as numbers."""
     if test.functional:
         try:  # what the program itself printed stands before the result
@@ -140,7 +140,7 @@ def _same_word(a: str, b: str) -> bool:
         return False
 
 
-def read_tests(column: str) -> list[Test]:
+def read_tests(column: str) -> list[UnitTest]:
     """The tests of a column: JSON, or, as LiveCodeBench packs the private ones, base64 of zlib of a pickled JSON text.
 
     Raises `ValueError` if it is neither, or if the pickle holds anything but text.
@@ -149,7 +149,7 @@ def read_tests(column: str) -> list[Test]:
         cases: list[dict[str, Any]] = json.loads(column)
     except json.JSONDecodeError:
         cases = json.loads(_unpack(column))
-    return [Test(case["input"], case["output"], case.get("testtype") == "functional") for case in cases]
+    return [UnitTest(case["input"], case["output"], case.get("testtype") == "functional") for case in cases]
 
 
 class _TextOnly(pickle.Unpickler):
