@@ -25,13 +25,25 @@ class Cursor(msgspec.Struct, frozen=True):
     open_prompts: list[int]
 
 
-def save(root: Path, cursor: Cursor, model: Any, tokenizer: Any, optimizer: dict[str, Tensor], *, keep: int) -> Path:
-    """Writes one checkpoint atomically and deletes all but the newest `keep`. Returns its folder."""
+def save(
+    root: Path,
+    cursor: Cursor,
+    model: Any,
+    tokenizer: Any,
+    *,
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    keep: int,
+) -> Path:
+    """Writes one checkpoint atomically and deletes all but the newest `keep`. Returns its folder.
+
+    `weights` are those of `model`, whole: its own may be split between ranks.
+    """
     folder = root / f"step-{cursor.version:06d}"
     partial = root / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, state_dict=weights)
     tokenizer.save_pretrained(partial)
     save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, partial / "optimizer.safetensors")
     (partial / "cursor.json").write_bytes(msgspec.json.encode(cursor))

@@ -4,6 +4,8 @@ runs/20261122-193000-largest-digit/
     config.json  run.json        resolved configuration; git commit, command, no-skill scores
     metrics.jsonl  tensorboard/  every metric of every step
     checkpoints/step-000160/     loads with transformers as it is
+    timeline.jsonl               what every part of the run did, and when
+    trajectories/                a few trajectories of each step, parquet
     curves.png                   reward, held-out accuracy, lag, utilisation
 """
 
@@ -23,11 +25,12 @@ from pathlib import Path
 from types import ModuleType
 
 from asyncrl import checkpoint
+from asyncrl.algo import own
 from asyncrl.buffer import Buffer
 from asyncrl.config import Config, to_tree
 from asyncrl.envs.base import load_env
 from asyncrl.loop import PromptQueue, System, run
-from asyncrl.metrics import Metrics, plot
+from asyncrl.metrics import Metrics, plot, verdict
 from asyncrl.model import load_tokenizer
 from asyncrl.pool import RolloutPool
 from asyncrl.warmup import prepare
@@ -46,25 +49,37 @@ class Result:
 
 async def train(config: Config, resume: Path | None = None, *, quiet: bool = False) -> Result:
     """Runs the job to its last step, or to Ctrl-C; `resume` is the run folder of an earlier job to go on with."""
+    own.check(config.loss)
     runtime = load_runtime(config.runtime)
     initial = str(prepare(config, quiet=quiet))
-    env = load_env(config.env.path, load_tokenizer(initial), config.env.args)
+    tokenizer = load_tokenizer(initial)
+    env = load_env(config.env.path, tokenizer, config.env.args)
     heldout = list(islice(env.prompts("heldout", 0), config.eval.num_prompts))
     baselines = env.baselines(heldout)
     folder = resume or new_folder(config, baselines)
     saved = checkpoint.latest(folder / "checkpoints").absolute() if resume else None
     cursor = checkpoint.load_cursor(saved) if saved else None
-    with Metrics(folder, config.num_steps, first_step=cursor.version if cursor else 0, quiet=quiet) as metrics:
+    first_step = cursor.version if cursor else 0
+
+    def decode(token_ids: list[int]) -> str:
+        return str(tokenizer.decode(token_ids))
+
+    with Metrics(folder, config.num_steps, first_step=first_step, quiet=quiet, config=config, decode=decode) as metrics:
         for name, score in baselines.items():
             metrics.say(f"no skill: {name!r} scores {score:.2f} on the {len(heldout)} held-out prompts")
+        for reason, count in getattr(env, "skipped", {}).items():
+            metrics.say(f"skipped rows of the data: {count}, {reason}")
         metrics.say(f"starting {config.rollout.num_actors} rollout actors and the learner")
         async with runtime.open_actors(config, initial, saved) as (learner, actors):
             prompts = PromptQueue(env.prompts("train", config.seed), cursor)
-            pool = RolloutPool(actors, config.rollout.max_attempts)
+            training, evaluating = actors[: config.rollout.num_actors], actors[config.rollout.num_actors :]
+            pool = RolloutPool(training, config.rollout.max_attempts, metrics.timeline)
             buffer = make_buffer(config)
             system = System(
                 config, prompts, heldout, pool, learner, buffer, metrics, (folder / "checkpoints").absolute()
             )
+            if evaluating:
+                system.evaluators = RolloutPool(evaluating, config.rollout.max_attempts)
             with _stop_on_ctrl_c(buffer, metrics):
                 await run(system)
             result = Result(folder, learner.version, metrics.last_accuracy, baselines)
@@ -72,6 +87,8 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
         for what, counts in (("dropped groups", buffer.dropped), ("failed rollouts", pool.failures)):
             if counts.total():
                 metrics.say(f"{what}: {', '.join(f'{reason} {count}' for reason, count in counts.most_common())}")
+        if found := verdict(folder):
+            metrics.say(found.sentence)
         metrics.say(report(result, config.num_steps))
     return result
 
@@ -121,6 +138,7 @@ def report(result: Result, num_steps: int) -> str:
     if result.accuracy is not None:
         lines[0] += f" | held-out greedy {result.accuracy:.3f}, no skill {result.baselines[best]:.2f} ({best})"
     lines.append(f"run folder: {result.folder}")
+    lines.append(f"as a page: python launch/report.py {result.folder}")
     if result.version < num_steps:
         lines.append(f"go on with: python launch/run.py --resume {result.folder}")
     return "\n".join(lines)

@@ -22,6 +22,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -29,12 +30,13 @@ from typing import Protocol
 from asyncrl.buffer import Buffer
 from asyncrl.checkpoint import Cursor
 from asyncrl.config import Config
+from asyncrl.evaluation import by_source, summarize
 from asyncrl.metrics import Metrics
-from asyncrl.pool import Publisher, RolloutPool
+from asyncrl.pool import LearnerLink, RolloutPool, ToEvaluators
 from asyncrl.types import Group, Prompt
 
 
-class LearnerHandle(Publisher, Protocol):
+class LearnerHandle(LearnerLink, Protocol):
     """The learner as the driver sees it; both runtimes have one."""
 
     async def step(self, groups: Sequence[Group]) -> dict[str, float]: ...
@@ -87,6 +89,9 @@ class System:
     metrics: Metrics
     checkpoints: Path
     evaluated: set[int] = field(default_factory=set)
+    evaluators: RolloutPool | None = None
+    """Engines for evaluation alone, which hold one version still; without them the rollout actors evaluate."""
+    evaluating: bool = False
 
 
 async def run(system: System) -> None:
@@ -95,7 +100,7 @@ async def run(system: System) -> None:
     try:
         async with asyncio.TaskGroup() as tasks:
             if system.config.eval.every:
-                tasks.create_task(evaluate(system))  # where the curve starts
+                await start_evaluation(system, tasks)  # where the curve starts
             producers = [tasks.create_task(produce(system)) for _ in range(system.buffer.capacity)]
             await learn(system, tasks)
             system.buffer.close()
@@ -107,6 +112,8 @@ async def run(system: System) -> None:
         raise
     await save(system)
     if system.learner.version >= system.config.num_steps:
+        if system.evaluators is not None:
+            await system.evaluators.update_weights(ToEvaluators(system.learner))
         await evaluate(system)
 
 
@@ -118,50 +125,74 @@ async def produce(system: System) -> None:
         group = await system.rollouts.run(prompt)
         if drop_equal and not group.has_variance:
             system.buffer.drop(ticket, "zero variance")
+            system.metrics.timeline.mark("buffer", "drop", reason="zero variance", lengths=group.lengths)
             system.prompts.settle([prompt])
         else:
             system.buffer.put(ticket, group)
+            system.metrics.timeline.count("buffer", "ready", system.buffer.num_ready)
 
 
 async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
     """Drains the buffer, one optimizer step a batch."""
     learner, buffer, config = system.learner, system.buffer, system.config
+    span = partial(system.metrics.timeline.span, "learner")
     while learner.version < config.num_steps:
         clock = _Clock()
-        groups = await buffer.take(learner.version)
+        with span("wait for groups"):
+            groups = await buffer.take(learner.version)
         if not groups:
             return
+        system.metrics.timeline.count("buffer", "ready", buffer.num_ready)
         check_digests(groups, system.rollouts.published)
         clock.lap("wait")
-        if config.rollout.release_memory:
-            await system.rollouts.release()
-        learnt = await learner.step(groups)
+        with span("step", version=learner.version + 1):
+            if config.rollout.release_memory:
+                await system.rollouts.release()
+            learnt = await learner.step(groups)
         clock.lap("step")
-        synced = await system.rollouts.update_weights(learner)
+        with span("update weights", version=learner.version):
+            synced = await system.rollouts.update_weights(learner)
         clock.lap("sync")
         buffered = buffer.release()
         system.prompts.settle([group.prompt for group in groups])
         row = measure(groups) | learnt | synced | clock.metrics() | measure_buffer(buffer, buffered)
         system.metrics.step(learner.version, row, buffer.max_lag)
+        tasks.create_task(system.metrics.sample(learner.version, groups))
         if config.checkpoint.every and learner.version % config.checkpoint.every == 0:
             await save(system)
         if config.eval.every and learner.version % config.eval.every == 0:
-            tasks.create_task(evaluate(system))
+            await start_evaluation(system, tasks)
+
+
+async def start_evaluation(system: System, tasks: asyncio.TaskGroup) -> None:
+    """Evaluates the current version beside the run. Evaluators get it first; while they are busy with an older one,
+    they are not waited for: the evaluation is left out, and said to be."""
+    if system.evaluators is None:
+        tasks.create_task(evaluate(system))
+    elif system.evaluating:
+        system.metrics.say(f"eval {system.learner.version} | left out, another is under way: raise eval.every")
+    else:
+        await system.evaluators.update_weights(ToEvaluators(system.learner))
+        system.evaluating = True
+        tasks.create_task(evaluate(system))
 
 
 async def evaluate(system: System) -> None:
-    """Held-out reward of one greedy attempt a prompt, on the engines as they are, beside the run."""
+    """Held-out attempts. On rollout actors, later weights may arrive under them, which `eval/mixed_versions` counts."""
     version = system.learner.version
     if version not in system.evaluated:
         system.evaluated.add(version)
-        rewards = await system.rollouts.evaluate(system.heldout)
-        system.metrics.evaluation(version, sum(rewards) / len(rewards))
+        with system.metrics.timeline.span("evaluation", "evaluation", version=version):
+            groups = await (system.evaluators or system.rollouts).evaluate(system.heldout)
+        system.metrics.evaluation(version, summarize(groups, version, system.config.eval.pass_reward))
+    system.evaluating = False
 
 
 async def save(system: System) -> None:
     """A checkpoint of the current version. The learner waits for it, generation does not."""
     version = system.learner.version
-    await system.learner.save(system.checkpoints, system.prompts.cursor(version))
+    with system.metrics.timeline.span("learner", "checkpoint", version=version):
+        await system.learner.save(system.checkpoints, system.prompts.cursor(version))
 
 
 def check_digests(groups: Sequence[Group], published: dict[int, str]) -> None:
@@ -188,9 +219,10 @@ def measure(groups: Sequence[Group]) -> dict[str, float]:
         "completion/max_length": float(max(lengths)),
         "completion/mixed_versions": sum(group.newest > group.oldest for group in groups) / len(groups),
     }
-    for name in groups[0].metrics:
-        row[f"completion/{name}"] = sum(group.metrics.get(name, 0.0) for group in groups) / len(groups)
-    return row
+    for name in sorted({name for group in groups for name in group.metrics}):  # environments of a mixture differ
+        values = [group.metrics[name] for group in groups if name in group.metrics]
+        row[f"completion/{name}"] = sum(values) / len(values)
+    return row | by_source(groups, "reward")
 
 
 def measure_buffer(buffer: Buffer, wait_s: float) -> dict[str, float]:

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from asyncrl.rollout import UpdateReport
-from asyncrl.transport import Rendezvous, abandon
+from asyncrl.timeline import Timeline
+from asyncrl.transport import Audience, Rendezvous, abandon
 from asyncrl.types import Group, Prompt, Version
 from asyncrl.weights import Bucket
 
@@ -34,7 +35,7 @@ class RolloutHandle(Protocol):
     num_ranks: int
 
     async def run(self, prompt: Prompt) -> Group: ...
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[float]: ...
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]: ...
     async def join(self, where: Rendezvous, first_rank: int) -> None: ...
     async def release(self) -> None: ...
     async def update_weights(self, buckets: Sequence[Bucket], version: Version) -> UpdateReport: ...
@@ -53,10 +54,43 @@ class Publisher(Protocol):
     async def broadcast(self) -> str: ...
 
 
+class LearnerLink(Protocol):
+    """The learner's side of weight updates, to either audience."""
+
+    version: Version
+    buckets: Sequence[Bucket]
+
+    async def rendezvous(self, world_size: int, audience: Audience = ...) -> Rendezvous: ...
+    async def join(self, audience: Audience = ...) -> None: ...
+    async def prepare(self, audience: Audience = ...) -> None: ...
+    async def broadcast(self, audience: Audience = ...) -> str: ...
+
+
+class ToEvaluators:
+    """The learner as the evaluators' pool sees it: the same weights, through a broadcast group of their own."""
+
+    def __init__(self, learner: LearnerLink) -> None:
+        self._learner = learner
+        self.version, self.buckets = learner.version, learner.buckets
+
+    async def rendezvous(self, world_size: int) -> Rendezvous:
+        return await self._learner.rendezvous(world_size, "evaluators")
+
+    async def join(self) -> None:
+        await self._learner.join("evaluators")
+
+    async def prepare(self) -> None:
+        await self._learner.prepare("evaluators")
+
+    async def broadcast(self) -> str:
+        return await self._learner.broadcast("evaluators")
+
+
 class RolloutPool:
     """The rollout actors of a run."""
 
-    def __init__(self, actors: Sequence[RolloutHandle], max_attempts: int) -> None:
+    def __init__(self, actors: Sequence[RolloutHandle], max_attempts: int, timeline: Timeline | None = None) -> None:
+        self._timeline = timeline or Timeline()
         self._load: dict[RolloutHandle, int] = dict.fromkeys(actors, 0)
         self._max_attempts = max_attempts
         self._grouped = False
@@ -89,20 +123,21 @@ class RolloutPool:
                     ) from error
         raise RolloutFailed(f"prompt {prompt.id}: {self._max_attempts} rollout actors died while running it")
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[float]:
-        """Greedy rewards, the prompts spread evenly over all actors, generation going on beside them."""
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
+        """Held-out attempts without their tokens, the prompts spread evenly over all actors, beside generation."""
         while True:
             actors = self.actors
             shares = [prompts[index :: len(actors)] for index in range(len(actors))]
-            rewards: list[Any] = await asyncio.gather(
-                *(actor.evaluate(part) for actor, part in zip(actors, shares, strict=True)), return_exceptions=True
+            played: list[Any] = await asyncio.gather(
+                *(self._evaluate_on(actor, part) for actor, part in zip(actors, shares, strict=True)),
+                return_exceptions=True,
             )
-            if self._handle_deaths(actors, rewards):
+            if self._handle_deaths(actors, played):
                 continue
-            for part in rewards:
+            for part in played:
                 if isinstance(part, BaseException):
                     raise part
-            return [reward for part in rewards for reward in part]
+            return [group for part in played for group in part]
 
     async def release(self) -> None:
         """Every engine gives its GPU memory to the learner until the next update. Actors that died are left out."""
@@ -140,7 +175,10 @@ class RolloutPool:
 
     async def _update(self, actor: RolloutHandle, learner: Publisher) -> UpdateReport:
         try:
-            return await actor.update_weights(learner.buckets, learner.version)
+            with self._timeline.span(actor.name, "update", version=learner.version) as facts:
+                report = await actor.update_weights(learner.buckets, learner.version)
+                facts["pause_s"] = report.pause_s
+            return report
         except ActorDied:
             # The others wait for it, and only some transports notice by themselves.
             await asyncio.to_thread(abandon, self._where, f"{actor.name} died")
@@ -155,10 +193,18 @@ class RolloutPool:
     async def _run_on(self, actor: RolloutHandle, prompt: Prompt) -> Group:
         self._load[actor] += 1
         try:
-            return await actor.run(prompt)
+            with self._timeline.span(actor.name, "group", prompt=prompt.id) as facts:
+                group = await actor.run(prompt)
+                facts |= {"oldest": group.oldest, "newest": group.newest, "lengths": group.lengths}
+                facts["reward"] = sum(group.rewards) / len(group.rewards)
+            return group
         finally:
             if actor in self._load:
                 self._load[actor] -= 1
+
+    async def _evaluate_on(self, actor: RolloutHandle, prompts: Sequence[Prompt]) -> list[Group]:
+        with self._timeline.span(actor.name, "evaluation", num_prompts=len(prompts)):
+            return await actor.evaluate(prompts)
 
     def _remove(self, actor: RolloutHandle, error: ActorDied) -> None:
         if self._load.pop(actor, None) is not None:

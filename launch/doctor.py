@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="CONFIG.toml | section.key=value")
     parser.add_argument("--start-ray", action="store_true", help="start Ray and stop it again, which takes seconds")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         config = resolve(options.words)
         return show(list(examine(config, options.start_ray)))
@@ -116,7 +116,7 @@ def examine(config: Config, start_ray: bool) -> Iterator[Check]:
         yield check_disk(config, parameters, shutil.disk_usage(nearest(Path(config.run_dir))).free / 1e9)
     yield attempt("run folder", "set run_dir to a folder that you may write to", lambda: write(Path(config.run_dir)))
     if config.runtime == "cluster":
-        yield check_ports(4 + 4 * config.rollout.num_actors, bind_loopback)
+        yield check_ports(4 + 4 * config.num_engines, bind_loopback)
         yield attempt(
             "ray start", "see the error; `ray stop` ends other Ray processes", lambda: try_ray(config, start_ray)
         )

@@ -15,7 +15,8 @@ from helpers import run
 from asyncrl.engine.embedded import EmbeddedEngine
 from asyncrl.envs.base import load_env
 from asyncrl.envs.code import UnitTest, matches, read_tests
-from asyncrl.envs.multi_turn import DATA, read_rows
+from asyncrl.envs.data import read_rows
+from asyncrl.envs.multi_turn import SHIPPED
 from asyncrl.envs.tools import ToolError, calculator, same_answer
 from asyncrl.model import TINY_BYTES, build_tiny, load_model, load_tokenizer
 from asyncrl.rollout import Rollout
@@ -140,7 +141,7 @@ def test_garbage_is_answered_and_counted(tokenizer):
 
 
 def test_a_reply_that_was_cut_off_is_not_acted_upon(tokenizer):
-    row = read_rows(DATA / "tools.jsonl")[0]
+    row = read_rows(str(SHIPPED / "tools.jsonl"), "train")[0]
     env = load_env(TASKS["tools:ToolUse"], tokenizer, {})
     right = f"<answer>{row['answer']}</answer>"
     assert play(env, tokenizer, right)[0].reward == 1
@@ -170,7 +171,7 @@ def test_prompts_are_repeatable_split_and_within_the_budget(tokenizer, task):
 
 def test_every_shipped_question_on_sql_has_its_answer(tokenizer):
     env = load_env(TASKS["sql:TextToSQL"], tokenizer, {})
-    for number, row in enumerate(read_rows(DATA / "sql.jsonl")):
+    for number, row in enumerate(read_rows(str(SHIPPED / "sql.jsonl"), "train")):
         attempt, _ = play(env, tokenizer, f"<answer>{row['sql']}</answer>", split=row["split"], number=number)
         assert attempt.reward == 1, row["question"]
 
@@ -307,7 +308,7 @@ def test_a_class_of_skyrl_gym_is_played_unchanged(tokenizer, tmp_path):
     assert [heard(policy, turn) for turn in (0, 1)] == ["user:up<eos>assistant:", "user:down<eos>assistant:"]
     assert attempt.reward == 0.5
     assert Guess.closed == closed + 1
-    with pytest.raises(ValueError, match="has no attribute 'Gess'"):
+    with pytest.raises(ValueError, match="has no 'Gess'"):
         load_env("asyncrl.envs.gym:GymEnv", tokenizer, {**args, "env": "test_multi_turn:Gess"})
 
 
@@ -337,8 +338,8 @@ def test_answers_are_equal_as_numbers_or_as_texts():
     ("content", "message"),
     [
         ("", "has no rows"),
-        ("{", "line 1 of .* is no JSON"),
-        ("[1]", "must be a JSON object, got list"),
+        ("{", "line 1 is no JSON"),
+        ("[1]", "a row is an object with columns"),
         ('{"question": "?"}', "lacks the column 'answer'; it has question"),
     ],
 )
@@ -347,5 +348,3 @@ def test_bad_data_is_refused_by_name(tokenizer, tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         load_env(TASKS["tools:ToolUse"], tokenizer, {"data": str(path)})
-    with pytest.raises(ValueError, match="cannot read the data"):
-        read_rows(tmp_path / "nowhere.jsonl")

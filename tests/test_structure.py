@@ -12,13 +12,29 @@ from asyncrl import metrics
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "asyncrl").rglob("*.py"))
 
-HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboard": {"metrics.py"}}
+HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboard": {"sinks.py"}}
 
 # Each layer may import itself and the ones before it.
 LAYERS = [
-    {"types", "algo.presets", "config", "rules", "transport", "confine", "sandbox"},
-    {"algo.advantage", "algo.loss", "algo.diagnostics", "buffer", "weights", "model", "envs.base"},
-    {"metrics", "checkpoint", "packing", "engine.base", "envs.digits", "envs.numbers", "envs.multi_turn"},
+    {"types", "algo.method", "algo.own", "algo.presets", "config", "rules", "transport", "timeline"}
+    | {"confine", "sandbox"},
+    {
+        "evaluation",
+        "algo.advantage",
+        "algo.loss",
+        "algo.diagnostics",
+        "buffer",
+        "sharding",
+        "weights",
+        "model",
+        "envs.base",
+        "blame",
+        "samples",
+        "sinks",
+    },
+    {"metrics", "checkpoint", "packing", "scoring", "engine.base", "envs.digits", "envs.numbers"}
+    | {"envs.data", "envs.chat", "envs.rewards", "envs.dataset", "envs.gsm8k", "envs.mixture"}
+    | {"envs.reasoning_gym", "envs.multi_turn"},
     {
         "engine.kv_cache",
         "engine.sampler",

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl.envs.base import Tokenizer
-from asyncrl.envs.multi_turn import DATA, Episode, Message, MultiTurn, Row, field
+from asyncrl.envs.chat import Message
+from asyncrl.envs.data import Row
+from asyncrl.envs.multi_turn import SHIPPED, Episode, MultiTurn, field
 from asyncrl.envs.tools import shorten
 from asyncrl.sandbox import Limits, Sandbox
 
@@ -55,7 +57,7 @@ class CodeTask(MultiTurn):
         self,
         tokenizer: Tokenizer,
         *,
-        data: str | Path = DATA / "code.jsonl",
+        data: str | Path = SHIPPED / "code.jsonl",
         max_turns: int = 1,
         max_context_tokens: int = 1024,
         time_limit_s: float = 6.0,

@@ -11,15 +11,16 @@ The class is built as `Class(env_config=..., extras=row)`. `init(prompt)` return
 from __future__ import annotations
 
 import asyncio
-import importlib
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from asyncrl.envs.base import Tokenizer
-from asyncrl.envs.multi_turn import Episode, Message, MultiTurn, Row, field
+from asyncrl.envs.base import Tokenizer, import_object
+from asyncrl.envs.chat import Message
+from asyncrl.envs.data import Row
+from asyncrl.envs.multi_turn import Episode, MultiTurn, field
 
 
 class GymEnv(MultiTurn):
@@ -38,11 +39,7 @@ class GymEnv(MultiTurn):
         max_turns: int = 4,
         max_context_tokens: int = 1024,
     ) -> None:
-        module, _, name = env.partition(":")
-        try:
-            self._class = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"env.args.env {env!r}: {error}; write 'package.module:Class'") from error
+        self._class = import_object(env, "env.args.env")
         self._env_config = env_config or {}
         super().__init__(tokenizer, data=data, max_turns=max_turns, max_context_tokens=max_context_tokens)
 

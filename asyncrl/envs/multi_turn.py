@@ -14,18 +14,17 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 
 from asyncrl.envs.base import Generate, Split, Tokenizer, split_of
+from asyncrl.envs.chat import Message
+from asyncrl.envs.data import Row, read_rows
 from asyncrl.types import Completion, Finish, Prompt, Trajectory, Version
 
-Message: TypeAlias = dict[str, str]
-"""`role` and `content`."""
-Row: TypeAlias = dict[str, Any]
-
-DATA = Path(__file__).with_name("data")
+SHIPPED = Path(__file__).with_name("rows")
+"""A few rows for each example, so that it runs offline."""
 
 
 class Episode(Protocol):
@@ -45,7 +44,8 @@ class Episode(Protocol):
 class MultiTurn:
     """Base of the environments that play in turns: a subclass says what a row asks and how an episode goes.
 
-    `data` is a JSON-lines file, a row a line; a row's own `split` ("train" or "heldout") wins over the split by hash.
+    `data` is a .jsonl or .parquet file, or the "train" split of a folder or a hub id (`asyncrl.envs.data`); a row's own
+    `split` ("train" or "heldout") wins over the split by hash.
     Budgets: `max_turns` replies, and no context longer than `max_context_tokens` is handed to the model; a reply has
     `rollout.max_new_tokens`. A reply that was cut off ends the attempt and is not acted upon. Raises `ValueError` for
     data that cannot be used.
@@ -57,7 +57,7 @@ class MultiTurn:
         self.max_prompt_tokens = max_context_tokens
         self._max_turns = max_turns
         self._tokenizer = tokenizer
-        self._rows = {str(number): row for number, row in enumerate(read_rows(data))}
+        self._rows = {str(number): row for number, row in enumerate(read_rows(str(data), "train"))}
         self._prompts = {name: encode_chat(tokenizer, self.opening(row)) for name, row in self._rows.items()}
         for name, token_ids in self._prompts.items():
             if len(token_ids) > max_context_tokens:
@@ -181,26 +181,6 @@ def encode_answer(tokenizer: Tokenizer, completion: Completion, answer: str | li
     text = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
     after = list(tokenizer.encode(text.partition(_REPLY)[2], add_special_tokens=False))
     return after[1:] if after[:1] == completion.token_ids[-1:].tolist() else after
-
-
-def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a JSON-lines file. Raises `ValueError` that names the line that cannot be read."""
-    try:
-        lines = Path(path).read_text().splitlines()
-    except OSError as error:
-        raise ValueError(f"cannot read the data {str(path)!r}: {error.strerror}") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} of {path} is no JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"line {number} of {path} must be a JSON object, got {type(row).__name__}")
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"the data {str(path)!r} has no rows")
-    return rows
 
 
 def field(row: Row, name: str) -> Any:

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl.envs.base import Tokenizer
-from asyncrl.envs.multi_turn import DATA, Episode, Message, MultiTurn, Row, field
+from asyncrl.envs.chat import Message
+from asyncrl.envs.data import Row
+from asyncrl.envs.multi_turn import SHIPPED, Episode, MultiTurn, field
 from asyncrl.envs.tools import shorten, tagged
 from asyncrl.sandbox import Limits, Sandbox
 
@@ -48,7 +50,7 @@ class TextToSQL(MultiTurn):
         self,
         tokenizer: Tokenizer,
         *,
-        data: str | Path = DATA / "sql.jsonl",
+        data: str | Path = SHIPPED / "sql.jsonl",
         max_turns: int = 3,
         max_context_tokens: int = 1024,
         time_limit_s: float = 5.0,

@@ -13,7 +13,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path, PurePosixPath
 
 from asyncrl.envs.base import Tokenizer
-from asyncrl.envs.multi_turn import DATA, Episode, Message, MultiTurn, Row, field
+from asyncrl.envs.chat import Message
+from asyncrl.envs.data import Row
+from asyncrl.envs.multi_turn import SHIPPED, Episode, MultiTurn, field
 from asyncrl.envs.tools import shorten, tagged
 from asyncrl.sandbox import Limits, Sandbox
 
@@ -41,7 +43,7 @@ class RepairTask(MultiTurn):
         self,
         tokenizer: Tokenizer,
         *,
-        data: str | Path = DATA / "swe.jsonl",
+        data: str | Path = SHIPPED / "swe.jsonl",
         max_turns: int = 8,
         max_context_tokens: int = 2048,
         time_limit_s: float = 10.0,

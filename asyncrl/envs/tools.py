@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 from asyncrl.envs.base import Tokenizer
-from asyncrl.envs.multi_turn import DATA, Episode, Message, MultiTurn, Row, field
+from asyncrl.envs.chat import Message
+from asyncrl.envs.data import Row
+from asyncrl.envs.multi_turn import SHIPPED, Episode, MultiTurn, field
 from asyncrl.sandbox import Limits, Sandbox
 
 Tool: TypeAlias = Callable[[str], Awaitable[str]]
@@ -44,7 +46,7 @@ class ToolUse(MultiTurn):
         self,
         tokenizer: Tokenizer,
         *,
-        data: str | Path = DATA / "tools.jsonl",
+        data: str | Path = SHIPPED / "tools.jsonl",
         tools: Sequence[str] = ("calculator", "python"),
         max_turns: int = 4,
         max_context_tokens: int = 1024,
