@@ -126,6 +126,10 @@ def test_limits_cannot_be_raised_again(limit):
     assert outcome.explain() == "ValueError: not allowed to raise maximum limit"
 
 
+def test_root_is_root_no_longer():
+    assert attempt("import os; os.chroot('.')").explain().startswith("PermissionError")
+
+
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_flood_of_output_ends_the_program(stream):
     outcome = attempt(f"import sys\nwhile True: sys.{stream}.write('x' * 65536)", limits=Limits(60, output_bytes=1000))
