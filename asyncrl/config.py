@@ -22,7 +22,8 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 class ModelConfig(_Section, frozen=True, kw_only=True):
     path: str = "tiny"
-    """A Hugging Face id, a local folder, or "tiny": a Qwen2-architecture model made in code with random weights."""
+    """A Hugging Face id, a local folder, or a Qwen2-architecture model made in code with random weights: "tiny", or
+    "tiny-bytes", which reads any text."""
     num_layers: int = 2
     """Layers of "tiny"; 2 layers are 0.40 M parameters."""
 

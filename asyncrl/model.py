@@ -1,7 +1,7 @@
 """Hugging Face models and tokenizers: the only file that imports `transformers`.
 
-It loads what a folder holds, and it makes the tiny model that runs everywhere: a Qwen2 architecture with random
-weights and a tokenizer of 25 single characters, saved as an ordinary folder that any other loader can read too.
+It loads what a folder holds, and it makes the tiny models that run everywhere: a Qwen2 architecture with random weights
+and a tokenizer of 25 single characters, or of bytes, saved as an ordinary folder that any other loader can read too.
 """
 
 from __future__ import annotations
@@ -25,15 +25,21 @@ from transformers import (
 )
 
 TINY = "tiny"
-"""The model name that stands for `build_tiny`."""
+TINY_BYTES = "tiny-bytes"
+"""The model names that stand for `build_tiny`: its tokenizer has 25 characters, or any byte and a chat template."""
 
 _PAD, _EOS = "<pad>", "<eos>"
 _VOCABULARY = (_PAD, _EOS, *"0123456789", *"=+-*,:", " ", *"msarcg")
+_CHAT = (
+    "{% for message in messages %}{{ message.role + ':' + message.content + '<eos>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
 
 
 def build_tiny(
     folder: str | Path,
     *,
+    name: str = TINY,
     num_layers: int = 2,
     hidden_size: int = 128,
     intermediate_size: int = 384,
@@ -42,14 +48,14 @@ def build_tiny(
     init_std: float = 0.05,
     seed: int,
 ) -> None:
-    """Writes a random float32 model and its character tokenizer to `folder`; 0.40 M parameters with the defaults.
+    """Writes a random float32 model and its tokenizer to `folder`; 0.40 M parameters with the defaults.
 
     The same arguments give the same weights. The caller's random state is left as it was.
     """
     _quiet()
-    tokenizer = _character_tokenizer()
+    tokenizer = _byte_tokenizer() if name == TINY_BYTES else _character_tokenizer()
     config = Qwen2Config(
-        vocab_size=len(_VOCABULARY),
+        vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_hidden_layers=num_layers,
@@ -193,6 +199,22 @@ def _character_tokenizer() -> PreTrainedTokenizerFast:
         eos_token=_EOS,
         # Never used, but other readers of the folder would add one of their own as token 25.
         unk_token=_PAD,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte of UTF-8, so that any text can be read and written."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([_PAD, _EOS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=_PAD,
+        eos_token=_EOS,
+        chat_template=_CHAT,
         clean_up_tokenization_spaces=False,
     )
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from asyncrl.config import Config
 from asyncrl.envs.base import Env, load_env
-from asyncrl.model import TINY, build_tiny, load_model, load_tokenizer
+from asyncrl.model import TINY, TINY_BYTES, build_tiny, load_model, load_tokenizer
 
 
 def prepare(config: Config, *, quiet: bool = False) -> Path:
@@ -24,7 +24,7 @@ def prepare(config: Config, *, quiet: bool = False) -> Path:
 
     Made once for each combination of the settings that it depends on; a folder that exists is complete.
     """
-    if config.model.path != TINY and config.warmup.num_steps == 0:
+    if config.model.path not in (TINY, TINY_BYTES) and config.warmup.num_steps == 0:
         return Path(config.model.path)
     depends_on = msgspec.json.encode((config.seed, config.model, config.env, config.warmup))
     folder = Path(config.run_dir) / "cache" / hashlib.blake2b(depends_on, digest_size=8).hexdigest()
@@ -32,9 +32,9 @@ def prepare(config: Config, *, quiet: bool = False) -> Path:
         return folder
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     source = Path(config.model.path)
-    if config.model.path == TINY:
+    if config.model.path in (TINY, TINY_BYTES):
         source = partial
-        build_tiny(partial, num_layers=config.model.num_layers, seed=config.seed)
+        build_tiny(partial, name=config.model.path, num_layers=config.model.num_layers, seed=config.seed)
     if config.warmup.num_steps:
         tokenizer = load_tokenizer(str(source))
         env = load_env(config.env.path, tokenizer, config.env.args)

@@ -163,12 +163,12 @@ def attention(config: Config, gpus: Sequence[Gpu]) -> str:
 
 def read_model(config: Config, models: list[tuple[int, Any]]) -> str:
     """Reads settings and tokenizer; appends the rough number of parameters, and the tokenizer, to `models`."""
-    from asyncrl.model import TINY, build_tiny, load_tokenizer
+    from asyncrl.model import TINY, TINY_BYTES, build_tiny, load_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         path = config.model.path
-        if path == TINY:
-            build_tiny(folder, num_layers=config.model.num_layers, seed=config.seed)
+        if path in (TINY, TINY_BYTES):
+            build_tiny(folder, name=path, num_layers=config.model.num_layers, seed=config.seed)
             path = folder
         tokenizer = load_tokenizer(path)
         parameters = count_parameters(read_settings(path))

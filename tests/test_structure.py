@@ -16,7 +16,8 @@ HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboa
 
 # Each layer may import itself and the ones before it.
 LAYERS = [
-    {"types", "algo.method", "algo.own", "algo.presets", "config", "rules", "transport", "timeline"},
+    {"types", "algo.method", "algo.own", "algo.presets", "config", "rules", "transport", "timeline"}
+    | {"confine", "sandbox"},
     {
         "evaluation",
         "algo.advantage",
@@ -34,7 +35,7 @@ LAYERS = [
     },
     {"metrics", "checkpoint", "packing", "scoring", "engine.base", "envs.digits", "envs.numbers"}
     | {"envs.data", "envs.chat", "envs.rewards", "envs.dataset", "envs.gsm8k", "envs.mixture"}
-    | {"envs.reasoning_gym"},
+    | {"envs.reasoning_gym", "envs.multi_turn"},
     {
         "engine.kv_cache",
         "engine.sampler",
@@ -42,6 +43,11 @@ LAYERS = [
         "engine.sglang",
         "engine.sglang_launch",
         "engine.sglang_scheduler",
+        "envs.tools",
+        "envs.sql",
+        "envs.code",
+        "envs.swe",
+        "envs.gym",
         "rollout",
         "pool",
         "learner",

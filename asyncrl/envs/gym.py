@@ -1,0 +1,79 @@
+"""Environments written for SkyRL-Gym, unchanged: a class with `init`, `step` and perhaps `close`, by import path.
+
+    [env]
+    path = "asyncrl.envs.gym:GymEnv"
+    args = { env = "package.module:Class", data = "rows.jsonl", max_turns = 4 }
+
+The class is built as `Class(env_config=..., extras=row)`. `init(prompt)` returns the messages to open with and a dict;
+`step(reply)` a dict of `observations` (messages), `reward`, `done` and `metadata`. Rewards of the steps are summed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from asyncrl.envs.base import Tokenizer, import_object
+from asyncrl.envs.chat import Message
+from asyncrl.envs.data import Row
+from asyncrl.envs.multi_turn import Episode, MultiTurn, field
+
+
+class GymEnv(MultiTurn):
+    """Rows of `prompt` (messages) and whatever else the class reads from `extras`, such as `reward_spec`.
+
+    Its calls run in threads, as they may block. `init` must return the same messages for a row each time.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        env: str,
+        data: str | Path,
+        env_config: dict[str, Any] | None = None,
+        max_turns: int = 4,
+        max_context_tokens: int = 1024,
+    ) -> None:
+        self._class = import_object(env, "env.args.env")
+        self._env_config = env_config or {}
+        super().__init__(tokenizer, data=data, max_turns=max_turns, max_context_tokens=max_context_tokens)
+
+    def opening(self, row: Row) -> list[Message]:
+        return self._start(row)[1]
+
+    @asynccontextmanager
+    async def episode(self, row: Row) -> AsyncIterator[Episode]:
+        env, _ = await asyncio.to_thread(self._start, row)
+        try:
+            yield _GymEpisode(env)
+        finally:
+            if hasattr(env, "close"):
+                await asyncio.to_thread(env.close)
+
+    def _start(self, row: Row) -> tuple[Any, list[Message]]:
+        env = self._class(env_config=self._env_config, extras={"max_turns": self._max_turns, **row})
+        messages, _ = env.init(list(field(row, "prompt")))
+        return env, messages
+
+
+class _GymEpisode:
+    def __init__(self, env: Any) -> None:
+        self.metrics: dict[str, float] = {}
+        self._env, self._reward = env, 0.0
+
+    async def respond(self, reply: str) -> list[Message] | None:
+        result = await asyncio.to_thread(self._env.step, reply)
+        reward = float(result["reward"])
+        if not math.isfinite(reward):
+            raise ValueError(f"{type(self._env).__name__}.step returned the reward {reward}; it must be finite")
+        self._reward += reward
+        messages: list[Message] = result["observations"]
+        return None if result["done"] else messages
+
+    async def score(self) -> float:
+        return self._reward

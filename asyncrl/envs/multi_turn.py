@@ -1,0 +1,190 @@
+"""Attempts of several turns: the model replies, the environment answers, until one of them or a budget ends it.
+
+    prompt --> generate --> reply --> episode.respond --> answer, mask False --> generate --> ... --> episode.score
+               |                                          |
+               '-- one engine, and each context extends the one before token by token: its prefix cache holds
+
+What was sampled is never tokenised again: answers are appended as tokens, in the words of the chat template.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from asyncrl.envs.base import Generate, Split, Tokenizer, split_of
+from asyncrl.envs.chat import Message
+from asyncrl.envs.data import Row, read_rows
+from asyncrl.types import Completion, Finish, Prompt, Trajectory, Version
+
+SHIPPED = Path(__file__).with_name("rows")
+"""A few rows for each example, so that it runs offline."""
+
+
+class Episode(Protocol):
+    """One attempt at one row, from its first reply to its score."""
+
+    metrics: dict[str, float]
+    """What it counted; the same names in every episode of an environment."""
+
+    async def respond(self, reply: str) -> str | list[Message] | None:
+        """The answer to a reply, None if that was the last. An exception is a failed rollout, so garbage that the model
+        wrote gets an answer that says so, and is counted."""
+
+    async def score(self) -> float:
+        """The reward, asked for once, however the attempt ended."""
+
+
+class MultiTurn:
+    """Base of the environments that play in turns: a subclass says what a row asks and how an episode goes.
+
+    `data` is a .jsonl or .parquet file, or the "train" split of a folder or a hub id (`asyncrl.envs.data`); a row's own
+    `split` ("train" or "heldout") wins over the split by hash.
+    Budgets: `max_turns` replies, and no context longer than `max_context_tokens` is handed to the model; a reply has
+    `rollout.max_new_tokens`. A reply that was cut off ends the attempt and is not acted upon. Raises `ValueError` for
+    data that cannot be used.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, data: str | Path, max_turns: int, max_context_tokens: int) -> None:
+        if max_turns < 1:
+            raise ValueError(f"env.args.max_turns must be at least 1, got {max_turns}")
+        self.max_prompt_tokens = max_context_tokens
+        self._max_turns = max_turns
+        self._tokenizer = tokenizer
+        self._rows = {str(number): row for number, row in enumerate(read_rows(str(data), "train"))}
+        self._prompts = {name: encode_chat(tokenizer, self.opening(row)) for name, row in self._rows.items()}
+        for name, token_ids in self._prompts.items():
+            if len(token_ids) > max_context_tokens:
+                raise ValueError(
+                    f"row {name} of {data} has a prompt of {len(token_ids)} tokens, env.args.max_context_tokens is "
+                    f"{max_context_tokens}: raise it, or remove the row"
+                )
+        names: dict[Split, list[str]] = {"train": [], "heldout": []}
+        for name, row in self._rows.items():
+            names[row.get("split") or split_of(json.dumps(row, sort_keys=True))].append(name)
+        self._names = names
+
+    def opening(self, row: Row) -> list[Message]:
+        """What the model is told before its first reply."""
+        raise NotImplementedError
+
+    def episode(self, row: Row) -> AbstractAsyncContextManager[Episode]:
+        """A new attempt at `row`; what it holds is freed on exit."""
+        raise NotImplementedError
+
+    def prompts(self, split: Split, seed: int) -> Iterator[Prompt]:
+        """Pass after pass over the rows of the split, each in an order of its own. `target` names the row."""
+        names = self._names[split]
+        if not names:
+            raise ValueError(f"the data of {type(self).__name__} has no {split} rows: add some, or give rows a 'split'")
+        rng = random.Random(f"{split} {seed}")
+        count = 0
+        while True:
+            for name in rng.sample(names, len(names)):
+                yield Prompt(count, self._prompts[name], name)
+                count += 1
+
+    def baselines(self, prompts: Sequence[Prompt]) -> dict[str, float]:  # noqa: ARG002
+        """Saying nothing of use scores nothing."""
+        return {"no answer": 0.0}
+
+    async def play(self, prompt: Prompt, generate: Generate) -> Trajectory:
+        transcript = Transcript(prompt.token_ids)
+        turns, out_of_turns = 0, False
+        async with self.episode(self._rows[prompt.target]) as episode:
+            while True:
+                completion = await generate(transcript.token_ids)
+                transcript.sampled(completion)
+                turns += 1
+                finish: Finish = completion.finish
+                if finish != "stop":
+                    break
+                answer = await episode.respond(self._text(completion))
+                if answer is None:
+                    break
+                out_of_turns = turns == self._max_turns
+                if out_of_turns:
+                    break
+                given = encode_answer(self._tokenizer, completion, answer)
+                if len(transcript.token_ids) + len(given) > self.max_prompt_tokens:
+                    finish = "length"
+                    break
+                transcript.given(given)
+            reward = await episode.score()
+            metrics = {"turns": float(turns), "out_of_turns": float(out_of_turns), **episode.metrics}
+        return transcript.trajectory(reward, finish, metrics)
+
+    def _text(self, completion: Completion) -> str:
+        return str(self._tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True))
+
+
+class Transcript:
+    """The columns of one attempt as it grows."""
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self.token_ids = list(prompt)
+        self._mask = [False] * len(prompt)
+        self._logprobs = [0.0] * len(prompt)
+        self._versions = [0] * len(prompt)
+        self._digests: dict[Version, str] = {}
+
+    def sampled(self, completion: Completion) -> None:
+        """What the model wrote: trained on, with the log-probs and versions that it was sampled with."""
+        self.token_ids += completion.token_ids.tolist()
+        self._mask += [True] * len(completion.token_ids)
+        self._logprobs += completion.logprobs.tolist()
+        self._versions += completion.versions.tolist()
+        self._digests |= completion.digests
+
+    def given(self, token_ids: Sequence[int]) -> None:
+        """What the environment wrote: read by the model, not trained on."""
+        self.token_ids += token_ids
+        self._mask += [False] * len(token_ids)
+        self._logprobs += [0.0] * len(token_ids)
+        self._versions += [0] * len(token_ids)
+
+    def trajectory(self, reward: float, finish: Finish, metrics: dict[str, float]) -> Trajectory:
+        return Trajectory(
+            token_ids=np.array(self.token_ids, np.int32),
+            mask=np.array(self._mask, np.bool_),
+            logprobs=np.array(self._logprobs, np.float32),
+            versions=np.array(self._versions, np.int32),
+            reward=reward,
+            finish=finish,
+            digests=self._digests,
+            metrics=metrics,
+        )
+
+
+def encode_chat(tokenizer: Tokenizer, messages: list[Message]) -> tuple[int, ...]:
+    """Token ids of a conversation, up to where the model is to reply."""
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+_REPLY = "(the reply of the model)"
+
+
+def encode_answer(tokenizer: Tokenizer, completion: Completion, answer: str | list[Message]) -> list[int]:
+    """Token ids between the end of a reply and the start of the next: what the chat template puts there.
+
+    The template ends the turn after the reply; where its end is the stop token just sampled, it is not repeated.
+    """
+    messages = [{"role": "user", "content": answer}] if isinstance(answer, str) else answer
+    conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _REPLY}, *messages]
+    text = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    after = list(tokenizer.encode(text.partition(_REPLY)[2], add_special_tokens=False))
+    return after[1:] if after[:1] == completion.token_ids[-1:].tolist() else after
+
+
+def field(row: Row, name: str) -> Any:
+    """Column `name` of a row. Raises `ValueError` that names the columns there are."""
+    if name not in row:
+        raise ValueError(f"a row lacks the column {name!r}; it has {', '.join(sorted(row))}")
+    return row[name]

@@ -1,0 +1,110 @@
+"""Small software engineering: look at files of a repository, edit them, run the tests, until an issue is solved.
+
+The repository lives in memory; a run of the tests gets a copy of it, in a sandbox. A model can overwrite any file, but
+for scoring the test files are the row's own. Tests share a process with the code that they test, as is usual: a program
+that goes looking for the test runner can forge its report.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path, PurePosixPath
+
+from asyncrl.envs.base import Tokenizer
+from asyncrl.envs.chat import Message
+from asyncrl.envs.data import Row
+from asyncrl.envs.multi_turn import SHIPPED, Episode, MultiTurn, field
+from asyncrl.envs.tools import shorten, tagged
+from asyncrl.sandbox import Limits, Sandbox
+
+_RUN_TESTS = """
+import sys, unittest
+tests = unittest.defaultTestLoader.discover(".", pattern="test_*.py")
+result = unittest.TextTestRunner(stream=sys.stdout).run(tests)
+print("passed" if result.wasSuccessful() and result.testsRun else "failed", result.testsRun)
+"""
+_SYSTEM = """You fix a Python repository. One action per turn:
+<view>path</view> shows a file.
+<edit path="path"><old>text that occurs once</old><new>its replacement</new></edit> edits a file.
+<test></test> runs the tests.
+<done></done> ends your work.
+Files: {files}"""
+
+
+class RepairTask(MultiTurn):
+    """Rows of `issue`, `files` and `tests` (both path -> text; tests are `unittest` in files named test_*.py).
+
+    Reward 1 if the row's tests pass in the end, however the attempt ended.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        data: str | Path = SHIPPED / "swe.jsonl",
+        max_turns: int = 8,
+        max_context_tokens: int = 2048,
+        time_limit_s: float = 10.0,
+    ) -> None:
+        self._sandbox = Sandbox(Limits(time_s=time_limit_s))
+        super().__init__(tokenizer, data=data, max_turns=max_turns, max_context_tokens=max_context_tokens)
+
+    def opening(self, row: Row) -> list[Message]:
+        tests = field(row, "tests")
+        if not tests or not all(PurePosixPath(path).match("test_*.py") for path in tests):
+            raise ValueError(f"a row needs tests in files named test_*.py, got {list(tests)}")
+        files = ", ".join([*field(row, "files"), *tests])
+        return [
+            {"role": "system", "content": _SYSTEM.format(files=files)},
+            {"role": "user", "content": field(row, "issue")},
+        ]
+
+    @asynccontextmanager
+    async def episode(self, row: Row) -> AsyncIterator[Episode]:
+        yield _RepairEpisode(self._sandbox, row["files"], row["tests"])
+
+
+class _RepairEpisode:
+    def __init__(self, sandbox: Sandbox, files: dict[str, str], tests: dict[str, str]) -> None:
+        self.metrics = {"edits": 0.0, "test_runs": 0.0, "bad_calls": 0.0}
+        self._sandbox, self._tests = sandbox, tests
+        self._files = {**files, **tests}
+
+    async def respond(self, reply: str) -> str | None:
+        if tagged(reply, "done") is not None:
+            return None
+        if (path := tagged(reply, "view")) is not None:
+            return self._files[path] if path in self._files else self._bad(f"no file {path!r}")
+        if edit := re.search(r'<edit path="(.*?)">(.*?)</edit>', reply, re.DOTALL):
+            return self._edit(edit[1], edit[2])
+        if tagged(reply, "test") is not None:
+            self.metrics["test_runs"] += 1
+            return (await self._test(self._files))[1]
+        return self._bad("no action; write <view>, <edit>, <test> or <done>")
+
+    async def score(self) -> float:
+        return float((await self._test({**self._files, **self._tests}))[0])
+
+    def _edit(self, path: str, change: str) -> str:
+        # Not stripped: in Python, space at the start of a line has a meaning.
+        parts = re.fullmatch(r"\s*<old>(.*?)</old>\s*<new>(.*?)</new>\s*", change, re.DOTALL)
+        if path not in self._files or parts is None:
+            return self._bad(f"no file {path!r}" if parts else "an edit needs <old>...</old><new>...</new>")
+        count = self._files[path].count(parts[1])
+        if not parts[1] or count != 1:
+            return self._bad(f"the old text must occur once in {path}, it occurs {count} times")
+        self._files[path] = self._files[path].replace(parts[1], parts[2])
+        self.metrics["edits"] += 1
+        return f"edited {path}"
+
+    async def _test(self, files: dict[str, str]) -> tuple[bool, str]:
+        """Whether all tests pass, and what the runner says."""
+        outcome = await self._sandbox.run(_RUN_TESTS, files=files)
+        last = outcome.stdout.strip().rpartition("\n")[2]
+        return outcome.ok and last.startswith("passed"), shorten(outcome.explain() or outcome.stdout)
+
+    def _bad(self, text: str) -> str:
+        self.metrics["bad_calls"] += 1
+        return f"error: {text}"

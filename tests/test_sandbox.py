@@ -1,0 +1,181 @@
+"""Escapes from the sandbox, each tried for real. Every test fails when the limit that it is about is taken away."""
+
+import asyncio
+import os
+import platform
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from helpers import run
+
+from asyncrl.sandbox import Limits, Sandbox
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="the sandbox needs Linux on x86-64"
+)
+
+
+def attempt(code, *, limits=None, **arguments):
+    return run(Sandbox(limits or Limits(time_s=20)).run(code, **arguments))
+
+
+def test_a_program_reads_its_input_and_files_and_prints():
+    code = "import part, sqlite3, random\nprint(input() + part.x + open('a/b.txt').read())"
+    outcome = attempt(code, stdin="one ", files={"part.py": "x = 'two '", "a/b.txt": b"three"})
+    assert (outcome.ok, outcome.stdout, outcome.explain()) == (True, "one two three\n", "")
+
+
+def test_an_error_is_reported_in_one_line():
+    outcome = attempt("print('before')\n1 / 0")
+    assert (outcome.ok, outcome.stdout) == (False, "before\n")
+    assert outcome.explain() == "ZeroDivisionError: division by zero"
+
+
+def test_nothing_of_a_run_stays_behind():
+    folder = attempt("import os; print(os.getcwd())").stdout.strip()
+    assert folder.startswith(tempfile.gettempdir())
+    assert not Path(folder).exists()
+
+
+def test_the_network_is_out_of_reach():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        outcome = attempt(f"import socket; socket.create_connection({server.getsockname()!r}); print('in')")
+    assert "PermissionError" in outcome.stderr
+    assert outcome.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "way", ["os.fork()", "os.posix_spawn('/bin/true', ['true'], {})", "subprocess.Popen(['/bin/true'])"]
+)
+def test_there_is_no_second_process_so_no_fork_bomb(way):
+    outcome = attempt(f"import os, subprocess\n{way}\nprint('two')")
+    assert "PermissionError" in outcome.stderr
+    assert "two" not in outcome.stdout
+
+
+def test_threads_still_work():
+    code = "import threading\nt = threading.Thread(target=print, args=('thread',))\nt.start()\nt.join()"
+    assert attempt(code).stdout == "thread\n"
+
+
+@pytest.mark.parametrize(
+    "where", ["'here'", "'/tmp/sandbox-escape'", "'/dev/shm/sandbox-escape'", "os.memfd_create('memory')"]
+)
+def test_nothing_can_be_written(where):
+    outcome = attempt(f"import os\nwith open({where}, 'wb', 0) as f: f.write(b'x' * 4096)\nprint('written')")
+    assert "written" not in outcome.stdout
+    assert not Path("/tmp/sandbox-escape").exists()
+
+
+def test_memory_is_limited():
+    code = "x = bytearray(300 << 20)\nprint(len(x))"
+    assert attempt(code, limits=Limits(memory_mb=600)).ok
+    assert attempt(code, limits=Limits(memory_mb=200)).explain() == "MemoryError"
+
+
+@pytest.mark.parametrize("code", ["while True: pass", "import time; time.sleep(1000)"])
+def test_a_program_that_does_not_end_is_ended(code):
+    outcome = attempt(code, limits=Limits(time_s=1))
+    assert (outcome.timed_out, outcome.ok, outcome.explain()) == (True, False, "timed out")
+
+
+def test_processor_time_is_limited_by_the_kernel_too():
+    code = "import resource; print(resource.getrlimit(resource.RLIMIT_CPU))"
+    assert attempt(code, limits=Limits(time_s=6.5)).stdout == "(7, 7)\n"
+
+
+def test_the_environment_is_empty(monkeypatch):
+    monkeypatch.setenv("SECRET", "hunter2")
+    assert eval(attempt("import os; print(dict(os.environ))").stdout).keys() <= {"LC_CTYPE"}  # the interpreter's own
+
+
+@pytest.mark.parametrize("path", [f"/proc/{os.getpid()}/environ", __file__, "/etc/passwd", "/proc/self/maps"])
+def test_other_files_cannot_be_read(path):
+    outcome = attempt(f"print(open({path!r}).read())")
+    assert "PermissionError" in outcome.stderr
+    assert outcome.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "os.kill({pid}, 0)",
+        "os.killpg(os.getpgid({pid}), 0)",
+        "signal.pidfd_send_signal(os.pidfd_open({pid}), 0)",
+        "os.setpriority(os.PRIO_PROCESS, {pid}, 19)",
+        "os.sched_setaffinity({pid}, [0])",
+        "resource.prlimit({pid}, resource.RLIMIT_CORE)",
+        "fcntl.fcntl(0, fcntl.F_SETOWN, {pid})",
+        "os.setsid()",
+    ],
+)
+def test_the_parent_is_out_of_reach(harm):
+    before = os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0)
+    outcome = attempt(f"import fcntl, os, resource, signal\n{harm.format(pid=os.getpid())}\nprint('done')")
+    assert "PermissionError" in outcome.stderr
+    assert outcome.stdout == ""
+    assert (os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0)) == before
+
+
+@pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_FSIZE", "RLIMIT_CPU"])
+def test_limits_cannot_be_raised_again(limit):
+    outcome = attempt(f"import resource\nresource.setrlimit(resource.{limit}, (-1, -1))\nprint('raised')")
+    assert outcome.explain() == "ValueError: not allowed to raise maximum limit"
+
+
+def test_root_is_root_no_longer():
+    assert attempt("import os; os.chroot('.')").explain().startswith("PermissionError")
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_flood_of_output_ends_the_program(stream):
+    outcome = attempt(f"import sys\nwhile True: sys.{stream}.write('x' * 65536)", limits=Limits(60, output_bytes=1000))
+    assert (outcome.flooded, outcome.ok, outcome.explain()) == (True, False, "printed too much")
+    assert len(getattr(outcome, stream)) == 1000
+
+
+def test_a_cancelled_run_leaves_no_process():
+    async def body():
+        before = set(Path(tempfile.gettempdir()).glob("sandbox-*"))
+        sandbox = Sandbox(Limits(time_s=50))
+        await sandbox.run("pass")
+        task = asyncio.create_task(sandbox.run("import time; time.sleep(1000)"))
+        await asyncio.sleep(0.5)
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        assert children
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+        assert set(Path(tempfile.gettempdir()).glob("sandbox-*")) <= before
+
+    run(body())
+
+
+def test_as_many_run_at_once_as_told():
+    code = "import time\nprint(time.monotonic())\ntime.sleep(0.1)\nprint(time.monotonic())"
+
+    async def body():
+        sandbox = Sandbox(Limits(time_s=20), max_running=1)
+        outcomes = await asyncio.gather(*(sandbox.run(code) for _ in range(3)))
+        times = [float(line) for outcome in outcomes for line in outcome.stdout.split()]
+        assert len(times) == 6
+        assert times == sorted(times)
+
+    run(body())
+
+
+def test_mistakes_of_the_caller_are_errors():
+    with pytest.raises(ValueError, match=r"inside its folder, got '\.\./x'"):
+        attempt("pass", files={"../x": ""})
+    with pytest.raises(ValueError, match="time_s must be above 0, got 0"):
+        Limits(time_s=0)
+
+
+def test_without_confinement_nothing_runs(monkeypatch):
+    monkeypatch.setattr("asyncrl.sandbox._library", lambda: ())
+    with pytest.raises(RuntimeError, match="no program can be run in a sandbox here"):
+        attempt("print(1)")
