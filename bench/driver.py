@@ -205,9 +205,8 @@ def main() -> None:
 
     results = profiled(work, options.profile) if options.profile else work()
     ray.shutdown()
-    print(
-        "| rollout actors | groups in flight | driver CPU, ms a group | of it event loop | groups/s |\n|---|---|---|---|---|"
-    )
+    print("| rollout actors | groups in flight | driver CPU, ms a group | of it event loop | groups/s |")
+    print("|---|---|---|---|---|")
     for row in results:
         print(
             f"| {row['actors']} | {options.in_flight} | {1000 * row['cpu_s']:.2f} | {1000 * row['loop_s']:.2f} | "

@@ -1,7 +1,7 @@
 """TRL's `GRPOTrainer` beside asyncrl: same model, task, batch, samples, optimizer and number of steps, same machine.
 
     python -m venv .venv-trl && .venv-trl/bin/pip install -r bench/peers/requirements-trl.txt
-    python bench/peers/trl_grpo.py [CONFIG.toml] --trl-python .venv-trl/bin/python [--seeds 2] [--model PATH] [--steps 160]
+    python bench/peers/trl_grpo.py [CONFIG.toml] --trl-python .venv-trl/bin/python [--model PATH] [--seeds 2]
 
 Runs take turns, a pair a seed, each in processes of its own. TRL is set to asyncrl's objective where it has one: token
 mean, no division by the standard deviation, no KL, the same entropy bonus, Adam and learning rate. It gets the same
@@ -56,9 +56,8 @@ def compare(options: argparse.Namespace) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     words = [*options.words, f"num_steps={options.steps}", f"run_dir={options.out.absolute()}", "checkpoint.every=0"]
     words += [f"model.path={options.model}"] if options.model else []
-    print(
-        "| | seed | s a step, median | samples/s | step to 0.9 | s to 0.9 | final held-out |\n|---|---|---|---|---|---|---|"
-    )
+    print("| | seed | s a step, median | samples/s | step to 0.9 | s to 0.9 | final held-out |")
+    print("|---|---|---|---|---|---|---|")
     ratios = []
     for seed in range(options.seeds):
         results = [
@@ -66,7 +65,7 @@ def compare(options: argparse.Namespace) -> None:
             run_trl(options.config, [*words, f"seed={seed}"], options),
         ]
         for result in results:
-            result |= summary(result, options.skip)
+            result.update(summary(result, options.skip))
             with (options.out / "trl_grpo.jsonl").open("a") as file:
                 file.write(json.dumps({"seed": seed, **result}) + "\n")
             print(line(seed, result), flush=True)
