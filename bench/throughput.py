@@ -35,14 +35,16 @@ SYNC = "buffer.max_staleness=0"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", default=str(ROOT / "configs" / "largest_digit.toml"))
-    parser.add_argument("words", nargs="*", metavar="section.key=value")
+    parser.add_argument("words", nargs="*", metavar="CONFIG.toml | section.key=value")
     parser.add_argument("--num-rollout-actors", type=int, nargs="+", default=[1, 2], metavar="N")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--skip", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=1, help="seeds of every setting")
     parser.add_argument("--out", type=Path, default=Path("runs/throughput"))
     options = parser.parse_intermixed_args()
+    files = [word for word in options.words if "=" not in word]
+    options.config = files[0] if files else str(ROOT / "configs" / "largest_digit.toml")
+    options.words = [word for word in options.words if "=" in word]
     options.out.mkdir(parents=True, exist_ok=True)
     runs = []
     for seed in range(options.repeats):

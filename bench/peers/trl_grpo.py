@@ -31,8 +31,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", default=str(ROOT / "configs" / "largest_digit.toml"))
-    parser.add_argument("words", nargs="*", metavar="section.key=value")
+    parser.add_argument("words", nargs="*", metavar="CONFIG.toml | section.key=value")
     parser.add_argument("--trl-python", help="interpreter of the environment that holds TRL")
     parser.add_argument("--trl-threads", type=int, default=os.cpu_count())
     parser.add_argument("--model", help="short for model.path=MODEL")
@@ -42,6 +41,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/trl"))
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args()
+    files = [word for word in options.words if "=" not in word]
+    options.config = files[0] if files else str(ROOT / "configs" / "largest_digit.toml")
+    options.words = [word for word in options.words if "=" in word]
     if options.worker:
         options.worker.with_suffix(".out.json").write_text(
             json.dumps(train_trl(json.loads(options.worker.read_text())))
