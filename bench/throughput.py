@@ -147,9 +147,13 @@ def verdicts(runs: list[dict[str, Any]]) -> list[str]:
     sync, asynchronous = best(runs, "sync"), best(runs, "async")
     before = sync["wait_s"] + sync["train_s"] + sync["sync_s"]
     shared, apart = before / (sync["busy_s"] + sync["train_s"]), before / max(sync["busy_s"], sync["train_s"])
+    gain = sync["step_s"] / asynchronous["step_s"]
+    doubt = (
+        " (above both bounds: the runs did not have the same machine, repeat them)" if gain > max(shared, apart) else ""
+    )
     return [
         "",
-        f"gain in time a step: {sync['step_s'] / asynchronous['step_s']:.2f}, in device-seconds "
+        f"gain in time a step: {gain:.2f}{doubt}, in device-seconds "
         f"{sync['device_s'] / asynchronous['device_s']:.2f} (rollout actors: sync {sync['actors']}, async "
         f"{asynchronous['actors']})",
         f"bound: {shared:.2f} where all devices do both kinds of work, {apart:.2f} with devices of their own",
