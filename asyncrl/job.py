@@ -72,11 +72,14 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
         metrics.say(f"starting {config.rollout.num_actors} rollout actors and the learner")
         async with runtime.open_actors(config, initial, saved) as (learner, actors):
             prompts = PromptQueue(env.prompts("train", config.seed), cursor)
-            pool = RolloutPool(actors, config.rollout.max_attempts, metrics.timeline)
+            training, evaluating = actors[: config.rollout.num_actors], actors[config.rollout.num_actors :]
+            pool = RolloutPool(training, config.rollout.max_attempts, metrics.timeline)
             buffer = make_buffer(config)
             system = System(
                 config, prompts, heldout, pool, learner, buffer, metrics, (folder / "checkpoints").absolute()
             )
+            if evaluating:
+                system.evaluators = RolloutPool(evaluating, config.rollout.max_attempts)
             with _stop_on_ctrl_c(buffer, metrics):
                 await run(system)
             result = Result(folder, learner.version, metrics.last_accuracy, baselines)

@@ -32,11 +32,11 @@ from asyncrl.checkpoint import Cursor
 from asyncrl.config import Config
 from asyncrl.evaluation import by_source, summarize
 from asyncrl.metrics import Metrics
-from asyncrl.pool import Publisher, RolloutPool
+from asyncrl.pool import LearnerLink, RolloutPool, ToEvaluators
 from asyncrl.types import Group, Prompt
 
 
-class LearnerHandle(Publisher, Protocol):
+class LearnerHandle(LearnerLink, Protocol):
     """The learner as the driver sees it; both runtimes have one."""
 
     async def step(self, groups: Sequence[Group]) -> dict[str, float]: ...
@@ -89,6 +89,9 @@ class System:
     metrics: Metrics
     checkpoints: Path
     evaluated: set[int] = field(default_factory=set)
+    evaluators: RolloutPool | None = None
+    """Engines for evaluation alone, which hold one version still; without them the rollout actors evaluate."""
+    evaluating: bool = False
 
 
 async def run(system: System) -> None:
@@ -97,7 +100,7 @@ async def run(system: System) -> None:
     try:
         async with asyncio.TaskGroup() as tasks:
             if system.config.eval.every:
-                tasks.create_task(evaluate(system))  # where the curve starts
+                await start_evaluation(system, tasks)  # where the curve starts
             producers = [tasks.create_task(produce(system)) for _ in range(system.buffer.capacity)]
             await learn(system, tasks)
             system.buffer.close()
@@ -109,6 +112,8 @@ async def run(system: System) -> None:
         raise
     await save(system)
     if system.learner.version >= system.config.num_steps:
+        if system.evaluators is not None:
+            await system.evaluators.update_weights(ToEvaluators(system.learner))
         await evaluate(system)
 
 
@@ -156,18 +161,31 @@ async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
         if config.checkpoint.every and learner.version % config.checkpoint.every == 0:
             await save(system)
         if config.eval.every and learner.version % config.eval.every == 0:
-            tasks.create_task(evaluate(system))
+            await start_evaluation(system, tasks)
+
+
+async def start_evaluation(system: System, tasks: asyncio.TaskGroup) -> None:
+    """Evaluates the current version beside the run. Evaluators get it first; while they are busy with an older one,
+    they are not waited for: the evaluation is left out, and said to be."""
+    if system.evaluators is None:
+        tasks.create_task(evaluate(system))
+    elif system.evaluating:
+        system.metrics.say(f"eval {system.learner.version} | left out, another is under way: raise eval.every")
+    else:
+        await system.evaluators.update_weights(ToEvaluators(system.learner))
+        system.evaluating = True
+        tasks.create_task(evaluate(system))
 
 
 async def evaluate(system: System) -> None:
-    """Held-out attempts, on the engines as they are, beside the run: later weights may arrive under them, which
-    `eval/mixed_versions` counts."""
+    """Held-out attempts. On rollout actors, later weights may arrive under them, which `eval/mixed_versions` counts."""
     version = system.learner.version
     if version not in system.evaluated:
         system.evaluated.add(version)
         with system.metrics.timeline.span("evaluation", "evaluation", version=version):
-            groups = await system.rollouts.evaluate(system.heldout)
+            groups = await (system.evaluators or system.rollouts).evaluate(system.heldout)
         system.metrics.evaluation(version, summarize(groups, version, system.config.eval.pass_reward))
+    system.evaluating = False
 
 
 async def save(system: System) -> None:
