@@ -197,6 +197,8 @@ class Buffer:
                 count -= 1
 
     def _select(self, version: Version) -> list[_Entry] | None:
+        if len(self._ready) + len(self._replays) < self.groups_per_step:
+            return None  # called after every put: no sorting before it can succeed
         picked = self._pick_untrained()
         missing = self.groups_per_step - len(picked)
         if missing > len(self._replays):

@@ -1,0 +1,219 @@
+"""What a group costs the driver: CPU time of loop, buffer and Ray hand-over, with simulated rollout actors.
+
+    python bench/driver.py [--actors 1 8 64] [--in-flight 2048] [--groups 4096] [--latency 8] [--profile FILE]
+
+The driver is the one of a real run: `loop.run` on uvloop with the run's buffer, pool, metrics and timeline, and every
+call goes through Ray. Simulated are the ends: a rollout waits (log-normal, mean `--latency` seconds) and hands over a
+ready-made group, the learner fetches its batch and does nothing with it. As one Ray process hosts several simulated
+rollout actors, the number of actors can exceed what the cores could run.
+
+CPU is of the driver's process with Ray's own threads, divided by the groups trained after one filling of the buffer;
+"loop" is the thread of the event loop alone. Prints a table and a JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import cProfile
+import itertools
+import json
+import pstats
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import uvloop
+
+from asyncrl import config as configuration
+from asyncrl import job
+from asyncrl.algo.diagnostics import METRICS as DIAGNOSTICS
+from asyncrl.config import Config
+from asyncrl.loop import PromptQueue, System, run
+from asyncrl.metrics import Metrics
+from asyncrl.pool import RolloutPool
+from asyncrl.rollout import UpdateReport, make_group
+from asyncrl.runtime.cluster import RemoteLearner, RemoteRollout
+from asyncrl.transport import Rendezvous
+from asyncrl.types import Group, Prompt, Trajectory, Version
+
+DIGEST = "simulated"
+
+
+class SimulatedRollouts:
+    """A process that stands for several rollout actors: they answer after a while, at no other cost."""
+
+    def __init__(self, group_size: int, num_tokens: int, latency_s: float, seed: int) -> None:
+        self._shape = group_size, num_tokens
+        self._latency_s = latency_s
+        self._rng = np.random.default_rng(seed)
+        self._version = 0
+        self._began = time.monotonic()
+
+    @ray.method(num_returns=2)
+    async def run(self, prompt: Prompt) -> tuple[Group, Sequence[Trajectory]]:
+        version = self._version
+        spread = 0.5
+        await asyncio.sleep(self._latency_s * self._rng.lognormal(-(spread**2) / 2, spread))
+        trajectories = [trajectory(self._shape[1], version, sample % 2) for sample in range(self._shape[0])]
+        group = make_group(prompt, trajectories)
+        return Group(**{name: getattr(group, name) for name in group.__slots__} | {"trajectories": None}), trajectories
+
+    async def join(self, where: Rendezvous, first_rank: int) -> None:
+        pass
+
+    async def update_weights(self, _buckets: Sequence[Any], version: Version) -> UpdateReport:
+        self._version = version
+        now_s = time.monotonic() - self._began
+        return UpdateReport(digest=DIGEST, pause_s=0.0, now_s=now_s, busy_s=now_s, num_tokens=0)
+
+
+class SimulatedLearner:
+    """Receives every batch, as the learner does, and is done with it."""
+
+    def __init__(self) -> None:
+        self._version = 0
+
+    def step(self, *groups: Sequence[Trajectory]) -> tuple[Version, dict[str, float]]:
+        self._version += 1
+        tokens = sum(int(one.mask.sum()) for group in groups for one in group)
+        # As many metrics as a real step has, and none that raises an alarm.
+        return self._version, dict.fromkeys(DIAGNOSTICS, 0.0) | {"ess/token": 1.0, "learner/num_tokens": float(tokens)}
+
+    def rendezvous(self, world_size: int) -> Rendezvous:
+        return Rendezvous("nowhere", 0, world_size, "simulated")
+
+    def join(self) -> None:
+        pass
+
+    def prepare(self) -> None:
+        pass
+
+    def broadcast(self) -> str:
+        return DIGEST
+
+    def save(self, *_arguments: Any) -> None:
+        pass
+
+
+class CpuClock(Metrics):
+    """The run's metrics, which also read the CPU clocks after every step."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        super().__init__(folder, config.num_steps, quiet=True, config=config)
+        self.readings: list[tuple[float, float, float]] = []
+
+    def step(self, version: int, row: dict[str, float], max_lag: int) -> None:
+        super().step(version, row, max_lag)
+        self.readings.append((time.process_time(), time.thread_time(), time.perf_counter()))
+
+
+def trajectory(num_tokens: int, version: Version, reward: float) -> Trajectory:
+    """An attempt of which one quarter is prompt."""
+    mask = np.arange(num_tokens) >= num_tokens // 4
+    return Trajectory(
+        token_ids=np.zeros(num_tokens, np.int32),
+        mask=mask,
+        logprobs=np.zeros(num_tokens, np.float32),
+        versions=np.full(num_tokens, version, np.int32),
+        reward=reward,
+        finish="stop",
+        digests={version: DIGEST},
+    )
+
+
+def prompts(num_tokens: int) -> Iterator[Prompt]:
+    return (Prompt(number, (1,) * num_tokens, "") for number in itertools.count())
+
+
+async def measure(num_actors: int, options: argparse.Namespace) -> dict[str, float]:
+    """Seconds of driver CPU a group with so many actors. Ray is running."""
+    batch = 64
+    filling, steps = options.in_flight // batch, options.groups // batch
+    words = [f"learner.groups_per_step={batch}", f"buffer.max_staleness={filling - 1}", f"num_steps={filling + steps}"]
+    config = configuration.load(None, [*words, "eval.every=0", "checkpoint.every=0"])
+    simulated: Any = ray.remote(SimulatedRollouts).options(num_cpus=0, max_concurrency=100_000)
+    arguments = (options.group_size, options.tokens, options.latency)
+    hosts = [simulated.remote(*arguments, seed) for seed in range(min(options.processes, num_actors))]
+    learner: Any = ray.remote(SimulatedLearner).options(num_cpus=0).remote()
+    actors = [RemoteRollout(f"rollout {n}", hosts[n % len(hosts)], {"num_ranks": 1}) for n in range(num_actors)]
+    with tempfile.TemporaryDirectory() as folder, CpuClock(Path(folder), config) as clock:
+        pool = RolloutPool(actors, config.rollout.max_attempts, clock.timeline)
+        queue = PromptQueue(prompts(options.tokens // 4))
+        handle = RemoteLearner([learner], 0, [], {})
+        # The last version counts as evaluated: simulated actors answer no questions.
+        await run(
+            System(
+                config,
+                queue,
+                [],
+                pool,
+                handle,
+                job.make_buffer(config),
+                clock,
+                Path(folder) / "checkpoints",
+                evaluated={config.num_steps},
+            )
+        )
+    for actor in [*hosts, learner]:
+        ray.kill(actor)
+    first, last = clock.readings[filling - 1], clock.readings[-1]
+    process_s, loop_s, wall_s = (after - before for before, after in zip(first, last, strict=True))
+    groups = steps * batch
+    return {
+        "actors": num_actors,
+        "cpu_s": process_s / groups,
+        "loop_s": loop_s / groups,
+        "groups_per_s": groups / wall_s,
+    }
+
+
+def profiled(work: Any, path: Path) -> Any:
+    """Runs `work`, with the event loop's thread under cProfile; the profiler's own cost is in the figures then."""
+    profiler = cProfile.Profile(time.thread_time)
+    result = profiler.runcall(work)
+    profiler.dump_stats(path)
+    pstats.Stats(str(path)).sort_stats("tottime").print_stats(25)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--actors", type=int, nargs="*", default=[1, 8, 64], help="simulated rollout actors")
+    parser.add_argument("--processes", type=int, default=2, help="Ray processes that host them")
+    parser.add_argument("--in-flight", type=int, default=2048, help="slots of the buffer, a multiple of 64")
+    parser.add_argument("--groups", type=int, default=4096, help="groups that count, a multiple of 64")
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of a trajectory, prompt included")
+    parser.add_argument("--latency", type=float, default=8.0, help="mean seconds of a rollout")
+    parser.add_argument("--profile", type=Path, help="write a cProfile of the event loop and print its head")
+    options = parser.parse_args()
+    if options.in_flight % 64 or options.groups % 64:
+        parser.error("--in-flight and --groups are multiples of 64, the groups of a step")
+    ray.init(address="local", include_dashboard=False, logging_level="WARNING")
+
+    async def series() -> list[dict[str, float]]:
+        return [await measure(number, options) for number in options.actors]
+
+    def work() -> list[dict[str, float]]:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(series())
+
+    results = profiled(work, options.profile) if options.profile else work()
+    ray.shutdown()
+    print("| rollout actors | groups in flight | driver CPU, ms a group | of it event loop | groups/s |")
+    print("|---|---|---|---|---|")
+    for row in results:
+        print(
+            f"| {row['actors']} | {options.in_flight} | {1000 * row['cpu_s']:.2f} | {1000 * row['loop_s']:.2f} | "
+            f"{row['groups_per_s']:.0f} |"
+        )
+    print(json.dumps({"in_flight": options.in_flight, "latency_s": options.latency, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
