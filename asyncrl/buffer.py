@@ -116,10 +116,14 @@ class Buffer:
         self._pending[ticket.number] = ticket
         return ticket
 
-    def put(self, ticket: Ticket, group: Group) -> None:
-        """The group of `ticket` is finished and may be trained."""
+    def put(self, ticket: Ticket, group: Group, uses: int = 0) -> None:
+        """The group of `ticket` is finished and may be trained. `uses`: times that it was trained before a resume."""
         self._spend(ticket)
-        self._ready[ticket.number] = _Entry(ticket, group, time.monotonic())
+        entry = _Entry(ticket, group, time.monotonic(), uses)
+        if uses:
+            self._replays[ticket.number] = entry
+        else:
+            self._ready[ticket.number] = entry
         self._changed.set()
 
     def drop(self, ticket: Ticket, reason: str) -> None:

@@ -141,6 +141,14 @@ class CheckpointConfig(_Section, frozen=True, kw_only=True):
     every: int = 100
     """Steps between checkpoints; 0 is only at the end and on Ctrl-C."""
     keep: int = 2
+    """Newest checkpoints that are kept; one that is damaged is skipped on resume."""
+
+
+class JournalConfig(_Section, frozen=True, kw_only=True):
+    sync_s: float = 1.0
+    """Seconds of the journal that a power failure may take; a killed process loses nothing of it."""
+    keep_groups: bool = False
+    """Keep the tokens of every group, not only of those that a resume may need."""
 
 
 class Config(_Section, frozen=True, kw_only=True):
@@ -165,6 +173,7 @@ class Config(_Section, frozen=True, kw_only=True):
     weights: WeightsConfig = WeightsConfig()
     cluster: ClusterConfig = ClusterConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    journal: JournalConfig = JournalConfig()
 
     @property
     def loss(self) -> presets.Loss:

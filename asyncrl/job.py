@@ -4,6 +4,7 @@ runs/20261122-193000-largest-digit/
     config.json  run.json        resolved configuration; git commit, command, no-skill scores
     metrics.jsonl  tensorboard/  every metric of every step
     checkpoints/step-000160/     loads with transformers as it is
+    journal.bin  groups/         what happened to every prompt; the finished groups that a resume may need
     curves.png                   reward, held-out accuracy, lag, utilisation
 """
 
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,10 +27,12 @@ from asyncrl import checkpoint
 from asyncrl.buffer import Buffer
 from asyncrl.config import Config, to_tree
 from asyncrl.envs.base import load_env
-from asyncrl.loop import PromptQueue, System, run
+from asyncrl.journal import Journal, Resumed, Started
+from asyncrl.loop import System, run
 from asyncrl.metrics import Metrics, plot
 from asyncrl.model import load_tokenizer
 from asyncrl.pool import RolloutPool
+from asyncrl.prompts import PromptQueue
 from asyncrl.warmup import prepare
 
 
@@ -51,20 +54,23 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
     env = load_env(config.env.path, load_tokenizer(initial), config.env.args)
     heldout = list(islice(env.prompts("heldout", 0), config.eval.num_prompts))
     baselines = env.baselines(heldout)
-    folder = resume or new_folder(config, baselines)
-    saved = checkpoint.latest(folder / "checkpoints").absolute() if resume else None
-    cursor = checkpoint.load_cursor(saved) if saved else None
-    with Metrics(folder, config.num_steps, first_step=cursor.version if cursor else 0, quiet=quiet) as metrics:
+    folder = (resume or new_folder(config, baselines)).absolute()
+    buffer = make_buffer(config)
+    journal, saved = open_journal(folder, buffer, resumed=resume is not None)
+    first_step = journal.accounts.version
+    with closing(journal), Metrics(folder, config.num_steps, first_step=first_step, quiet=quiet) as metrics:
         for name, score in baselines.items():
             metrics.say(f"no skill: {name!r} scores {score:.2f} on the {len(heldout)} held-out prompts")
+        if journal.torn_bytes:
+            metrics.say(f"the journal ended in {journal.torn_bytes} bytes of an incomplete record, now cut off")
         metrics.say(f"starting {config.rollout.num_actors} rollout actors and the learner")
-        async with runtime.open_actors(config, initial, saved) as (learner, actors):
-            prompts = PromptQueue(env.prompts("train", config.seed), cursor)
+        prompts = PromptQueue(
+            env.prompts("train", config.seed), journal, folder / "groups", keep_groups=config.journal.keep_groups
+        )
+        async with runtime.open_actors(config, initial, saved, folder / "groups") as (learner, actors):
             pool = RolloutPool(actors, config.rollout.max_attempts)
-            buffer = make_buffer(config)
-            system = System(
-                config, prompts, heldout, pool, learner, buffer, metrics, (folder / "checkpoints").absolute()
-            )
+            pool.published.update(journal.accounts.published)
+            system = System(config, prompts, heldout, pool, learner, buffer, metrics, folder / "checkpoints")
             with _stop_on_ctrl_c(buffer, metrics):
                 await run(system)
             result = Result(folder, learner.version, metrics.last_accuracy, baselines)
@@ -97,6 +103,34 @@ def make_buffer(config: Config) -> Buffer:
     )
 
 
+def open_journal(folder: Path, buffer: Buffer, *, resumed: bool) -> tuple[Journal, Path | None]:
+    """The run's journal, and the newest whole checkpoint, which the accounts are now those of.
+
+    Raises `ValueError` if there is nothing to go on from, or if the journal is damaged or shorter than the checkpoint
+    knew it.
+    """
+    path = folder / "journal.bin"
+    (folder / "groups").mkdir(mode=0o700, exist_ok=True)
+    saved = checkpoint.newest(folder / "checkpoints") if resumed else None
+    if resumed and saved is None and not path.exists():
+        raise ValueError(f"{folder} has neither a checkpoint nor a journal to go on from; start a new run")
+    cursor = checkpoint.load_cursor(saved) if saved else checkpoint.Cursor(0, 0, [])
+    existed = path.exists()
+    journal = Journal(path, reuse=buffer.reuse, max_lag=buffer.max_lag)
+    if not existed:
+        open_ids = tuple(cursor.open_prompts)
+        journal.append(Started(version=cursor.version, next_id=cursor.next_prompt, open_ids=open_ids))
+    elif journal.num_bytes < cursor.journal_bytes:
+        journal.close()
+        raise ValueError(
+            f"{path} has {journal.num_bytes} whole bytes and had {cursor.journal_bytes} when the checkpoint of version "
+            f"{cursor.version} was made: delete it to go on from the checkpoint's own list of open prompts"
+        )
+    else:
+        journal.append(Resumed(version=cursor.version))
+    return journal, saved
+
+
 def new_folder(config: Config, baselines: dict[str, float]) -> Path:
     """A new run folder with its configuration and origin written down."""
     task = config.env.path.rpartition(":")[2].lower()
@@ -104,7 +138,8 @@ def new_folder(config: Config, baselines: dict[str, float]) -> Path:
     for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
         folder = Path(config.run_dir) / f"{stem}{suffix}"
         try:
-            folder.mkdir(parents=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700)  # prompts and completions are nobody else's business
             break
         except FileExistsError:
             continue

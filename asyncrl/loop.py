@@ -19,18 +19,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
+from asyncrl import checkpoint
 from asyncrl.buffer import Buffer
 from asyncrl.checkpoint import Cursor
 from asyncrl.config import Config
 from asyncrl.metrics import Metrics
 from asyncrl.pool import Publisher, RolloutPool
+from asyncrl.prompts import Finished, PromptQueue
 from asyncrl.types import Group, Prompt
 
 
@@ -39,39 +39,6 @@ class LearnerHandle(Publisher, Protocol):
 
     async def step(self, groups: Sequence[Group]) -> dict[str, float]: ...
     async def save(self, folder: Path, cursor: Cursor) -> None: ...
-
-
-class PromptQueue:
-    """The run's prompts, each trained once or dropped with a reason.
-
-    `open` holds the prompts that were issued and not settled. A resumed run issues them again, under the same ids.
-    """
-
-    def __init__(self, source: Iterator[Prompt], cursor: Cursor | None = None) -> None:
-        self._source = source
-        self.next_id = cursor.next_prompt if cursor else 0
-        again = set(cursor.open_prompts) if cursor else set()
-        self._again = deque(prompt for prompt in islice(source, self.next_id) if prompt.id in again)
-        self.open: dict[int, Prompt] = {}
-
-    def issue(self) -> Prompt:
-        """The next prompt to play."""
-        if self._again:
-            prompt = self._again.popleft()
-        else:
-            prompt = next(self._source)
-            self.next_id = prompt.id + 1
-        self.open[prompt.id] = prompt
-        return prompt
-
-    def settle(self, prompts: Sequence[Prompt]) -> None:
-        """These were trained or dropped: they will not be issued again."""
-        for prompt in prompts:
-            self.open.pop(prompt.id, None)
-
-    def cursor(self, version: int) -> Cursor:
-        """Where a resumed run goes on."""
-        return Cursor(version, self.next_id, sorted([*self.open, *(prompt.id for prompt in self._again)]))
 
 
 @dataclass(slots=True)
@@ -91,21 +58,27 @@ class System:
 
 async def run(system: System) -> None:
     """Trains until `num_steps`, or until the buffer is closed from outside (Ctrl-C); then evaluates and saves."""
-    await system.rollouts.update_weights(system.learner)  # every engine starts from the learner's own weights
+    await synchronize(system)  # every engine starts from the learner's own weights
+    restored = system.prompts.restore(
+        system.rollouts.published, groups_per_step=system.buffer.groups_per_step, window=system.buffer.window
+    )
+    if restored:
+        system.metrics.say(f"{restored} groups that were finished before the run stopped are used")
     try:
         async with asyncio.TaskGroup() as tasks:
             if system.config.eval.every:
                 tasks.create_task(evaluate(system))  # where the curve starts
             producers = [tasks.create_task(produce(system)) for _ in range(system.buffer.capacity)]
+            syncing = tasks.create_task(sync_journal(system))
             await learn(system, tasks)
             system.buffer.close()
-            for producer in producers:
-                producer.cancel()
+            for task in (*producers, syncing):
+                task.cancel()
     except* Exception as errors:
         if len(errors.exceptions) == 1:
             raise errors.exceptions[0] from None  # the one cause, without the wrapping of the task group
         raise
-    await save(system)
+    await save(system, last=True)
     if system.learner.version >= system.config.num_steps:
         await evaluate(system)
 
@@ -114,13 +87,16 @@ async def produce(system: System) -> None:
     """Fills one slot after the other."""
     drop_equal = system.config.algorithm.drop_zero_variance
     while (ticket := await system.buffer.admit()) is not None:
-        prompt = system.prompts.issue()
-        group = await system.rollouts.run(prompt)
-        if drop_equal and not group.has_variance:
+        prompt, finished = system.prompts.issue()
+        if finished is None:
+            group = await system.rollouts.run(prompt)
+            system.prompts.generated(group)
+            finished = Finished(group, uses=0)
+        if drop_equal and not finished.group.has_variance:
             system.buffer.drop(ticket, "zero variance")
-            system.prompts.settle([prompt])
+            system.prompts.drop([prompt.id], "zero variance", system.learner.version)
         else:
-            system.buffer.put(ticket, group)
+            system.buffer.put(ticket, finished.group, finished.uses)
 
 
 async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
@@ -135,18 +111,33 @@ async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
         clock.lap("wait")
         if config.rollout.release_memory:
             await system.rollouts.release()
+        system.prompts.training(groups, learner.version + 1)
         learnt = await learner.step(groups)
         clock.lap("step")
-        synced = await system.rollouts.update_weights(learner)
+        synced = await synchronize(system)
         clock.lap("sync")
         buffered = buffer.release()
-        system.prompts.settle([group.prompt for group in groups])
         row = measure(groups) | learnt | synced | clock.metrics() | measure_buffer(buffer, buffered)
         system.metrics.step(learner.version, row, buffer.max_lag)
         if config.checkpoint.every and learner.version % config.checkpoint.every == 0:
             await save(system)
         if config.eval.every and learner.version % config.eval.every == 0:
             tasks.create_task(evaluate(system))
+
+
+async def synchronize(system: System) -> dict[str, float]:
+    """The learner's version on every engine, and in the journal."""
+    measured = await system.rollouts.update_weights(system.learner)
+    version = system.learner.version
+    system.prompts.synced(version, system.rollouts.published[version])
+    return measured
+
+
+async def sync_journal(system: System) -> None:
+    """Bounds what a power failure can take from the journal. A killed process loses nothing of it anyhow."""
+    while True:
+        await asyncio.sleep(system.config.journal.sync_s)
+        await asyncio.to_thread(system.prompts.journal.sync)
 
 
 async def evaluate(system: System) -> None:
@@ -158,10 +149,23 @@ async def evaluate(system: System) -> None:
         system.metrics.evaluation(version, sum(rewards) / len(rewards))
 
 
-async def save(system: System) -> None:
-    """A checkpoint of the current version. The learner waits for it, generation does not."""
+async def save(system: System, *, last: bool = False) -> None:
+    """A checkpoint of the current version. The learner waits for it, generation does not.
+
+    A disk that refuses it is reported and the run goes on from the checkpoints before, unless this was its last chance.
+    """
     version = system.learner.version
-    await system.learner.save(system.checkpoints, system.prompts.cursor(version))
+    if system.prompts.is_saved(version):
+        return
+    try:
+        await system.learner.save(system.checkpoints, system.prompts.cursor(version))
+    except OSError as error:
+        if last:
+            raise
+        system.metrics.say(f"alarm: no checkpoint of version {version}: {error}; the next try is at the next one")
+        return
+    kept = [checkpoint.version_of(folder) for folder in checkpoint.folders(system.checkpoints)]
+    system.prompts.saved(version, kept or [version])
 
 
 def check_digests(groups: Sequence[Group], published: dict[int, str]) -> None:

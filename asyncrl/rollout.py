@@ -13,9 +13,11 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
+from asyncrl import groups
 from asyncrl.engine.base import Engine
 from asyncrl.envs.base import Env
 from asyncrl.transport import Rendezvous
@@ -38,11 +40,21 @@ class Rollout:
     """One engine and one environment: what lives in a rollout actor."""
 
     def __init__(
-        self, engine: Engine, env: Env, sampling: Sampling, *, group_size: int, seed: int, name: str = "rollout"
+        self,
+        engine: Engine,
+        env: Env,
+        sampling: Sampling,
+        *,
+        group_size: int,
+        seed: int,
+        name: str = "rollout",
+        store: Path | None = None,
     ) -> None:
+        """`store`: the folder that finished groups are written to before they are handed over."""
         self.name = name
         self._engine, self._env = engine, env
         self._sampling, self._group_size, self._seed = sampling, group_size, seed
+        self._store = store
         self._started = time.monotonic()
         self._num_tokens = 0
 
@@ -54,7 +66,13 @@ class Rollout:
     async def run(self, prompt: Prompt) -> Group:
         """Plays the prompt G times at once. The prompt's id seeds the samples, so a second try repeats the first."""
         trajectories = await asyncio.gather(*(self._play(prompt, sample) for sample in range(self._group_size)))
-        return make_group(prompt, trajectories)
+        group = make_group(prompt, trajectories)
+        if self._store is None:
+            return group
+        try:
+            return await asyncio.to_thread(groups.write, self._store, group)
+        except OSError:  # a full disk, or a node without this folder: the group is good all the same
+            return group
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[float]:
         """Rewards of one greedy attempt a prompt."""

@@ -83,6 +83,7 @@ _AT_LEAST = {
     "weights.timeout_s": 1,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
+    "journal.sync_s": 0.01,
 }
 
 

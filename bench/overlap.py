@@ -22,10 +22,11 @@ from asyncrl import config as configuration
 from asyncrl import job, metrics
 from asyncrl.config import Config
 from asyncrl.envs.base import load_env
-from asyncrl.loop import PromptQueue, System, run
+from asyncrl.loop import System, run
 from asyncrl.metrics import Metrics
 from asyncrl.model import load_tokenizer
 from asyncrl.pool import RolloutPool
+from asyncrl.prompts import PromptQueue
 from asyncrl.types import Group
 from asyncrl.warmup import prepare
 
@@ -70,7 +71,7 @@ async def generate(pool: RolloutPool, prompts: PromptQueue, config: Config, skip
 
     async def produce() -> None:
         while len(groups) < wanted:
-            groups.append(await pool.run(prompts.issue()))
+            groups.append(await pool.run(prompts.issue()[0]))
             times.append(time.perf_counter())
 
     await asyncio.gather(*(produce() for _ in range((config.buffer.max_staleness + 1) * batch)))

@@ -11,9 +11,8 @@ from helpers import run
 
 from asyncrl import checkpoint, job, metrics
 from asyncrl import config as configuration
-from asyncrl.checkpoint import Cursor
 from asyncrl.envs.base import load_env
-from asyncrl.loop import PromptQueue, check_digests
+from asyncrl.loop import check_digests
 from asyncrl.model import load_model, load_tokenizer
 from asyncrl.pool import RolloutFailed
 from asyncrl.runtime.local import open_actors
@@ -111,20 +110,6 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
     rows = [row["version"] for row in metrics.read(second.folder) if "reward/mean" in row]
     assert rows == [1, 2, 3, 4]
-
-
-def test_prompts_that_were_open_are_issued_again_and_none_is_skipped():
-    def prompts():
-        return (Prompt(number, (1,), "") for number in itertools.count())
-
-    queue = PromptQueue(prompts())
-    issued = [queue.issue() for _ in range(6)]
-    queue.settle([issued[0], issued[3]])
-    cursor = queue.cursor(version=1)
-    assert cursor == Cursor(1, 6, [1, 2, 4, 5])
-    again = PromptQueue(prompts(), cursor)
-    assert again.cursor(1) == cursor, "nothing issued yet: a second stop must not forget them"
-    assert [again.issue().id for _ in range(6)] == [1, 2, 4, 5, 6, 7]
 
 
 class Failing:

@@ -17,8 +17,8 @@ HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboa
 # Each layer may import itself and the ones before it.
 LAYERS = [
     {"types", "algo.presets", "config", "rules", "transport"},
-    {"algo.advantage", "algo.loss", "algo.diagnostics", "buffer", "weights", "model", "envs.base"},
-    {"metrics", "checkpoint", "packing", "engine.base", "envs.digits", "envs.numbers"},
+    {"algo.advantage", "algo.loss", "algo.diagnostics", "buffer", "weights", "model", "envs.base", "journal", "groups"},
+    {"metrics", "checkpoint", "prompts", "packing", "engine.base", "envs.digits", "envs.numbers"},
     {
         "engine.kv_cache",
         "engine.sampler",

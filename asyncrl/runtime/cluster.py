@@ -37,13 +37,14 @@ _MAX_CONCURRENCY = 100_000  # prompts wait in the engine, not in front of the ac
 class RolloutActor:
     """A rollout actor's process: its own event loop and its own engine."""
 
-    def __init__(self, config: Config, folder: str, placement: Placement) -> None:
+    def __init__(self, config: Config, folder: str, placement: Placement, store: Path | None) -> None:
         torch.set_num_threads(config.rollout.num_threads)
         self._arguments = config, folder, placement
+        self._store = store
 
     async def start(self) -> dict[str, Any]:
         """Builds the engine, in the actor's own event loop. Tells the ranks it takes, and facts about the process."""
-        self._rollout = await build_rollout(*self._arguments, address=_own_address())
+        self._rollout = await build_rollout(*self._arguments, address=_own_address(), store=self._store)
         loop = type(asyncio.get_running_loop()).__module__
         return {"num_ranks": self._rollout.num_ranks, "loop": loop, **_process_facts()}
 
@@ -171,22 +172,23 @@ class RemoteLearner:
 
 @asynccontextmanager
 async def open_actors(
-    config: Config, folder: str, resume: Path | None
+    config: Config, folder: str, resume: Path | None, store: Path | None = None
 ) -> AsyncIterator[tuple[RemoteLearner, list[RemoteRollout]]]:
-    """Starts Ray, or joins the cluster, and starts the actors; on the way out nothing of them is left."""
+    """Starts Ray, or joins the cluster, and starts the actors; on the way out nothing of them is left. `store` is where
+    rollout actors write finished groups."""
     _start_ray(config)
     try:
         existing = ray.cluster_resources()
         placement = plan(config, int(existing.get("GPU", 0)))
         check_resources(config, existing)
         folder = str(Path(folder).absolute()) if Path(folder).exists() else folder  # workers start elsewhere
-        yield await _start_actors(config, folder, resume, placement)
+        yield await _start_actors(config, folder, resume, placement, store)
     finally:
         ray.shutdown()
 
 
 async def _start_actors(
-    config: Config, folder: str, resume: Path | None, placement: Placement
+    config: Config, folder: str, resume: Path | None, placement: Placement, store: Path | None
 ) -> tuple[RemoteLearner, list[RemoteRollout]]:
     # No logical CPUs are reserved: actors share the machine's cores, each with a set number of threads.
     environment = {"env_vars": {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}}  # SGLang's: both sides must agree
@@ -201,7 +203,7 @@ async def _start_actors(
         **common,
     )
     learner = learner_class.remote(config, folder, resume, placement)
-    actors = [rollout_class.remote(config, folder, placement) for _ in range(config.rollout.num_actors)]
+    actors = [rollout_class.remote(config, folder, placement, store) for _ in range(config.rollout.num_actors)]
     described, *facts = await asyncio.gather(learner.describe.remote(), *(actor.start.remote() for actor in actors))
     rollouts = [
         RemoteRollout(f"rollout {number}", actor, fact)

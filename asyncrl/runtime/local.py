@@ -54,14 +54,14 @@ class LocalLearner:
 
 @asynccontextmanager
 async def open_actors(
-    config: Config, folder: str, resume: Path | None
+    config: Config, folder: str, resume: Path | None, store: Path | None = None
 ) -> AsyncIterator[tuple[LocalLearner, list[Rollout]]]:
-    """The learner and the rollout actors, closed on the way out."""
+    """The learner and the rollout actors, closed on the way out. `store` is where they write finished groups."""
     torch.set_num_threads(config.learner.num_threads)
     placement = plan(config, num_gpus=0)
     learner = LocalLearner(LearnerPart(config, folder, resume, placement))
     rollouts = [
-        await build_rollout(config, folder, placement, name=f"rollout {number}")
+        await build_rollout(config, folder, placement, name=f"rollout {number}", store=store)
         for number in range(config.rollout.num_actors)
     ]
     try:

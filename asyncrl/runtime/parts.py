@@ -21,16 +21,23 @@ from asyncrl.weights import DTYPES
 
 
 async def build_rollout(
-    config: Config, folder: str, placement: Placement, *, address: str = "127.0.0.1", name: str = "rollout"
+    config: Config,
+    folder: str,
+    placement: Placement,
+    *,
+    address: str = "127.0.0.1",
+    name: str = "rollout",
+    store: Path | None = None,
 ) -> Rollout:
-    """An engine with the weights in `folder`, and its environment. `address` is this node's own."""
+    """An engine with the weights in `folder`, and its environment. `address` is this node's own; `store` is where
+    finished groups are written."""
     settings = config.rollout
     tokenizer = load_tokenizer(folder)
     env = load_env(config.env.path, tokenizer, config.env.args)
     engine = await _build_engine(config, folder, placement, env.max_prompt_tokens + settings.max_new_tokens, address)
     stops = stop_token_ids(folder, tokenizer)
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k, stops)
-    return Rollout(engine, env, sampling, group_size=settings.group_size, seed=config.seed, name=name)
+    return Rollout(engine, env, sampling, group_size=settings.group_size, seed=config.seed, name=name, store=store)
 
 
 async def _build_engine(config: Config, folder: str, placement: Placement, max_length: int, address: str) -> Engine:
@@ -86,6 +93,7 @@ class LearnerPart:
         )
         if resume is not None:
             self.learner.load_state(checkpoint.load_optimizer(resume), checkpoint.load_cursor(resume).version)
+            checkpoint.load_random_state(resume)
 
     def save(self, root: Path, cursor: Cursor) -> None:
         if cursor.version != self.learner.version:
