@@ -166,6 +166,12 @@ class Buffer:
         self._wake_admissions(self.capacity - self.charged)
         return sum(now - entry.ready_at for entry in batch) / max(len(batch), 1)
 
+    def discard(self, reason: str) -> None:
+        """The batch was not trained and will not be: frees its slots, counted under `reason`."""
+        self.dropped[reason] += len(self._taken)
+        self._taken = []
+        self._wake_admissions(self.capacity - self.charged)
+
     def close(self) -> None:
         """No more admissions and no more batches: those waiting get None and []."""
         self._closed = True

@@ -32,6 +32,8 @@ class EnvConfig(_Section, frozen=True, kw_only=True):
     """`package.module:Class`."""
     args: dict[str, Any] = {}
     """Keyword arguments of the class."""
+    timeout_s: float = 300.0
+    """Bound on what an attempt takes beside generation (scoring, tools)."""
 
 
 class WarmupConfig(_Section, frozen=True, kw_only=True):
@@ -57,6 +59,12 @@ class RolloutConfig(_Section, frozen=True, kw_only=True):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     max_attempts: int = 3
     """Times that one prompt may fail, each time on another actor, before the run fails."""
+    max_failed_prompts: int = 4
+    """Prompts in a row that may be given up after their attempts, dropped and counted; one more ends the run."""
+    max_replacements: int = 16
+    """Rollout actors that may be started in place of dead ones, in one run."""
+    start_timeout_s: float = 900.0
+    """Bound on the start of a rollout actor."""
     num_threads: int = 1
     """CPU threads of each rollout actor."""
     tensor_parallel_size: int = 1
@@ -100,6 +108,8 @@ class LearnerConfig(_Section, frozen=True, kw_only=True):
     """Tokens (padding included) that go through the model at once."""
     num_threads: int = 1
     """CPU threads of the learner."""
+    max_skipped_steps: int = 3
+    """Optimizer steps in a row that may be skipped because their gradient is not finite; one more ends the run."""
 
 
 class AlgorithmConfig(_Section, frozen=True, kw_only=True):

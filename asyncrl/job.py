@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -27,12 +28,14 @@ from asyncrl import checkpoint
 from asyncrl.buffer import Buffer
 from asyncrl.config import Config, to_tree
 from asyncrl.envs.base import load_env
+from asyncrl.guard import StepGuard
 from asyncrl.journal import Journal, Resumed, Started
 from asyncrl.loop import System, run
 from asyncrl.metrics import Metrics, plot
 from asyncrl.model import load_tokenizer
 from asyncrl.pool import RolloutPool
 from asyncrl.prompts import PromptQueue
+from asyncrl.supervisor import Supervisor
 from asyncrl.warmup import prepare
 
 
@@ -70,7 +73,18 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
         async with runtime.open_actors(config, initial, saved, folder / "groups") as (learner, actors):
             pool = RolloutPool(actors, config.rollout.max_attempts)
             pool.published.update(journal.accounts.published)
-            system = System(config, prompts, heldout, pool, learner, buffer, metrics, folder / "checkpoints")
+            supervisor = Supervisor(
+                pool,
+                partial(runtime.start_rollout, config, initial, folder / "groups"),
+                folder,
+                target=config.rollout.num_actors,
+                max_replacements=config.rollout.max_replacements,
+                start_timeout_s=config.rollout.start_timeout_s,
+                say=metrics.say,
+            )
+            guard = StepGuard(folder, config.learner.max_skipped_steps)
+            checkpoints = folder / "checkpoints"
+            system = System(config, prompts, heldout, pool, learner, buffer, metrics, checkpoints, guard, supervisor)
             with _stop_on_ctrl_c(buffer, metrics):
                 await run(system)
             result = Result(folder, learner.version, metrics.last_accuracy, baselines)

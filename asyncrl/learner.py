@@ -66,7 +66,8 @@ class Learner:
         self._watch = _GradientWatch(model)
 
     def step(self, groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
-        """One optimizer step on whole groups. Returns the metrics of the step; the version goes up by one."""
+        """One optimizer step on whole groups. Returns the metrics of the step; the version goes up by one,
+        unless the gradient is not finite."""
         settings = self._config.learner
         batch = pack(
             groups,
@@ -84,8 +85,9 @@ class Learner:
         for micro_batch in batch.micro_batches:
             self._backward(micro_batch.to(self._device), ledger)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm))
-        self.optimizer.step()
-        self.version += 1
+        if math.isfinite(norm):  # else the step is not taken: one such number would be in every weight for ever after
+            self.optimizer.step()
+            self.version += 1
         metrics = ledger.metrics(batch) | {
             "gradient/norm": norm,
             "gradient/cosine": self._watch.cosine(),

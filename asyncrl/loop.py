@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import Protocol
 
 from asyncrl import checkpoint
-from asyncrl.buffer import Buffer
+from asyncrl.buffer import Buffer, Ticket
 from asyncrl.checkpoint import Cursor
 from asyncrl.config import Config
+from asyncrl.guard import REASON, StepGuard
 from asyncrl.metrics import Metrics
-from asyncrl.pool import Publisher, RolloutPool
+from asyncrl.pool import AllActorsDied, Publisher, RolloutFailed, RolloutPool
 from asyncrl.prompts import Finished, PromptQueue
+from asyncrl.supervisor import Supervisor
 from asyncrl.types import Group, Prompt
 
 
@@ -53,6 +55,12 @@ class System:
     buffer: Buffer
     metrics: Metrics
     checkpoints: Path
+    guard: StepGuard
+    supervisor: Supervisor | None = None
+    updating: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by whoever steps the learner or updates weights."""
+    failed_in_a_row: int = 0
+    """Prompts that were given up since the last one that was finished."""
     evaluated: set[int] = field(default_factory=set)
 
 
@@ -69,10 +77,12 @@ async def run(system: System) -> None:
             if system.config.eval.every:
                 tasks.create_task(evaluate(system))  # where the curve starts
             producers = [tasks.create_task(produce(system)) for _ in range(system.buffer.capacity)]
-            syncing = tasks.create_task(sync_journal(system))
+            helpers = [tasks.create_task(sync_journal(system))]
+            if system.supervisor is not None:
+                helpers.append(tasks.create_task(system.supervisor.run(system.updating, lambda: synchronize(system))))
             await learn(system, tasks)
             system.buffer.close()
-            for task in (*producers, syncing):
+            for task in (*producers, *helpers):
                 task.cancel()
     except* Exception as errors:
         if len(errors.exceptions) == 1:
@@ -89,7 +99,12 @@ async def produce(system: System) -> None:
     while (ticket := await system.buffer.admit()) is not None:
         prompt, finished = system.prompts.issue()
         if finished is None:
-            group = await system.rollouts.run(prompt)
+            try:
+                group = await system.rollouts.run(prompt)
+            except RolloutFailed as error:
+                give_up(system, ticket, prompt, error)
+                continue
+            system.failed_in_a_row = 0
             system.prompts.generated(group)
             finished = Finished(group, uses=0)
         if drop_equal and not finished.group.has_variance:
@@ -97,6 +112,22 @@ async def produce(system: System) -> None:
             system.prompts.drop([prompt.id], "zero variance", system.learner.version)
         else:
             system.buffer.put(ticket, finished.group, finished.uses)
+
+
+def give_up(system: System, ticket: Ticket, prompt: Prompt, error: RolloutFailed) -> None:
+    """Drops a prompt that used up its attempts; raises the error again once too many did, one after the other."""
+    system.failed_in_a_row += 1
+    most = system.config.rollout.max_failed_prompts
+    if isinstance(error, AllActorsDied):
+        raise error
+    if system.failed_in_a_row > most:
+        raise RolloutFailed(
+            f"{system.failed_in_a_row} prompts in a row used up their attempts (rollout.max_failed_prompts is {most}); "
+            f"failures so far: {dict(system.rollouts.failures)}; last, {error}"
+        ) from error
+    system.metrics.say(f"alarm: given up: {error}")
+    system.buffer.drop(ticket, "rollout failed")
+    system.prompts.drop([prompt.id], "rollout failed", system.learner.version)
 
 
 async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
@@ -109,12 +140,12 @@ async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
             return
         check_digests(groups, system.rollouts.published)
         clock.lap("wait")
-        if config.rollout.release_memory:
-            await system.rollouts.release()
-        system.prompts.training(groups, learner.version + 1)
-        learnt = await learner.step(groups)
-        clock.lap("step")
-        synced = await synchronize(system)
+        async with system.updating:
+            learnt = await step(system, groups)
+            if learnt is None:
+                continue
+            clock.lap("step")
+            synced = await synchronize(system)
         clock.lap("sync")
         buffered = buffer.release()
         row = measure(groups) | learnt | synced | clock.metrics() | measure_buffer(buffer, buffered)
@@ -123,6 +154,25 @@ async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
             await save(system)
         if config.eval.every and learner.version % config.eval.every == 0:
             tasks.create_task(evaluate(system))
+
+
+async def step(system: System, groups: Sequence[Group]) -> dict[str, float] | None:
+    """One optimizer step; None if the learner refused it, which drops the groups."""
+    learner, version = system.learner, system.learner.version
+    if system.config.rollout.release_memory:
+        await system.rollouts.release()
+    system.prompts.training(groups, version + 1)
+    learnt = await learner.step(groups)
+    if learner.version > version:
+        system.guard.passed()
+        return learnt | {"learner/skipped": float(system.guard.num_skipped)}
+    told = system.guard.skipped(groups, version, learnt["gradient/norm"])
+    system.metrics.say(told)
+    system.prompts.drop([group.prompt.id for group in groups], REASON, version)
+    if system.config.rollout.release_memory:
+        await synchronize(system)  # the engines get their memory back
+    system.buffer.discard(REASON)
+    return None
 
 
 async def synchronize(system: System) -> dict[str, float]:

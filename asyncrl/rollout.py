@@ -20,6 +20,7 @@ import numpy as np
 from asyncrl import groups
 from asyncrl.engine.base import Engine
 from asyncrl.envs.base import Env
+from asyncrl.envs.faults import Patience, attempt
 from asyncrl.transport import Rendezvous
 from asyncrl.types import Completion, Group, Prompt, Sampling, Trajectory, Version
 from asyncrl.weights import Bucket
@@ -48,13 +49,15 @@ class Rollout:
         group_size: int,
         seed: int,
         name: str = "rollout",
+        timeout_s: float = 300.0,
         store: Path | None = None,
     ) -> None:
-        """`store`: the folder that finished groups are written to before they are handed over."""
+        """`timeout_s` bounds what an attempt takes beside generation. `store`: the folder that finished groups are
+        written to before they are handed over."""
         self.name = name
         self._engine, self._env = engine, env
         self._sampling, self._group_size, self._seed = sampling, group_size, seed
-        self._store = store
+        self._timeout_s, self._store = timeout_s, store
         self._started = time.monotonic()
         self._num_tokens = 0
 
@@ -106,8 +109,13 @@ class Rollout:
 
     async def _play(self, prompt: Prompt, sample: int) -> Trajectory:
         turn = 0
+        patience = Patience(self._timeout_s)
 
         async def generate(token_ids: Sequence[int]) -> Completion:
+            with patience.suspended():
+                return await complete(token_ids)
+
+        async def complete(token_ids: Sequence[int]) -> Completion:
             nonlocal turn
             parts: list[Completion] = []
             while not parts or parts[-1].finish == "abort":
@@ -119,7 +127,7 @@ class Rollout:
                 self._num_tokens += len(parts[-1].token_ids)
             return parts[0] if len(parts) == 1 else _joined(parts)
 
-        return await self._env.play(prompt, generate)
+        return await attempt(self._env, prompt, generate, patience)
 
 
 def _joined(parts: Sequence[Completion]) -> Completion:

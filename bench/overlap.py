@@ -22,6 +22,7 @@ from asyncrl import config as configuration
 from asyncrl import job, metrics
 from asyncrl.config import Config
 from asyncrl.envs.base import load_env
+from asyncrl.guard import StepGuard
 from asyncrl.loop import System, run
 from asyncrl.metrics import Metrics
 from asyncrl.model import load_tokenizer
@@ -51,9 +52,8 @@ async def measure(config: Config, skip: int) -> dict[str, float]:
             with Metrics(Path(folder), config.num_steps, first_step=first, quiet=True) as sink:
                 checkpoints = Path(folder) / "checkpoints"
                 buffer = job.make_buffer(config)
-                await run(
-                    System(config, prompts, [], pool, learner, buffer, sink, checkpoints, evaluated={config.num_steps})
-                )
+                guard, last = StepGuard(Path(folder), 0), {config.num_steps}
+                await run(System(config, prompts, [], pool, learner, buffer, sink, checkpoints, guard, evaluated=last))
         rows = [row for row in metrics.read(Path(folder)) if "time/total_s" in row][skip:]
     system = len(rows) * batch / sum(row["time/total_s"] for row in rows)
     idle = {

@@ -18,7 +18,7 @@ HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboa
 LAYERS = [
     {"types", "algo.presets", "config", "rules", "transport"},
     {"algo.advantage", "algo.loss", "algo.diagnostics", "buffer", "weights", "model", "envs.base", "journal", "groups"},
-    {"metrics", "checkpoint", "prompts", "packing", "engine.base", "envs.digits", "envs.numbers"},
+    {"metrics", "checkpoint", "prompts", "packing", "engine.base", "envs.digits", "envs.numbers", "envs.faults"},
     {
         "engine.kv_cache",
         "engine.sampler",
@@ -31,6 +31,7 @@ LAYERS = [
         "learner",
         "warmup",
     },
+    {"guard", "supervisor"},
     {"loop"},
     {"runtime.placement", "runtime.parts", "runtime.local", "runtime.cluster"},
     {"job", "preflight"},

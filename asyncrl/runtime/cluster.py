@@ -129,7 +129,9 @@ class RemoteRollout:
         return report
 
     async def close(self) -> None:
+        """Ends the process."""
         await self._reply(self.actor.close.remote())
+        ray.kill(self.actor)
 
     async def _reply(self, reference: Any) -> Any:
         try:
@@ -181,8 +183,7 @@ async def open_actors(
         existing = ray.cluster_resources()
         placement = plan(config, int(existing.get("GPU", 0)))
         check_resources(config, existing)
-        folder = str(Path(folder).absolute()) if Path(folder).exists() else folder  # workers start elsewhere
-        yield await _start_actors(config, folder, resume, placement, store)
+        yield await _start_actors(config, _absolute(folder), resume, placement, store)
     finally:
         ray.shutdown()
 
@@ -190,26 +191,41 @@ async def open_actors(
 async def _start_actors(
     config: Config, folder: str, resume: Path | None, placement: Placement, store: Path | None
 ) -> tuple[RemoteLearner, list[RemoteRollout]]:
-    # No logical CPUs are reserved: actors share the machine's cores, each with a set number of threads.
-    environment = {"env_vars": {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}}  # SGLang's: both sides must agree
-    common: dict[str, Any] = {"num_cpus": 0, "runtime_env": environment if placement.device == "cuda" else None}
     learner_class: Any = ray.remote(LearnerActor).options(
-        num_gpus=placement.learner_gpus, resources=config.cluster.learner_resources, **common
+        num_gpus=placement.learner_gpus, resources=config.cluster.learner_resources, **_common(placement)
     )
+    learner = learner_class.remote(config, folder, resume, placement)
+    starts = (start_rollout(config, folder, store, number) for number in range(config.rollout.num_actors))
+    described, *rollouts = await asyncio.gather(learner.describe.remote(), *starts)
+    return RemoteLearner(learner, *described), rollouts
+
+
+async def start_rollout(config: Config, folder: str, store: Path | None, number: int) -> RemoteRollout:
+    """One rollout actor, once its engine is ready; nothing of it is left if that fails or is cancelled."""
+    placement = plan(config, int(ray.cluster_resources().get("GPU", 0)))
     rollout_class: Any = ray.remote(RolloutActor).options(
         num_gpus=placement.rollout_gpus,
         resources=config.cluster.rollout_resources,
         max_concurrency=_MAX_CONCURRENCY,
-        **common,
+        **_common(placement),
     )
-    learner = learner_class.remote(config, folder, resume, placement)
-    actors = [rollout_class.remote(config, folder, placement, store) for _ in range(config.rollout.num_actors)]
-    described, *facts = await asyncio.gather(learner.describe.remote(), *(actor.start.remote() for actor in actors))
-    rollouts = [
-        RemoteRollout(f"rollout {number}", actor, fact)
-        for number, (actor, fact) in enumerate(zip(actors, facts, strict=True))
-    ]
-    return RemoteLearner(learner, *described), rollouts
+    actor = rollout_class.remote(config, _absolute(folder), placement, store)
+    try:
+        return RemoteRollout(f"rollout {number}", actor, await actor.start.remote())
+    except BaseException:
+        ray.kill(actor)
+        raise
+
+
+def _common(placement: Placement) -> dict[str, Any]:
+    # No logical CPUs are reserved: actors share the machine's cores, each with a set number of threads.
+    environment = {"env_vars": {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}}  # SGLang's: both sides must agree
+    return {"num_cpus": 0, "runtime_env": environment if placement.device == "cuda" else None}
+
+
+def _absolute(folder: str) -> str:
+    """Workers start elsewhere; a Hugging Face id stays as it is."""
+    return str(Path(folder).absolute()) if Path(folder).exists() else folder
 
 
 def _process_facts() -> dict[str, Any]:

@@ -52,6 +52,11 @@ class LocalLearner:
         await asyncio.to_thread(self._part.save, folder, cursor)
 
 
+async def start_rollout(config: Config, folder: str, store: Path | None, number: int) -> Rollout:
+    """One more rollout actor."""
+    return await build_rollout(config, folder, plan(config, num_gpus=0), name=f"rollout {number}", store=store)
+
+
 @asynccontextmanager
 async def open_actors(
     config: Config, folder: str, resume: Path | None, store: Path | None = None
@@ -60,10 +65,7 @@ async def open_actors(
     torch.set_num_threads(config.learner.num_threads)
     placement = plan(config, num_gpus=0)
     learner = LocalLearner(LearnerPart(config, folder, resume, placement))
-    rollouts = [
-        await build_rollout(config, folder, placement, name=f"rollout {number}", store=store)
-        for number in range(config.rollout.num_actors)
-    ]
+    rollouts = [await start_rollout(config, folder, store, number) for number in range(config.rollout.num_actors)]
     try:
         yield learner, rollouts
     finally:

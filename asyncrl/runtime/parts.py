@@ -37,7 +37,16 @@ async def build_rollout(
     engine = await _build_engine(config, folder, placement, env.max_prompt_tokens + settings.max_new_tokens, address)
     stops = stop_token_ids(folder, tokenizer)
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k, stops)
-    return Rollout(engine, env, sampling, group_size=settings.group_size, seed=config.seed, name=name, store=store)
+    return Rollout(
+        engine,
+        env,
+        sampling,
+        group_size=settings.group_size,
+        seed=config.seed,
+        name=name,
+        timeout_s=config.env.timeout_s,
+        store=store,
+    )
 
 
 async def _build_engine(config: Config, folder: str, placement: Placement, max_length: int, address: str) -> Engine:
