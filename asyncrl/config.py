@@ -161,6 +161,13 @@ class JournalConfig(_Section, frozen=True, kw_only=True):
     """Keep the tokens of every group, not only of those that a resume may need."""
 
 
+class WatchdogConfig(_Section, frozen=True, kw_only=True):
+    timeout_s: float = 1800.0
+    """Seconds after which a wait (for a slot, a group, a step, a sync, a checkpoint) is called a stall."""
+    action: Literal["warn", "restart", "stop"] = "warn"
+    """On a stall: report it and go on; kill and replace the rollout actor that is waited for; or save and stop."""
+
+
 class Config(_Section, frozen=True, kw_only=True):
     seed: int = 0
     num_steps: int = 100
@@ -184,6 +191,7 @@ class Config(_Section, frozen=True, kw_only=True):
     cluster: ClusterConfig = ClusterConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     journal: JournalConfig = JournalConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     @property
     def loss(self) -> presets.Loss:

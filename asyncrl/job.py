@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,13 +30,14 @@ from asyncrl.config import Config, to_tree
 from asyncrl.envs.base import load_env
 from asyncrl.guard import StepGuard
 from asyncrl.journal import Journal, Resumed, Started
-from asyncrl.loop import System, run
+from asyncrl.loop import LearnerHandle, System, run
 from asyncrl.metrics import Metrics, plot
 from asyncrl.model import load_tokenizer
 from asyncrl.pool import RolloutPool
 from asyncrl.prompts import PromptQueue
 from asyncrl.supervisor import Supervisor
 from asyncrl.warmup import prepare
+from asyncrl.watchdog import Watchdog
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
         )
         async with runtime.open_actors(config, initial, saved, folder / "groups") as (learner, actors):
             pool = RolloutPool(actors, config.rollout.max_attempts)
+            pool.watchdog = watchdog = make_watchdog(config, folder, learner, pool, metrics.say)
             pool.published.update(journal.accounts.published)
             supervisor = Supervisor(
                 pool,
@@ -84,7 +86,9 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
             )
             guard = StepGuard(folder, config.learner.max_skipped_steps)
             checkpoints = folder / "checkpoints"
-            system = System(config, prompts, heldout, pool, learner, buffer, metrics, checkpoints, guard, supervisor)
+            system = System(
+                config, prompts, heldout, pool, learner, buffer, metrics, checkpoints, guard, watchdog, supervisor
+            )
             with _stop_on_ctrl_c(buffer, metrics):
                 await run(system)
             result = Result(folder, learner.version, metrics.last_accuracy, baselines)
@@ -114,6 +118,20 @@ def make_buffer(config: Config) -> Buffer:
         order=config.buffer.order,
         window=config.buffer.window or config.learner.groups_per_step,
         reuse=config.buffer.reuse,
+    )
+
+
+def make_watchdog(
+    config: Config, folder: Path, learner: LearnerHandle, pool: RolloutPool, say: Callable[[str], None]
+) -> Watchdog:
+    runtime = load_runtime(config.runtime)
+    return Watchdog(
+        folder,
+        timeout_s=config.watchdog.timeout_s,
+        action=config.watchdog.action,
+        say=say,
+        stacks=lambda: runtime.stacks(learner, pool.actors),
+        kill=runtime.kill,
     )
 
 

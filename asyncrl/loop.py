@@ -34,6 +34,7 @@ from asyncrl.pool import AllActorsDied, Publisher, RolloutFailed, RolloutPool
 from asyncrl.prompts import Finished, PromptQueue
 from asyncrl.supervisor import Supervisor
 from asyncrl.types import Group, Prompt
+from asyncrl.watchdog import Stalled, Watchdog
 
 
 class LearnerHandle(Publisher, Protocol):
@@ -56,6 +57,7 @@ class System:
     metrics: Metrics
     checkpoints: Path
     guard: StepGuard
+    watchdog: Watchdog
     supervisor: Supervisor | None = None
     updating: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by whoever steps the learner or updates weights."""
@@ -77,13 +79,18 @@ async def run(system: System) -> None:
             if system.config.eval.every:
                 tasks.create_task(evaluate(system))  # where the curve starts
             producers = [tasks.create_task(produce(system)) for _ in range(system.buffer.capacity)]
-            helpers = [tasks.create_task(sync_journal(system))]
+            helpers = [tasks.create_task(sync_journal(system)), tasks.create_task(system.watchdog.run())]
             if system.supervisor is not None:
                 helpers.append(tasks.create_task(system.supervisor.run(system.updating, lambda: synchronize(system))))
             await learn(system, tasks)
             system.buffer.close()
             for task in (*producers, *helpers):
                 task.cancel()
+    except* Stalled as stalls:
+        stall = stalls.exceptions[0]
+        if isinstance(stall, Stalled) and not stall.learner_hangs:
+            await save(system, last=True)
+        raise stall from None
     except* Exception as errors:
         if len(errors.exceptions) == 1:
             raise errors.exceptions[0] from None  # the one cause, without the wrapping of the task group
@@ -96,7 +103,7 @@ async def run(system: System) -> None:
 async def produce(system: System) -> None:
     """Fills one slot after the other."""
     drop_equal = system.config.algorithm.drop_zero_variance
-    while (ticket := await system.buffer.admit()) is not None:
+    while (ticket := await admit(system)) is not None:
         prompt, finished = system.prompts.issue()
         if finished is None:
             try:
@@ -112,6 +119,12 @@ async def produce(system: System) -> None:
             system.prompts.drop([prompt.id], "zero variance", system.learner.version)
         else:
             system.buffer.put(ticket, finished.group, finished.uses)
+
+
+async def admit(system: System) -> Ticket | None:
+    """Waits for a slot."""
+    with system.watchdog.wait("admit", "a slot of the buffer"):
+        return await system.buffer.admit()
 
 
 def give_up(system: System, ticket: Ticket, prompt: Prompt, error: RolloutFailed) -> None:
@@ -135,7 +148,8 @@ async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
     learner, buffer, config = system.learner, system.buffer, system.config
     while learner.version < config.num_steps:
         clock = _Clock()
-        groups = await buffer.take(learner.version)
+        with system.watchdog.wait("take", f"{buffer.groups_per_step} finished groups"):
+            groups = await buffer.take(learner.version)
         if not groups:
             return
         check_digests(groups, system.rollouts.published)
@@ -162,7 +176,8 @@ async def step(system: System, groups: Sequence[Group]) -> dict[str, float] | No
     if system.config.rollout.release_memory:
         await system.rollouts.release()
     system.prompts.training(groups, version + 1)
-    learnt = await learner.step(groups)
+    with system.watchdog.wait("step", f"the learner's step {version + 1}"):
+        learnt = await learner.step(groups)
     if learner.version > version:
         system.guard.passed()
         return learnt | {"learner/skipped": float(system.guard.num_skipped)}
@@ -177,7 +192,8 @@ async def step(system: System, groups: Sequence[Group]) -> dict[str, float] | No
 
 async def synchronize(system: System) -> dict[str, float]:
     """The learner's version on every engine, and in the journal."""
-    measured = await system.rollouts.update_weights(system.learner)
+    with system.watchdog.wait("sync", f"version {system.learner.version} to be live on every rollout actor"):
+        measured = await system.rollouts.update_weights(system.learner)
     version = system.learner.version
     system.prompts.synced(version, system.rollouts.published[version])
     return measured
@@ -195,7 +211,8 @@ async def evaluate(system: System) -> None:
     version = system.learner.version
     if version not in system.evaluated:
         system.evaluated.add(version)
-        rewards = await system.rollouts.evaluate(system.heldout)
+        with system.watchdog.wait("evaluate", f"the held-out prompts on version {version}"):
+            rewards = await system.rollouts.evaluate(system.heldout)
         system.metrics.evaluation(version, sum(rewards) / len(rewards))
 
 
@@ -208,7 +225,8 @@ async def save(system: System, *, last: bool = False) -> None:
     if system.prompts.is_saved(version):
         return
     try:
-        await system.learner.save(system.checkpoints, system.prompts.cursor(version))
+        with system.watchdog.wait("save", f"the checkpoint of version {version}"):
+            await system.learner.save(system.checkpoints, system.prompts.cursor(version))
     except OSError as error:
         if last:
             raise

@@ -13,11 +13,13 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 from asyncrl.rollout import UpdateReport
 from asyncrl.transport import Rendezvous, abandon
 from asyncrl.types import Group, Prompt, Version
+from asyncrl.watchdog import Watchdog
 from asyncrl.weights import Bucket
 
 
@@ -63,6 +65,8 @@ class RolloutPool:
     """The rollout actors of a run."""
 
     def __init__(self, actors: Sequence[RolloutHandle], max_attempts: int) -> None:
+        self.watchdog: Watchdog | None = None
+        """Told of every prompt that is waited for."""
         self._load: dict[RolloutHandle, int] = dict.fromkeys(actors, 0)
         self._joining: list[RolloutHandle] = []  # without weights so far
         self._leaving: dict[RolloutHandle, int] = {}  # load of those that get no more prompts
@@ -209,8 +213,10 @@ class RolloutPool:
 
     async def _run_on(self, actor: RolloutHandle, prompt: Prompt) -> Group:
         self._load[actor] += 1
+        what = f"{actor.name} to play prompt {prompt.id}"
         try:
-            return await actor.run(prompt)
+            with self.watchdog.wait("produce", what, actor) if self.watchdog else nullcontext():
+                return await actor.run(prompt)
         finally:
             if actor in self._load:
                 self._load[actor] -= 1

@@ -89,6 +89,7 @@ _AT_LEAST = {
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
     "journal.sync_s": 0.01,
+    "watchdog.timeout_s": 0.1,
 }
 
 

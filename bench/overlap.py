@@ -53,7 +53,12 @@ async def measure(config: Config, skip: int) -> dict[str, float]:
                 checkpoints = Path(folder) / "checkpoints"
                 buffer = job.make_buffer(config)
                 guard, last = StepGuard(Path(folder), 0), {config.num_steps}
-                await run(System(config, prompts, [], pool, learner, buffer, sink, checkpoints, guard, evaluated=last))
+                watchdog = job.make_watchdog(config, Path(folder), learner, pool, print)
+                await run(
+                    System(
+                        config, prompts, [], pool, learner, buffer, sink, checkpoints, guard, watchdog, evaluated=last
+                    )
+                )
         rows = [row for row in metrics.read(Path(folder)) if "time/total_s" in row][skip:]
     system = len(rows) * batch / sum(row["time/total_s"] for row in rows)
     idle = {

@@ -157,10 +157,10 @@ def test_a_prompt_that_always_fails_ends_the_run_and_is_named(tmp_path):
 
 
 def test_a_prompt_that_always_fails_is_given_up_and_counted(tmp_path):
-    config = small(tmp_path, "env.path=test_loop:Failing", "env.args={bad=[3], times=1000}")
+    config = small(tmp_path, "env.path=test_loop:Failing", "env.args={bad=[9], times=1000}")
     result = run(job.train(config, quiet=True))
     records, _, _ = journal.read(result.folder / "journal.bin")
-    assert [(r.ids, r.reason) for r in records if isinstance(r, Dropped)] == [((3,), "rollout failed")]
+    assert [(r.ids, r.reason) for r in records if isinstance(r, Dropped)] == [((9,), "rollout failed")]
     assert result.version == 4
 
 

@@ -17,7 +17,8 @@ HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboa
 # Each layer may import itself and the ones before it.
 LAYERS = [
     {"types", "algo.presets", "config", "rules", "transport"},
-    {"algo.advantage", "algo.loss", "algo.diagnostics", "buffer", "weights", "model", "envs.base", "journal", "groups"},
+    {"algo.advantage", "algo.loss", "algo.diagnostics", "buffer", "weights", "model", "envs.base"},
+    {"journal", "groups", "watchdog"},
     {"metrics", "checkpoint", "prompts", "packing", "engine.base", "envs.digits", "envs.numbers", "envs.faults"},
     {
         "engine.kv_cache",
@@ -33,7 +34,7 @@ LAYERS = [
     },
     {"guard", "supervisor"},
     {"loop"},
-    {"runtime.placement", "runtime.parts", "runtime.local", "runtime.cluster"},
+    {"runtime.placement", "runtime.stacks", "runtime.parts", "runtime.local", "runtime.cluster"},
     {"job", "preflight"},
 ]
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from asyncrl.checkpoint import Cursor
 from asyncrl.config import Config
@@ -26,6 +27,7 @@ from asyncrl.pool import ActorDied
 from asyncrl.rollout import UpdateReport
 from asyncrl.runtime.parts import LearnerPart, build_rollout
 from asyncrl.runtime.placement import Placement, check_resources, plan
+from asyncrl.runtime.stacks import dump_stacks, offer_stacks
 from asyncrl.transport import Rendezvous
 from asyncrl.types import Group, Prompt, Trajectory, Version
 from asyncrl.weights import Bucket
@@ -228,8 +230,32 @@ def _absolute(folder: str) -> str:
     return str(Path(folder).absolute()) if Path(folder).exists() else folder
 
 
+async def stacks(learner: RemoteLearner, rollouts: Sequence[RemoteRollout]) -> str:
+    """The Python stacks of every actor, also of one that hangs outside Python; who does not answer says so."""
+    actors = {"learner": learner.facts, **{rollout.name: rollout.facts for rollout in rollouts}}
+    answers = await asyncio.gather(*(_stacks_of(facts) for facts in actors.values()), return_exceptions=True)
+    return "\n".join(f"{name}: {answer}" for name, answer in zip(actors, answers, strict=True))
+
+
+async def _stacks_of(facts: dict[str, Any]) -> str:
+    there = NodeAffinitySchedulingStrategy(facts["node"], soft=False)
+    task: Any = ray.remote(dump_stacks).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+    text: str = await task.remote(facts["pid"], facts["stacks"])
+    return text
+
+
+def kill(rollout: RemoteRollout) -> None:
+    """Ends the process at once; calls that wait for it raise `ActorDied`."""
+    ray.kill(rollout.actor)
+
+
 def _process_facts() -> dict[str, Any]:
-    return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id(), "address": _own_address()}
+    return {
+        "pid": os.getpid(),
+        "node": ray.get_runtime_context().get_node_id(),
+        "address": _own_address(),
+        "stacks": offer_stacks(),
+    }
 
 
 def _own_address() -> str:

@@ -57,6 +57,16 @@ async def start_rollout(config: Config, folder: str, store: Path | None, number:
     return await build_rollout(config, folder, plan(config, num_gpus=0), name=f"rollout {number}", store=store)
 
 
+async def stacks(_learner: LocalLearner, _rollouts: Sequence[Rollout]) -> str:
+    """The actors' stacks are among those of this process."""
+    return "all in the driver's process"
+
+
+def kill(rollout: Rollout) -> None:
+    """Refused: an actor of this runtime has no process of its own."""
+    raise RuntimeError(f"{rollout.name} cannot be killed: it lives in this process; set runtime=cluster")
+
+
 @asynccontextmanager
 async def open_actors(
     config: Config, folder: str, resume: Path | None, store: Path | None = None
