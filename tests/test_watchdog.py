@@ -113,7 +113,7 @@ class Hanging:
 def test_a_run_that_hangs_stops_with_a_checkpoint_that_it_goes_on_from(tmp_path):
     words = ["env.path=test_watchdog:Hanging", "num_steps=6", "eval.num_prompts=4"]
     words += ["watchdog.timeout_s=3", "watchdog.action=stop"]
-    with pytest.raises(Stalled, match="rollout . to play prompt 11"):
+    with pytest.raises(Stalled, match=r"rollout . to play prompt 11"):
         run(job.train(small(tmp_path, *words, "env.args={bad=11}"), quiet=True))
     (folder,) = [path for path in tmp_path.iterdir() if path.name != "cache"]
     saved = checkpoint.load_cursor(checkpoint.latest(folder / "checkpoints"))
@@ -127,7 +127,8 @@ def test_stacks_of_a_process_that_hangs_outside_python():
     code = (
         "from asyncrl.runtime.stacks import offer_stacks; import ctypes\n"
         "print(offer_stacks(), flush=True)\n"
-        "def stuck(): ctypes.PyDLL(None).sleep(60)\n"  # holds the interpreter lock
+        "def stuck():\n"
+        "    while True: ctypes.PyDLL(None).sleep(60)\n"  # holds the interpreter lock
         "stuck()"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:

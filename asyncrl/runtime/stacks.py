@@ -23,12 +23,15 @@ def offer_stacks() -> str:
 
 def dump_stacks(pid: int, path: str) -> str:
     """What the process `pid`, which offered `path`, writes now. Says so if it is gone or writes nothing."""
-    file = Path(path)
     try:
-        before = file.stat().st_size
-        os.kill(pid, _SIGNAL)
+        return _dump(pid, Path(path))
     except (FileNotFoundError, ProcessLookupError):
         return f"process {pid} is gone"
+
+
+def _dump(pid: int, file: Path) -> str:
+    before = file.stat().st_size
+    os.kill(pid, _SIGNAL)
     end, size = time.monotonic() + _WAIT_S, -1
     while time.monotonic() < end and (size <= before or size != file.stat().st_size):
         size = file.stat().st_size
