@@ -175,9 +175,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_too_many_end_the_run(tm
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     config = small(tmp_path, "learner.max_skipped_steps=2")
     if num_bad > 2:
-        with pytest.raises(
-            RuntimeError, match=r"3 optimizer steps in a row .*groups \[.*learner\.max_skipped_steps is 2"
-        ):
+        with pytest.raises(RuntimeError, match=r"3 optimizer steps in a row .*max_skipped_steps is 2.*groups \["):
             run(job.train(config, quiet=True))
         (folder,) = [path for path in tmp_path.iterdir() if path.name != "cache"]
     else:
