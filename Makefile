@@ -5,13 +5,17 @@ BIN = .venv/bin
 SGLANG_BIN = .venv-sglang/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test test-sglang lint docs clean
+.PHONY: run test ablation test-sglang lint docs clean
 
 run: .venv/installed
 	$(BIN)/python launch/run.py $(ARGS)
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest $(ARGS)
+
+# What staleness costs, preset by preset: about ten minutes on two cores; stopped, it goes on where it was.
+ablation: .venv/installed
+	$(BIN)/python bench/staleness.py $(ARGS)
 
 # Real SGLang on a CPU, in an environment of its own (2.6 GB): the engine's contract, without a GPU.
 test-sglang: .venv-sglang/installed

@@ -47,11 +47,23 @@ class Manifest(msgspec.Struct, frozen=True):
     """Hexadecimal BLAKE2b checksum of each file, by name."""
 
 
-def save(root: Path, cursor: Cursor, model: Any, tokenizer: Any, optimizer: dict[str, Tensor], *, keep: int) -> Path:
-    """Writes one checkpoint atomically and deletes all but the newest `keep`. Returns its folder."""
+def save(
+    root: Path,
+    cursor: Cursor,
+    model: Any,
+    tokenizer: Any,
+    *,
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    keep: int,
+) -> Path:
+    """Writes one checkpoint atomically and deletes all but the newest `keep`. Returns its folder.
+
+    `weights` are those of `model`, whole: its own may be split between ranks.
+    """
 
     def fill(folder: Path) -> None:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
         save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, folder / "optimizer.safetensors")
 

@@ -40,6 +40,8 @@ class WarmupConfig(_Section, frozen=True, kw_only=True):
     num_steps: int = 0
     """Supervised steps on the environment's demonstrations before reinforcement learning; cached on disk."""
     batch_size: int = 128
+    micro_batch_size: int = 128
+    """Demonstrations that go through the model at once."""
     learning_rate: float = 1e-3
 
 
@@ -91,7 +93,7 @@ class BufferConfig(_Section, frozen=True, kw_only=True):
 
 class LearnerConfig(_Section, frozen=True, kw_only=True):
     num_gpus: int = 1
-    """GPUs of the learner, where there are any."""
+    """Ranks that the model is split between (FSDP2): one GPU each, and without GPUs one process each."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the forward and backward pass; "auto" is bfloat16 on GPUs. Weights, head and optimizer are float32."""
     groups_per_step: int = 32
@@ -105,29 +107,47 @@ class LearnerConfig(_Section, frozen=True, kw_only=True):
     row_tokens: int = 64
     """Length of a packed row; raised to the longest trajectory that can occur."""
     micro_batch_tokens: int = 16384
-    """Tokens (padding included) that go through the model at once."""
+    """Tokens (padding included) that go through the model at once, on each rank."""
+    head_chunk: int = 2048
+    """Trained tokens whose logits exist at once; of a micro-batch with more, logits are computed twice."""
+    activation_checkpointing: bool = False
+    """Compute each decoder layer again in the backward pass instead of keeping its activations."""
     num_threads: int = 1
-    """CPU threads of the learner."""
+    """CPU threads of each learner rank."""
     max_skipped_steps: int = 3
     """Optimizer steps in a row that may be skipped because their gradient is not finite; one more ends the run."""
 
 
 class AlgorithmConfig(_Section, frozen=True, kw_only=True):
     preset: str = "async_default"
+    """A name in `asyncrl/algo/presets.py`, or `package.module:function` of a loss of your own."""
     loss: dict[str, Any] = {}
     """Single fields of the preset's loss to replace."""
     drop_zero_variance: bool = False
     """Replace groups whose rewards are all equal by new prompts, counted (dynamic sampling)."""
     mask_truncated: bool = False
     """Give no gradient to trajectories that ran out of tokens (overlong filtering)."""
+    overlong_tail: int = 0
+    """Lower the reward over the last so many tokens before rollout.max_new_tokens, in a line down to -1 (soft overlong
+    punishment); 0 is off."""
     allow_uncorrected: bool = False
     """Permit off-policy training without an importance correction."""
 
 
 class EvalConfig(_Section, frozen=True, kw_only=True):
     every: int = 20
-    """Steps between held-out evaluations (greedy); 0 is never. The last step is always evaluated."""
+    """Steps between held-out evaluations; 0 is never. The last step is always evaluated."""
     num_prompts: int = 200
+    """Held-out prompts, or all that there are if there are less."""
+    num_samples: int = 1
+    """Attempts at each prompt (n), for the mean and pass@k."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    pass_reward: float = 1.0
+    """The reward from which on an attempt passes, for pass@k."""
+    max_running: int = 64
+    """Attempts that evaluation has in flight on each engine, so that training's do not wait behind all of them."""
 
 
 class WeightsConfig(_Section, frozen=True, kw_only=True):
@@ -142,7 +162,7 @@ class ClusterConfig(_Section, frozen=True, kw_only=True):
     address: str | None = None
     """An existing Ray cluster to join, "auto" or an address; by default the run starts its own on this machine."""
     learner_resources: dict[str, float] = {}
-    """Custom Ray resources that the learner's node must have, to place it."""
+    """Custom Ray resources that each learner rank takes of its node, to place it."""
     rollout_resources: dict[str, float] = {}
     """The same for each rollout actor."""
 
@@ -166,6 +186,17 @@ class WatchdogConfig(_Section, frozen=True, kw_only=True):
     """Seconds after which a wait (for a slot, a group, a step, a sync, a checkpoint) is called a stall."""
     action: Literal["warn", "restart", "stop"] = "warn"
     """On a stall: report it and go on; kill and replace the rollout actor that is waited for; or save and stop."""
+
+
+class MetricsConfig(_Section, frozen=True, kw_only=True):
+    sample_trajectories: int = 4
+    """Trajectories of each step that are saved with every column; 0 is none."""
+    timeline: bool = True
+    """Write what every part of the run did, and when, to the run folder."""
+    prometheus_port: int = 0
+    """Serve the newest metrics at http://127.0.0.1:PORT/metrics, for Prometheus; 0 is off."""
+    wandb: str = ""
+    """Weights & Biases project to log to as well; empty is off."""
 
 
 class Config(_Section, frozen=True, kw_only=True):
@@ -192,6 +223,7 @@ class Config(_Section, frozen=True, kw_only=True):
     checkpoint: CheckpointConfig = CheckpointConfig()
     journal: JournalConfig = JournalConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    metrics: MetricsConfig = MetricsConfig()
 
     @property
     def loss(self) -> presets.Loss:

@@ -5,6 +5,8 @@ runs/20261122-193000-largest-digit/
     metrics.jsonl  tensorboard/  every metric of every step
     checkpoints/step-000160/     loads with transformers as it is
     journal.bin  groups/         what happened to every prompt; the finished groups that a resume may need
+    timeline.jsonl               what every part of the run did, and when
+    trajectories/                a few trajectories of each step, parquet
     curves.png                   reward, held-out accuracy, lag, utilisation
 """
 
@@ -25,13 +27,14 @@ from pathlib import Path
 from types import ModuleType
 
 from asyncrl import checkpoint
+from asyncrl.algo import own
 from asyncrl.buffer import Buffer
 from asyncrl.config import Config, to_tree
 from asyncrl.envs.base import load_env
 from asyncrl.guard import StepGuard
 from asyncrl.journal import Journal, Resumed, Started
 from asyncrl.loop import LearnerHandle, System, run
-from asyncrl.metrics import Metrics, plot
+from asyncrl.metrics import Metrics, plot, verdict
 from asyncrl.model import load_tokenizer
 from asyncrl.pool import RolloutPool
 from asyncrl.prompts import PromptQueue
@@ -53,18 +56,29 @@ class Result:
 
 async def train(config: Config, resume: Path | None = None, *, quiet: bool = False) -> Result:
     """Runs the job to its last step, or to Ctrl-C; `resume` is the run folder of an earlier job to go on with."""
+    own.check(config.loss)
     runtime = load_runtime(config.runtime)
     initial = str(prepare(config, quiet=quiet))
-    env = load_env(config.env.path, load_tokenizer(initial), config.env.args)
+    tokenizer = load_tokenizer(initial)
+    env = load_env(config.env.path, tokenizer, config.env.args)
     heldout = list(islice(env.prompts("heldout", 0), config.eval.num_prompts))
     baselines = env.baselines(heldout)
     folder = (resume or new_folder(config, baselines)).absolute()
     buffer = make_buffer(config)
     journal, saved = open_journal(folder, buffer, resumed=resume is not None)
     first_step = journal.accounts.version
-    with closing(journal), Metrics(folder, config.num_steps, first_step=first_step, quiet=quiet) as metrics:
+
+    def decode(token_ids: list[int]) -> str:
+        return str(tokenizer.decode(token_ids))
+
+    with (
+        closing(journal),
+        Metrics(folder, config.num_steps, first_step=first_step, quiet=quiet, config=config, decode=decode) as metrics,
+    ):
         for name, score in baselines.items():
             metrics.say(f"no skill: {name!r} scores {score:.2f} on the {len(heldout)} held-out prompts")
+        for reason, count in getattr(env, "skipped", {}).items():
+            metrics.say(f"skipped rows of the data: {count}, {reason}")
         if journal.torn_bytes:
             metrics.say(f"the journal ended in {journal.torn_bytes} bytes of an incomplete record, now cut off")
         metrics.say(f"starting {config.rollout.num_actors} rollout actors and the learner")
@@ -72,7 +86,7 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
             env.prompts("train", config.seed), journal, folder / "groups", keep_groups=config.journal.keep_groups
         )
         async with runtime.open_actors(config, initial, saved, folder / "groups") as (learner, actors):
-            pool = RolloutPool(actors, config.rollout.max_attempts)
+            pool = RolloutPool(actors, config.rollout.max_attempts, metrics.timeline)
             pool.watchdog = watchdog = make_watchdog(config, folder, learner, pool, metrics.say)
             pool.published.update(journal.accounts.published)
             supervisor = Supervisor(
@@ -96,6 +110,8 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
         for what, counts in (("dropped groups", buffer.dropped), ("failed rollouts", pool.failures)):
             if counts.total():
                 metrics.say(f"{what}: {', '.join(f'{reason} {count}' for reason, count in counts.most_common())}")
+        if found := verdict(folder):
+            metrics.say(found.sentence)
         metrics.say(report(result, config.num_steps))
     return result
 
@@ -188,6 +204,7 @@ def report(result: Result, num_steps: int) -> str:
     if result.accuracy is not None:
         lines[0] += f" | held-out greedy {result.accuracy:.3f}, no skill {result.baselines[best]:.2f} ({best})"
     lines.append(f"run folder: {result.folder}")
+    lines.append(f"as a page: python launch/report.py {result.folder}")
     if result.version < num_steps:
         lines.append(f"go on with: python launch/run.py --resume {result.folder}")
     return "\n".join(lines)

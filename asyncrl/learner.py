@@ -1,21 +1,28 @@
 """The learner: model, optimizer, one optimizer step per batch, and the weights that go out.
 
 step(groups): pack -> per micro-batch: forward, loss, backward -> clip -> AdamW -> version + 1 -> metrics
+
+A learner of several ranks is this on each of them, with the model split between them (`sharding.py`). Every rank takes
+the same groups and trains its share; calls that say "every rank" wait for the others.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from asyncrl.algo.diagnostics import diagnose
-from asyncrl.algo.loss import Columns, Outcome, policy_loss
+from asyncrl.algo.diagnostics import diagnose, learning_rate_factor
+from asyncrl.algo.loss import Columns, Outcome, concatenate, policy_loss
 from asyncrl.config import Config
+from asyncrl.model import decoder_layers
 from asyncrl.packing import Batch, MicroBatch, pack
+from asyncrl.scoring import Scorer, recompute_activations
+from asyncrl.sharding import Ranks, collect, own, own_rows, shard, split_like, whole
 from asyncrl.transport import BroadcastGroup, Rendezvous, open_rendezvous
 from asyncrl.types import Trajectory, Version
 from asyncrl.weights import Bucket, Outgoing, make_buckets
@@ -35,10 +42,12 @@ class Learner:
         reference: nn.Module | None = None,
         address: str = "127.0.0.1",
         backend: str = "gloo",
+        ranks: Ranks | None = None,
     ) -> None:
         """`row_tokens`: length of a packed row, at least that of the longest trajectory that can occur. `reference`:
         the frozen model that a KL term is taken against; `address` and `backend`: this node's own, for the broadcast
-        group, and what that group runs on.
+        group, and what that group runs on. `ranks`: this rank among the learner's; of several, the first
+        gives the whole models and the others at least empty ones, and each keeps its part on the ranks' device.
         """
         self.version: Version = 0
         self.model = model
@@ -46,28 +55,49 @@ class Learner:
         self._config = config
         self._row_tokens = row_tokens
         self._address, self._backend = address, backend
-        self._device = next(model.parameters()).device
-        bfloat16 = config.learner.dtype == "bfloat16" or (
-            config.learner.dtype == "auto" and self._device.type == "cuda"
-        )
-        self._autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=bfloat16)
+        self.ranks = ranks or Ranks()
         if self.loss.needs_reference and reference is None:
             raise RuntimeError("the loss has a KL term against a reference model, and none was given")
-        self._reference = reference
+        self._scorer = self._make_scorer(model)
+        self._reference = self._make_scorer(reference) if reference is not None else None
+        self._device = next(model.parameters()).device
         settings = config.learner
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+            model.parameters(),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=self._device.type == "cuda",
         )
         self.buckets: list[Bucket] = make_buckets(
             model.named_parameters(), config.rollout.dtype, int(config.weights.bucket_mb * 2**20)
         )
         self._group: BroadcastGroup | None = None
         self._outgoing: Outgoing | None = None
-        self._watch = _GradientWatch(model)
+        self._watch = _GradientWatch(model, self.ranks)
+
+    def _make_scorer(self, model: nn.Module) -> Scorer:
+        settings = self._config.learner
+        device = self.ranks.mesh.device_type if self.ranks.mesh else next(model.parameters()).device.type
+        bfloat16 = settings.dtype == "bfloat16" or (settings.dtype == "auto" and device == "cuda")
+        scorer = Scorer(
+            model,
+            temperature=self._config.rollout.temperature,
+            head_chunk=settings.head_chunk,
+            bfloat16=bfloat16,
+            entropy=self.loss.entropy_bonus > 0,
+        )
+        if settings.activation_checkpointing:
+            recompute_activations(decoder_layers(model))
+        if self.ranks.num_ranks > 1:
+            shard(scorer, decoder_layers(model), self.ranks, bfloat16=bfloat16)
+        return scorer
 
     def step(self, groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
-        """One optimizer step on whole groups. Returns the metrics of the step; the version goes up by one,
-        unless the gradient is not finite."""
+        """One optimizer step on whole groups, on every rank. The version goes up by one if the gradient is finite.
+
+        Returns the metrics of the step over all ranks, at the first one; nothing elsewhere.
+        """
         settings = self._config.learner
         batch = pack(
             groups,
@@ -76,47 +106,35 @@ class Learner:
             micro_batch_tokens=settings.micro_batch_tokens,
             max_new_tokens=self._config.rollout.max_new_tokens,
             mask_truncated=self._config.algorithm.mask_truncated,
+            rank=self.ranks.rank,
+            num_ranks=self.ranks.num_ranks,
+            overlong_tail=self._config.algorithm.overlong_tail,
         )
         warm = min(1.0, (self.version + 1) / max(settings.warmup_steps, 1))
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = settings.learning_rate * warm
         self.optimizer.zero_grad(set_to_none=True)
-        ledger = _Ledger()
-        for micro_batch in batch.micro_batches:
-            self._backward(micro_batch.to(self._device), ledger)
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm))
+        seen = [self._backward(micro_batch.to(self._device)) for micro_batch in batch.micro_batches]
+        norm = float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)))
+        metrics = self._measure(seen, batch)
+        factor = self.ranks.share(learning_rate_factor(self.loss, metrics) if self.ranks.is_first else 0.0)
+        learning_rate = settings.learning_rate * warm * factor
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = learning_rate
         if math.isfinite(norm):  # else the step is not taken: one such number would be in every weight for ever after
             self.optimizer.step()
             self.version += 1
-        metrics = ledger.metrics(batch) | {
+        metrics |= {
             "gradient/norm": norm,
             "gradient/cosine": self._watch.cosine(),
-            "gradient/learning_rate": settings.learning_rate * warm,
+            "gradient/learning_rate": learning_rate,
         }
         if self._config.rollout.release_memory:
             self._make_room()
-        return metrics
+        return metrics if self.ranks.is_first else {}
 
-    def score(self, micro_batch: MicroBatch, model: nn.Module | None = None) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of each trained token, float32[n] and float32[n], at the sampling temperature.
-
-        The head sees only the positions that predict a trained token, and works in float32.
-        """
-        model = model or self.model
-        with self._autocast:
-            hidden = model.base_model(  # type: ignore[operator]
-                input_ids=micro_batch.input_ids,
-                position_ids=micro_batch.positions,
-                attention_mask=micro_batch.attention_mask(),
-                use_cache=False,
-            ).last_hidden_state
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        wanted = hidden[micro_batch.rows, micro_batch.columns].float()
-        logits = nn.functional.linear(wanted, head.weight.float()) / self._config.rollout.temperature
-        logprobs = logits.log_softmax(-1)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.loss.entropy_bonus > 0):
-            entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return logprobs.gather(-1, micro_batch.targets[:, None]).squeeze(-1), entropy
+    def score(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of each trained token, float32[n] and float32[n], at the sampling temperature."""
+        logprobs, entropy = self._scorer(micro_batch)
+        return logprobs, entropy
 
     def rendezvous(self, world_size: int) -> Rendezvous:
         """Opens the meeting point of a new broadcast group, on this node; `join` then enters it as rank 0."""
@@ -131,30 +149,39 @@ class Learner:
         self._group = BroadcastGroup(self._where, 0, self._address, self._store)
 
     def prepare(self) -> None:
-        """Gets the current weights ready to leave, while engines still generate."""
-        if self._group is None:
+        """Gets the current weights ready to leave, while engines still generate. Every rank."""
+        if self._group is None and self.ranks.is_first:
             raise RuntimeError("prepare() before join()")
-        self._outgoing = Outgoing(self.buckets, dict(self.model.named_parameters()), self._group.device)
+        device = self._group.device if self._group is not None else None
+        self._outgoing = Outgoing(self.buckets, dict(self.model.named_parameters()), device)
 
     def broadcast(self) -> str:
-        """Sends the prepared weights to every engine; returns their digest."""
-        if self._group is None or self._outgoing is None:
+        """Sends the prepared weights to every engine, from the first rank; returns their digest there. Every rank."""
+        if self._outgoing is None:
             raise RuntimeError("broadcast() before join() and prepare()")
         outgoing, self._outgoing = self._outgoing, None
         return outgoing.send(self._group)
 
+    def weights(self) -> dict[str, Tensor]:
+        """Full weights and buffers as named tensors at the first rank, for a checkpoint; tied ones once. Every rank."""
+        once: dict[int, tuple[str, Tensor]] = {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            once.setdefault(id(tensor), (name, tensor))
+        return collect(list(once.values()), self.ranks)
+
     def state(self) -> dict[str, Tensor]:
-        """Optimizer state as named tensors, for a checkpoint; the weights are the model's own."""
+        """Optimizer state as named tensors, for a checkpoint, at the first rank. Every rank."""
         names = [name for name, _ in self.model.named_parameters()]
         states = self.optimizer.state_dict()["state"]
-        return {f"{names[index]}.{key}": value for index, values in states.items() for key, value in values.items()}
+        named = [(f"{names[index]}.{key}", value) for index, values in states.items() for key, value in values.items()]
+        return collect(named, self.ranks)
 
     def load_state(self, tensors: dict[str, Tensor], version: Version) -> None:
-        """The inverse of `state`."""
+        """The inverse of `state`, from the full tensors, whatever number of ranks saved them."""
         state: dict[int, dict[str, Tensor]] = {}
-        for index, (name, _) in enumerate(self.model.named_parameters()):
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                state.setdefault(index, {})[key] = tensors[f"{name}.{key}"]
+        for index, (name, parameter) in enumerate(self.model.named_parameters()):
+            moments = {key: split_like(tensors[f"{name}.{key}"], parameter) for key in ("exp_avg", "exp_avg_sq")}
+            state[index] = moments | {"step": tensors[f"{name}.step"]}
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
         self.version = version
 
@@ -163,11 +190,11 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
 
-    def _backward(self, micro_batch: MicroBatch, ledger: _Ledger) -> None:
+    def _backward(self, micro_batch: MicroBatch) -> _Seen:
         reference = None
         if self._reference is not None:
             with torch.no_grad():
-                reference = self.score(micro_batch, self._reference)[0]
+                reference = self._reference(micro_batch)[0]
         logprobs, entropy = self.score(micro_batch)
         columns = Columns(
             logprobs=logprobs,
@@ -185,53 +212,83 @@ class Learner:
         if self.loss.entropy_bonus > 0:
             loss = loss - self.loss.entropy_bonus * (micro_batch.normalizers * entropy).sum()
         loss.backward()
-        ledger.add(columns, outcome, entropy)
+        return _Seen(columns, outcome, entropy.detach())
 
-
-@dataclass(slots=True)
-class _Ledger:
-    """Detached columns of a step's micro-batches, put together for the diagnostics."""
-
-    columns: list[Columns] = field(default_factory=list)
-    outcomes: list[Outcome] = field(default_factory=list)
-    entropies: list[Tensor] = field(default_factory=list)
-
-    def add(self, columns: Columns, outcome: Outcome, entropy: Tensor) -> None:
-        self.columns.append(columns)
-        self.outcomes.append(outcome)
-        self.entropies.append(entropy.detach())
-
-    def metrics(self, batch: Batch) -> dict[str, float]:
-        entropy = float(torch.cat(self.entropies).mean())
-        return diagnose(self.columns, self.outcomes, entropy) | {
+    def _measure(self, seen: Sequence[_Seen], batch: Batch) -> dict[str, float]:
+        """The diagnostics of all ranks' micro-batches together, at the first rank; nothing elsewhere."""
+        of_ranks = self.ranks.gather(_join(seen) if self.ranks.num_ranks > 1 else seen)
+        if not of_ranks:
+            return {}
+        everything = [part for parts in of_ranks for part in parts]
+        entropy = float(torch.cat([part.entropy for part in everything]).mean())
+        return diagnose([part.columns for part in everything], [part.outcome for part in everything], entropy) | {
             "learner/num_tokens": float(batch.num_tokens),
             "learner/row_fill": batch.fill,
         }
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What the diagnostics need of one micro-batch."""
+
+    columns: Columns
+    outcome: Outcome
+    entropy: Tensor
+
+
+def _join(seen: Sequence[_Seen]) -> list[_Seen]:
+    """The micro-batches of a rank as one, in host memory, to go to the first rank; none if nothing was trained."""
+    trained = [part for part in seen if part.columns.num_sequences]
+    if not trained:
+        return []
+    columns, outcome = concatenate([part.columns for part in trained], [part.outcome for part in trained])
+    return [_Seen(_on_host(columns), _on_host(outcome), torch.cat([part.entropy for part in trained]).cpu())]
+
+
+_Tensors = TypeVar("_Tensors", Columns, Outcome)
+
+
+def _on_host(tensors: _Tensors) -> _Tensors:
+    moved = {
+        field.name: value.cpu()
+        for field in fields(tensors)
+        if isinstance(value := getattr(tensors, field.name), Tensor)
+    }
+    return replace(tensors, **moved)  # type: ignore[arg-type]
+
+
 class _GradientWatch:
     """Cosine of successive gradients on a fixed random slice of coordinates: staleness shows as values near 1."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         generator = torch.Generator().manual_seed(0)
         total = sum(parameter.numel() for parameter in model.parameters())
         share = min(1.0, _NUM_WATCHED / total)
-        self._slices = [
-            (parameter, torch.randint(parameter.numel(), (math.ceil(parameter.numel() * share),), generator=generator))
-            for parameter in model.parameters()
-        ]
+        self._slices = []
+        for parameter in model.parameters():
+            chosen = torch.randint(
+                parameter.numel(), (math.ceil(parameter.numel() * share),), generator=generator
+            )  # of the full tensor, so that the slice is the same for any number of ranks
+            rows, size = own_rows(parameter), parameter[0].numel()
+            mine = chosen[(chosen >= rows.start * size) & (chosen < rows.stop * size)] - rows.start * size
+            self._slices.append((parameter, mine.to(parameter.device)))
+        self._ranks = ranks
         self._before: Tensor | None = None
 
     def cosine(self) -> float:
-        """Against the step before; nan on the first."""
+        """Against the step before; nan on the first. Every rank."""
         now = torch.cat(list(self._values()))
         before, self._before = self._before, now
-        return math.nan if before is None else float(nn.functional.cosine_similarity(now, before, dim=0))
+        if before is None:
+            return math.nan
+        products = torch.stack([now @ before, now @ now, before @ before])
+        across, new, old = self._ranks.sum(products).tolist()
+        return float(across / max(math.sqrt(new * old), 1e-30))
 
     def _values(self) -> Iterator[Tensor]:
         for parameter, index in self._slices:
             if parameter.grad is not None:
-                yield parameter.grad.flatten()[index.to(parameter.device)].float()
+                yield own(parameter.grad).flatten()[index].double()
 
 
 def row_length(config: Config, max_prompt_tokens: int) -> int:

@@ -21,6 +21,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +29,7 @@ from asyncrl import checkpoint
 from asyncrl.buffer import Buffer, Ticket
 from asyncrl.checkpoint import Cursor
 from asyncrl.config import Config
+from asyncrl.evaluation import by_source, summarize
 from asyncrl.guard import REASON, StepGuard
 from asyncrl.metrics import Metrics
 from asyncrl.pool import AllActorsDied, Publisher, RolloutFailed, RolloutPool
@@ -116,9 +118,12 @@ async def produce(system: System) -> None:
             finished = Finished(group, uses=0)
         if drop_equal and not finished.group.has_variance:
             system.buffer.drop(ticket, "zero variance")
+            dropped = finished.group.lengths
+            system.metrics.timeline.mark("buffer", "drop", reason="zero variance", lengths=dropped)
             system.prompts.drop([prompt.id], "zero variance", system.learner.version)
         else:
             system.buffer.put(ticket, finished.group, finished.uses)
+            system.metrics.timeline.count("buffer", "ready", system.buffer.num_ready)
 
 
 async def admit(system: System) -> Ticket | None:
@@ -146,24 +151,29 @@ def give_up(system: System, ticket: Ticket, prompt: Prompt, error: RolloutFailed
 async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
     """Drains the buffer, one optimizer step a batch."""
     learner, buffer, config = system.learner, system.buffer, system.config
+    span = partial(system.metrics.timeline.span, "learner")
     while learner.version < config.num_steps:
         clock = _Clock()
-        with system.watchdog.wait("take", f"{buffer.groups_per_step} finished groups"):
+        with span("wait for groups"), system.watchdog.wait("take", f"{buffer.groups_per_step} finished groups"):
             groups = await buffer.take(learner.version)
         if not groups:
             return
+        system.metrics.timeline.count("buffer", "ready", buffer.num_ready)
         check_digests(groups, system.rollouts.published)
         clock.lap("wait")
         async with system.updating:
-            learnt = await step(system, groups)
+            with span("step", version=learner.version + 1):
+                learnt = await step(system, groups)
             if learnt is None:
                 continue
             clock.lap("step")
-            synced = await synchronize(system)
+            with span("update weights", version=learner.version):
+                synced = await synchronize(system)
         clock.lap("sync")
         buffered = buffer.release()
         row = measure(groups) | learnt | synced | clock.metrics() | measure_buffer(buffer, buffered)
         system.metrics.step(learner.version, row, buffer.max_lag)
+        tasks.create_task(system.metrics.sample(learner.version, groups))
         if config.checkpoint.every and learner.version % config.checkpoint.every == 0:
             await save(system)
         if config.eval.every and learner.version % config.eval.every == 0:
@@ -207,13 +217,16 @@ async def sync_journal(system: System) -> None:
 
 
 async def evaluate(system: System) -> None:
-    """Held-out reward of one greedy attempt a prompt, on the engines as they are, beside the run."""
+    """Held-out attempts, on the engines as they are, beside the run: later weights may arrive under them, which
+    `eval/mixed_versions` counts."""
     version = system.learner.version
     if version not in system.evaluated:
         system.evaluated.add(version)
-        with system.watchdog.wait("evaluate", f"the held-out prompts on version {version}"):
-            rewards = await system.rollouts.evaluate(system.heldout)
-        system.metrics.evaluation(version, sum(rewards) / len(rewards))
+        told = f"the held-out prompts on version {version}"
+        timeline = system.metrics.timeline
+        with timeline.span("evaluation", "evaluation", version=version), system.watchdog.wait("evaluate", told):
+            groups = await system.rollouts.evaluate(system.heldout)
+        system.metrics.evaluation(version, summarize(groups, version, system.config.eval.pass_reward))
 
 
 async def save(system: System, *, last: bool = False) -> None:
@@ -225,7 +238,10 @@ async def save(system: System, *, last: bool = False) -> None:
     if system.prompts.is_saved(version):
         return
     try:
-        with system.watchdog.wait("save", f"the checkpoint of version {version}"):
+        with (
+            system.metrics.timeline.span("learner", "checkpoint", version=version),
+            system.watchdog.wait("save", f"the checkpoint of version {version}"),
+        ):
             await system.learner.save(system.checkpoints, system.prompts.cursor(version))
     except OSError as error:
         if last:
@@ -260,9 +276,10 @@ def measure(groups: Sequence[Group]) -> dict[str, float]:
         "completion/max_length": float(max(lengths)),
         "completion/mixed_versions": sum(group.newest > group.oldest for group in groups) / len(groups),
     }
-    for name in groups[0].metrics:
-        row[f"completion/{name}"] = sum(group.metrics.get(name, 0.0) for group in groups) / len(groups)
-    return row
+    for name in sorted({name for group in groups for name in group.metrics}):  # environments of a mixture differ
+        values = [group.metrics[name] for group in groups if name in group.metrics]
+        row[f"completion/{name}"] = sum(values) / len(values)
+    return row | by_source(groups, "reward")
 
 
 def measure_buffer(buffer: Buffer, wait_s: float) -> dict[str, float]:

@@ -1,4 +1,7 @@
-"""Where metrics go: JSONL, TensorBoard, one console line a step, and a plot at the end. Names are `area/name`."""
+"""What a run logs, and its way out: JSON lines, other sinks, one console line a step, and a plot at the end.
+
+Names are `area/name`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import math
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -14,12 +18,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from asyncrl.algo.diagnostics import METRICS as DIAGNOSTICS
 from asyncrl.algo.diagnostics import alarms
+from asyncrl.blame import METRICS as WAITS
+from asyncrl.blame import Blame, blame, longest, waits
+from asyncrl.config import Config, MetricsConfig
+from asyncrl.samples import Samples
+from asyncrl.sinks import Prometheus, Sink, TensorBoard, WeightsAndBiases
+from asyncrl.timeline import Timeline
+from asyncrl.types import Group
 
 METRICS: dict[str, str] = {
     "reward/mean": "mean reward of the batch, made by lagged policies",
     "reward/std": "standard deviation of the rewards of the batch",
     "reward/zero_variance": "share of groups whose rewards are all equal: they teach nothing",
-    "eval/accuracy": "held-out reward, one greedy attempt a prompt, of the version it is logged under",
+    "eval/accuracy": "held-out reward, mean over the attempts at every prompt (greedy unless configured otherwise)",
+    "eval/low": "lower end of its 95 % confidence interval, over prompts",
+    "eval/high": "upper end of its 95 % confidence interval, over prompts",
+    "eval/pass@1": "share of prompts solved by one attempt; likewise pass@k, without bias, for k = 2, 4, ... up to n",
+    "eval/mean_length": "sampled tokens of a held-out attempt, mean",
+    "eval/truncated": "share of held-out attempts that ran out of tokens",
+    "eval/mixed_versions": "share of held-out prompts with tokens of another version than the one it is logged under",
     "completion/mean_length": "sampled tokens a trajectory, mean",
     "completion/max_length": "sampled tokens a trajectory, maximum",
     "completion/truncated": "share of trajectories that ran out of tokens",
@@ -43,12 +60,33 @@ METRICS: dict[str, str] = {
     "buffer/dropped": "groups dropped so far, with or without use, all reasons",
     "sync/total_s": "seconds of the weight update, as the driver saw it",
     "sync/pause_s": "seconds that generation stood still for it, the slowest actor",
+    **WAITS,
     "time/wait_s": "seconds of the step spent waiting for groups",
     "time/step_s": "seconds of the step spent in the learner",
     "time/sync_s": "seconds of the step spent in the weight update",
     "time/total_s": "seconds of the step",
 }
-"""Every metric that a run logs, with its meaning; `completion/` also holds what an environment reports itself."""
+"""Every metric that a run logs, with its meaning. `completion/` also holds what an environment reports itself, and
+`reward/NAME` and `eval/NAME` are the mean rewards of each environment of a mixture."""
+
+OVERVIEW: dict[str, dict[str, list[str]]] = {
+    "learning": {
+        "reward": ["reward/mean", "eval/accuracy"],
+        "policy": ["policy/entropy", "gradient/norm"],
+        "length": ["completion/mean_length", "completion/max_length"],
+    },
+    "off-policy": {
+        "lag": ["lag/mean", "lag/p95", "lag/max"],
+        "effective sample size": ["ess/token", "ess/sequence", "ess/token_capped"],
+        "removed by the loss": ["clip/removed_share", "clip/capped_positive", "clip/capped_negative"],
+    },
+    "who waits": {
+        "learner": ["wait/learner_for_groups_s", "wait/learner_for_weights_s", "wait/learner_for_checkpoint_s"],
+        "rollout actors": ["wait/rollout_for_slots_s", "wait/rollout_for_weights_s", "wait/rollout_for_evaluation_s"],
+        "throughput": ["rollout/tokens_per_s"],
+    },
+}
+"""Sections of TensorBoard's custom scalars: charts of several metrics."""
 
 
 def page() -> str:
@@ -66,13 +104,31 @@ def page() -> str:
 class Metrics:
     """The sink of one run. Use it as a context manager; on exit everything is flushed and the plot is written."""
 
-    def __init__(self, folder: Path, num_steps: int, *, first_step: int = 0, quiet: bool = False) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(
+        self,
+        folder: Path,
+        num_steps: int,
+        *,
+        first_step: int = 0,
+        quiet: bool = False,
+        config: Config | None = None,
+        decode: Callable[[list[int]], str] | None = None,
+    ) -> None:
+        """`decode` gives the text of tokens: with it and a `config`, sampled trajectories are saved."""
         folder.mkdir(parents=True, exist_ok=True)
+        settings = config.metrics if config else MetricsConfig(sample_trajectories=0)
         self.folder = folder
+        self.timeline = Timeline(folder / "timeline.jsonl" if settings.timeline else None)
         self._file = (folder / "metrics.jsonl").open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._board = TensorBoard(folder, config, OVERVIEW)
+        self._sinks: list[Sink] = [self._board]
+        if settings.prometheus_port:
+            self._sinks.append(Prometheus(settings.prometheus_port, METRICS))
+        if config and settings.wandb:
+            self._sinks.append(WeightsAndBiases(folder, config))
+        self._samples = (
+            Samples(folder, settings.sample_trajectories, config.loss, decode) if config and decode else None
+        )
         self._console = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self._progress = Progress(
             TextColumn("training"),
@@ -86,6 +142,7 @@ class Metrics:
         self._bar = self._progress.add_task("training", total=num_steps, completed=first_step)
         self._began = time.time()
         self._history: deque[dict[str, float]] = deque(maxlen=100)
+        self._last_step_s: float | None = None
         self.last_accuracy: float | None = None
 
     def __enter__(self) -> Metrics:
@@ -96,8 +153,12 @@ class Metrics:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+        if self._samples:
+            self._samples.flush()
+        self.timeline.close()
         self._file.close()
-        self._board.close()
+        for sink in self._sinks:
+            sink.close()
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -106,6 +167,7 @@ class Metrics:
     def step(self, version: int, row: dict[str, float], max_lag: int) -> None:
         """One learner step."""
         row["rollout/tokens_per_s"] = row["rollout/num_tokens"] / max(row["time/total_s"], 1e-9)
+        row |= self._waits(row)
         self._record(version, row)
         self._progress.update(self._bar, completed=version)
         self.say(self._line(version, row, max_lag))
@@ -113,17 +175,33 @@ class Metrics:
             self.say(f"alarm: {alarm}")
         self._history.append(row)
 
-    def evaluation(self, version: int, accuracy: float) -> None:
+    async def sample(self, version: int, groups: Sequence[Group]) -> None:
+        """Saves a few trajectories of the batch that made `version`."""
+        if self._samples and (rows := await self._samples.draw(version, groups)):
+            self._board.samples(version, rows)
+
+    def evaluation(self, version: int, row: dict[str, float]) -> None:
         """A held-out evaluation of `version`; it may arrive after later steps."""
-        self.last_accuracy = accuracy
-        self._record(version, {"eval/accuracy": accuracy})
-        self.say(f"eval {version} | held-out {accuracy:.3f}")
+        self.last_accuracy = row["eval/accuracy"]
+        self._record(version, row)
+        passed = "".join(
+            f" | {name.removeprefix('eval/')} {value:.3f}" for name, value in row.items() if "pass@" in name
+        )
+        accuracy, low, high = row["eval/accuracy"], row["eval/low"], row["eval/high"]
+        self.say(f"eval {version} | held-out {accuracy:.3f} ({low:.3f} to {high:.3f}){passed}")
 
     def _record(self, version: int, row: dict[str, float]) -> None:
         values = {name: None if math.isnan(value) else round(value, 7) for name, value in row.items()}
         self._file.write(json.dumps({"version": version, "time": round(time.time() - self._began, 3), **values}) + "\n")
-        for name, value in row.items():
-            self._board.add_scalar(name, value, version)
+        for sink in self._sinks:
+            sink.write(version, row)
+
+    def _waits(self, row: dict[str, float]) -> dict[str, float]:
+        now = self.timeline.now()
+        begin = now - row["time/total_s"] if self._last_step_s is None else self._last_step_s
+        self._last_step_s = now
+        self.timeline.flush()
+        return waits(self.timeline.since(begin), begin, now, int(row["rollout/num_actors"]))
 
     def _line(self, version: int, row: dict[str, float], max_lag: int) -> str:
         accuracy = "-" if self.last_accuracy is None else f"{self.last_accuracy:.2f}"
@@ -131,7 +209,8 @@ class Metrics:
             f"step {version} | reward {row['reward/mean']:.2f} | eval {accuracy} | "
             f"lag {row['lag/mean']:.1f}/{max_lag} | "
             f"idle learner {row['learner/idle']:.0%} rollout {row['rollout/idle']:.0%} | "
-            f"{_thousands(row['rollout/tokens_per_s'])} tok/s | sync {row['sync/total_s']:.3f} s"
+            f"{_thousands(row['rollout/tokens_per_s'])} tok/s | sync {row['sync/total_s']:.3f} s | "
+            f"longest wait {longest(row)}"
         )
 
 
@@ -140,9 +219,14 @@ def _thousands(value: float) -> str:
 
 
 def read(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.jsonl, in the order written."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    """The rows of a run's metrics.jsonl, in the order written; the line being written to a run in progress is left."""
+    *lines, _ = (folder / "metrics.jsonl").read_text().split("\n")
     return [json.loads(line) for line in lines]
+
+
+def verdict(folder: Path) -> Blame | None:
+    """Who waited for whom in the whole run; None before its first step."""
+    return blame([row for row in read(folder) if "reward/mean" in row])
 
 
 def plot(folder: Path, baseline: float) -> Path:

@@ -13,6 +13,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -85,6 +86,39 @@ def load_model(
     _remove_dropout(model)
     nn.Module.to(model, torch.device(device))  # Its own `to` only adds checks for quantised weights, and has no types.
     return model.eval()
+
+
+def empty_model(path: str | Path, attention: str = "sdpa") -> PreTrainedModel:
+    """A float32 model like that of `load_model` on the CPU, whose weights and buffers have no values yet.
+
+    Nothing is read or written, so it takes no memory until someone does. Raises `ValueError` as `load_model` does.
+    """
+    _quiet()
+    try:
+        config = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no model could be loaded from {str(path)!r}: {error}") from error
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    _remove_dropout(model)
+    return model.eval()
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a model, in order: those that its class says to keep together on one device.
+
+    Raises `ValueError` for a model that names none.
+    """
+    names = getattr(model, "_no_split_modules", None) or ()
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} does not name its decoder layers (_no_split_modules): set learner.num_gpus=1 and "
+            "learner.activation_checkpointing=false"
+        )
+    return layers
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

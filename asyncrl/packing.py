@@ -1,13 +1,15 @@
 """Groups -> padding-free rows for the learner. The only place where tokens are shifted against their predictions.
 
 Several trajectories share a row; `segments` keeps their attention apart and `positions` start at 0 in each. None is
-ever cut or dropped. Trained tokens are flat columns: entry k says that the model's output at
+ever cut or dropped. Each learner rank gets its share of the trajectories, balanced by tokens, in as many micro-batches
+as every other rank. Trained tokens are flat columns: entry k says that the model's output at
 (`rows[k]`, `columns[k]`), which has seen everything up to the token before, predicts `targets[k]`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asyncrl.algo.advantage import advantages, normalizers
-from asyncrl.algo.presets import Loss
+from asyncrl.algo.advantage import estimate, normalizers, overlong_punishment
+from asyncrl.algo.method import Loss
 from asyncrl.types import Trajectory
 
 
@@ -53,9 +55,9 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """One optimizer step's data. Advantages and denominators were computed over all of it, before any mask."""
+    """One optimizer step's data. Advantages and denominators were computed over all ranks, before any mask."""
 
-    micro_batches: tuple[MicroBatch, ...]
+    micro_batches: tuple[MicroBatch, ...]  # of one rank; what follows is of all ranks
     advantages: Tensor  # float32[N], per trajectory
     num_tokens: int  # trained tokens
     fill: float  # share of row positions that hold a token
@@ -69,8 +71,13 @@ def pack(
     micro_batch_tokens: int,
     max_new_tokens: int,
     mask_truncated: bool = False,
+    rank: int = 0,
+    num_ranks: int = 1,
+    overlong_tail: int = 0,
 ) -> Batch:
-    """Packs whole groups into rows of at most `row_tokens`, first-fit decreasing.
+    """Packs whole groups into rows of at most `row_tokens`, first-fit decreasing, and returns those of `rank`.
+
+    Every rank packs the same groups and finds the same shares, so nothing has to be sent between them.
 
     Raises `RuntimeError` for a trajectory longer than a row: the configuration sizes rows so that it cannot happen.
     """
@@ -78,26 +85,53 @@ def pack(
     index = torch.tensor([number for number, group in enumerate(groups) for _ in group])
     rewards = torch.tensor([trajectory.reward for trajectory in trajectories], dtype=torch.float32)
     lengths = torch.tensor([int(trajectory.mask.sum()) for trajectory in trajectories])
-    advantage = advantages(rewards, index, loss.center, loss.scale)
+    if overlong_tail:
+        rewards = rewards + overlong_punishment(lengths, max_new_tokens, overlong_tail)
+    advantage = estimate(rewards, index, loss)
     if mask_truncated:
         kept = torch.tensor([trajectory.finish != "length" for trajectory in trajectories])
         advantage = torch.where(kept, advantage, 0.0)
     normalizer = normalizers(loss.aggregate, lengths, index, max_new_tokens)
-    bins = _first_fit([len(trajectory.token_ids) for trajectory in trajectories], row_tokens)
-    length = max(sum(len(trajectories[i].token_ids) for i in members) for members in bins)
-    rows_at_once = max(1, micro_batch_tokens // length)
+    num_held = [len(trajectory.token_ids) for trajectory in trajectories]
+    bins = [_first_fit(share, num_held, row_tokens) for share in _shares(num_held, num_ranks)]
+    length = max(sum(num_held[i] for i in members) for rows in bins for members in rows)
+    # A rank that made fewer passes than another would leave it waiting in a collective.
+    num_passes = max(math.ceil(len(rows) / max(1, micro_batch_tokens // length)) for rows in bins)
     micro_batches = tuple(
-        _rows(bins[start : start + rows_at_once], length, trajectories, advantage, normalizer)
-        for start in range(0, len(bins), rows_at_once)
+        _rows(members, length, trajectories, advantage, normalizer) if members else _no_rows()
+        for members in _even_parts(bins[rank], num_passes)
     )
-    num_held = sum(len(trajectory.token_ids) for trajectory in trajectories)
-    return Batch(micro_batches, advantage, int(lengths.sum()), num_held / (len(bins) * length))
+    num_rows = sum(len(rows) for rows in bins)
+    return Batch(micro_batches, advantage, int(lengths.sum()), sum(num_held) / (num_rows * length))
 
 
-def _first_fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+def _shares(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Items of each rank: the longest first, always to the rank that has the fewest tokens so far."""
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for item in _longest_first(range(len(lengths)), lengths):
+        rank = loads.index(min(loads))
+        shares[rank].append(item)
+        loads[rank] += lengths[item]
+    return shares
+
+
+def _longest_first(items: Iterable[int], lengths: Sequence[int]) -> list[int]:
+    return sorted(items, key=lambda i: -lengths[i])
+
+
+def _even_parts(rows: list[list[int]], num_parts: int) -> Iterator[list[list[int]]]:
+    """`num_parts` runs of consecutive rows whose counts differ by one at most; some are empty if there are more parts
+    than rows.
+    """
+    for part in range(num_parts):
+        yield rows[len(rows) * part // num_parts : len(rows) * (part + 1) // num_parts]
+
+
+def _first_fit(items: Iterable[int], lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
     bins: list[list[int]] = []
     space: list[int] = []
-    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for item in _longest_first(items, lengths):
         if lengths[item] > row_tokens:
             raise RuntimeError(f"a trajectory of {lengths[item]} tokens does not fit a row of {row_tokens}")
         place = next((at for at, free in enumerate(space) if free >= lengths[item]), None)
@@ -154,4 +188,23 @@ def _rows(
         normalizers=normalizer[chosen].repeat_interleave(counts),
         sequence=torch.arange(len(members)).repeat_interleave(counts),
         num_sequences=len(members),
+    )
+
+
+def _no_rows() -> MicroBatch:
+    """One empty place: a pass that takes part in the collectives of the other ranks and trains nothing."""
+    place, nothing = torch.zeros(1, 1, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+    return MicroBatch(
+        input_ids=place,
+        positions=place,
+        segments=place - 1,
+        rows=nothing,
+        columns=nothing,
+        targets=nothing,
+        behavior_logprobs=nothing.float(),
+        versions=nothing,
+        advantages=nothing.float(),
+        normalizers=nothing.float(),
+        sequence=nothing,
+        num_sequences=0,
     )

@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from typing import Any, Protocol
 
 from asyncrl.rollout import UpdateReport
+from asyncrl.timeline import Timeline
 from asyncrl.transport import Rendezvous, abandon
 from asyncrl.types import Group, Prompt, Version
 from asyncrl.watchdog import Watchdog
@@ -42,7 +43,7 @@ class RolloutHandle(Protocol):
     num_ranks: int
 
     async def run(self, prompt: Prompt) -> Group: ...
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[float]: ...
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]: ...
     async def join(self, where: Rendezvous, first_rank: int) -> None: ...
     async def release(self) -> None: ...
     async def update_weights(self, buckets: Sequence[Bucket], version: Version) -> UpdateReport: ...
@@ -64,7 +65,8 @@ class Publisher(Protocol):
 class RolloutPool:
     """The rollout actors of a run."""
 
-    def __init__(self, actors: Sequence[RolloutHandle], max_attempts: int) -> None:
+    def __init__(self, actors: Sequence[RolloutHandle], max_attempts: int, timeline: Timeline | None = None) -> None:
+        self._timeline = timeline or Timeline()
         self.watchdog: Watchdog | None = None
         """Told of every prompt that is waited for."""
         self._load: dict[RolloutHandle, int] = dict.fromkeys(actors, 0)
@@ -133,21 +135,22 @@ class RolloutPool:
                     ) from error
         raise RolloutFailed(f"prompt {prompt.id}: {self._max_attempts} rollout actors died while running it")
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[float]:
-        """Greedy rewards, the prompts spread evenly over all actors, generation going on beside them."""
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
+        """Held-out attempts without their tokens, the prompts spread evenly over all actors, beside generation."""
         while True:
             await self._least_loaded(set())  # there is one
             actors = self.actors
             shares = [prompts[index :: len(actors)] for index in range(len(actors))]
-            rewards: list[Any] = await asyncio.gather(
-                *(actor.evaluate(part) for actor, part in zip(actors, shares, strict=True)), return_exceptions=True
+            played: list[Any] = await asyncio.gather(
+                *(self._evaluate_on(actor, part) for actor, part in zip(actors, shares, strict=True)),
+                return_exceptions=True,
             )
-            if self._handle_deaths(actors, rewards):
+            if self._handle_deaths(actors, played):
                 continue
-            for part in rewards:
+            for part in played:
                 if isinstance(part, BaseException):
                     raise part
-            return [reward for part in rewards for reward in part]
+            return [group for part in played for group in part]
 
     async def release(self) -> None:
         """Every engine gives its GPU memory to the learner until the next update. Actors that died are left out."""
@@ -187,7 +190,10 @@ class RolloutPool:
 
     async def _update(self, actor: RolloutHandle, learner: Publisher) -> UpdateReport:
         try:
-            return await actor.update_weights(learner.buckets, learner.version)
+            with self._timeline.span(actor.name, "update", version=learner.version) as facts:
+                report = await actor.update_weights(learner.buckets, learner.version)
+                facts["pause_s"] = report.pause_s
+            return report
         except ActorDied:
             # The others wait for it, and only some transports notice by themselves.
             await asyncio.to_thread(abandon, self._where, f"{actor.name} died")
@@ -215,8 +221,12 @@ class RolloutPool:
         self._load[actor] += 1
         what = f"{actor.name} to play prompt {prompt.id}"
         try:
-            with self.watchdog.wait("produce", what, actor) if self.watchdog else nullcontext():
-                return await actor.run(prompt)
+            watched = self.watchdog.wait("produce", what, actor) if self.watchdog else nullcontext()
+            with watched, self._timeline.span(actor.name, "group", prompt=prompt.id) as facts:
+                group = await actor.run(prompt)
+                facts |= {"oldest": group.oldest, "newest": group.newest, "lengths": group.lengths}
+                facts["reward"] = sum(group.rewards) / len(group.rewards)
+            return group
         finally:
             if actor in self._load:
                 self._load[actor] -= 1
@@ -230,6 +240,10 @@ class RolloutPool:
             closing = asyncio.gather(actor.close(), return_exceptions=True)
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
+
+    async def _evaluate_on(self, actor: RolloutHandle, prompts: Sequence[Prompt]) -> list[Group]:
+        with self._timeline.span(actor.name, "evaluation", num_prompts=len(prompts)):
+            return await actor.evaluate(prompts)
 
     def _remove(self, actor: RolloutHandle, error: ActorDied) -> None:
         if actor in self._joining:

@@ -117,7 +117,8 @@ def check_placement(config: Config, num_gpus: int) -> Check:
 
     def describe() -> str:
         found = plan(config, num_gpus)
-        shares = f"{found.learner_gpus:g} for the learner, {config.rollout.num_actors} x {found.rollout_gpus:g} GPUs"
+        learner = f"{config.learner.num_gpus} x {found.learner_gpus:g} for the learner"
+        shares = f"{learner}, {config.rollout.num_actors} x {found.rollout_gpus:g} GPUs"
         return f"{shares if found.device == 'cuda' else 'cpu'}, weights by {found.backend}"
 
     check = attempt("placement", "", describe)
@@ -144,8 +145,11 @@ def check_host_memory(config: Config, has_gpus: bool, parameters: int, have_gb: 
         return Check("host memory", "warn", "unknown: there is no /proc/meminfo", "look with the system's own tools")
     on_gpu = config.device == "cuda" or (config.device == "auto" and has_gpus)
     learner, engine = model_gb(config, parameters)
-    models = 0.0 if on_gpu else learner + config.rollout.num_actors * engine
-    need = STORE_GB + (config.rollout.num_actors + 2) * PROCESS_GB[on_gpu] + models
+    models = learner + config.rollout.num_actors * engine
+    if on_gpu:  # the first of several learner ranks puts weights and two moments together, for a checkpoint
+        models = parameters * 12 / 1e9 if config.learner.num_gpus > 1 else 0.0
+    num_processes = config.rollout.num_actors + config.learner.num_gpus + 1
+    need = STORE_GB + num_processes * PROCESS_GB[on_gpu] + models
     return compare("host memory", need, have_gb, "lower rollout.num_actors, or take a smaller model")
 
 
@@ -155,6 +159,7 @@ def check_gpu_memory(config: Config, parameters: int, gpus: Sequence[Gpu]) -> Ch
         return Check("gpu memory", "ok", "no GPU is used")
     gpu = min(gpus, key=lambda gpu: gpu.free_gb)
     learner, engine = model_gb(config, parameters)
+    learner /= config.learner.num_gpus
     shared = config.placement == "colocated"
     if config.rollout.engine == "sglang" and shared:  # it takes its share, whatever the model
         engine = max(engine, config.rollout.gpu_memory_utilization * gpu.total_gb)

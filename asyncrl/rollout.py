@@ -37,6 +37,15 @@ class UpdateReport:
     num_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Attempts:
+    """How prompts are attempted for an evaluation: n samples each, so many of them in flight at once."""
+
+    sampling: Sampling
+    num_samples: int = 1
+    max_running: int = 64
+
+
 class Rollout:
     """One engine and one environment: what lives in a rollout actor."""
 
@@ -49,11 +58,13 @@ class Rollout:
         group_size: int,
         seed: int,
         name: str = "rollout",
+        evaluation: Attempts | None = None,
         timeout_s: float = 300.0,
         store: Path | None = None,
     ) -> None:
-        """`timeout_s` bounds what an attempt takes beside generation. `store`: the folder that finished groups are
-        written to before they are handed over."""
+        """`evaluation`: greedy attempts, one a prompt, unless told otherwise. `timeout_s` bounds what an attempt takes
+        beside generation. `store`: the folder that finished groups are written to before they are handed over."""
+        self._evaluation = evaluation or Attempts(replace(sampling, temperature=0.0, top_p=1.0, top_k=0))
         self.name = name
         self._engine, self._env = engine, env
         self._sampling, self._group_size, self._seed = sampling, group_size, seed
@@ -68,8 +79,9 @@ class Rollout:
 
     async def run(self, prompt: Prompt) -> Group:
         """Plays the prompt G times at once. The prompt's id seeds the samples, so a second try repeats the first."""
-        trajectories = await asyncio.gather(*(self._play(prompt, sample) for sample in range(self._group_size)))
-        group = make_group(prompt, trajectories)
+        samples = range(self._group_size)
+        played = await asyncio.gather(*(self._play(prompt, sample, self._sampling) for sample in samples))
+        group = make_group(prompt, played)
         if self._store is None:
             return group
         try:
@@ -77,15 +89,20 @@ class Rollout:
         except OSError:  # a full disk, or a node without this folder: the group is good all the same
             return group
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[float]:
-        """Rewards of one greedy attempt a prompt."""
-        greedy = Sampling(self._sampling.max_new_tokens, 0.0, stop_token_ids=self._sampling.stop_token_ids)
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
+        """Each prompt's attempts, without their tokens."""
+        attempts = self._evaluation
+        room = asyncio.Semaphore(attempts.max_running)
 
-        async def generate(token_ids: Sequence[int]) -> Completion:
-            return await self._engine.generate(token_ids, greedy, 0)
+        async def play(prompt: Prompt, sample: int) -> Trajectory:
+            async with room:
+                return await self._play(prompt, sample, attempts.sampling)
 
-        trajectories = await asyncio.gather(*(self._env.play(prompt, generate) for prompt in prompts))
-        return [trajectory.reward for trajectory in trajectories]
+        async def group(prompt: Prompt) -> Group:
+            played = await asyncio.gather(*(play(prompt, sample) for sample in range(attempts.num_samples)))
+            return replace(make_group(prompt, played), trajectories=None)
+
+        return await asyncio.gather(*(group(prompt) for prompt in prompts))
 
     async def join(self, where: Rendezvous, first_rank: int) -> None:
         await self._engine.join(where, first_rank)
@@ -107,7 +124,7 @@ class Rollout:
     async def close(self) -> None:
         await self._engine.close()
 
-    async def _play(self, prompt: Prompt, sample: int) -> Trajectory:
+    async def _play(self, prompt: Prompt, sample: int, base: Sampling) -> Trajectory:
         turn = 0
         patience = Patience(self._timeout_s)
 
@@ -120,7 +137,7 @@ class Rollout:
             parts: list[Completion] = []
             while not parts or parts[-1].finish == "abort":
                 made = [int(token) for part in parts for token in part.token_ids]
-                sampling = replace(self._sampling, max_new_tokens=self._sampling.max_new_tokens - len(made))
+                sampling = replace(base, max_new_tokens=base.max_new_tokens - len(made))
                 seed = sample_seed(self._seed, prompt.id, sample, turn)
                 turn += 1
                 parts.append(await self._engine.generate([*token_ids, *made], sampling, seed))

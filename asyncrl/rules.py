@@ -30,8 +30,11 @@ def check(config: Config) -> None:
             f"a group baseline needs at least two samples: rollout.group_size is {rollout.group_size} and the preset's "
             f"center is {loss.center!r}; raise rollout.group_size or set algorithm.loss.center=none"
         )
-    if config.learner.num_gpus > 1:
-        raise ValueError(f"learner.num_gpus must be 1, got {config.learner.num_gpus}: the learner is not sharded yet")
+    if config.learner.num_gpus > 1 and config.runtime == "local":
+        raise ValueError(
+            f"learner.num_gpus is {config.learner.num_gpus} and runtime 'local' is one process: set runtime=cluster, "
+            "or learner.num_gpus=1"
+        )
     if rollout.engine == "embedded" and (rollout.tensor_parallel_size > 1 or rollout.engine_args):
         raise ValueError(
             f"rollout.tensor_parallel_size ({rollout.tensor_parallel_size}) and rollout.engine_args "
@@ -50,6 +53,16 @@ def check(config: Config) -> None:
             "rollout.on_update 'keep' keeps the cache that rollout.release_memory gives away: set "
             "rollout.on_update=recompute, or rollout.release_memory=false"
         )
+    if config.eval.num_samples > 1 and config.eval.temperature == 0:
+        raise ValueError(
+            f"eval.num_samples is {config.eval.num_samples} and eval.temperature is 0: greedy samples of a prompt are "
+            "all equal; set eval.temperature=1, or eval.num_samples=1"
+        )
+    if config.algorithm.overlong_tail > rollout.max_new_tokens:
+        raise ValueError(
+            f"algorithm.overlong_tail ({config.algorithm.overlong_tail}) must be at most rollout.max_new_tokens "
+            f"({rollout.max_new_tokens}): it is the last part of it; lower it"
+        )
     if rollout.temperature == 0:
         raise ValueError("rollout.temperature must be above 0: greedy samples of a group are all equal")
 
@@ -59,6 +72,7 @@ _AT_LEAST = {
     "model.num_layers": 1,
     "warmup.num_steps": 0,
     "warmup.batch_size": 1,
+    "warmup.micro_batch_size": 1,
     "rollout.num_actors": 1,
     "rollout.group_size": 1,
     "rollout.max_new_tokens": 1,
@@ -76,20 +90,27 @@ _AT_LEAST = {
     "buffer.reuse": 1,
     "rollout.tensor_parallel_size": 1,
     "learner.num_gpus": 1,
+    "algorithm.overlong_tail": 0,
     "learner.groups_per_step": 1,
     "learner.learning_rate": 0,
     "learner.warmup_steps": 0,
     "learner.row_tokens": 1,
     "learner.micro_batch_tokens": 1,
+    "learner.head_chunk": 1,
     "learner.num_threads": 1,
     "eval.every": 0,
     "eval.num_prompts": 1,
+    "eval.num_samples": 1,
+    "eval.temperature": 0,
+    "eval.max_running": 1,
     "weights.bucket_mb": 0.001,
     "weights.timeout_s": 1,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
     "journal.sync_s": 0.01,
     "watchdog.timeout_s": 0.1,
+    "metrics.sample_trajectories": 0,
+    "metrics.prometheus_port": 0,
 }
 
 
@@ -104,7 +125,8 @@ def _check_ranges(config: Config) -> None:
         raise ValueError(
             f"rollout.gpu_memory_utilization must be above 0 and below 1, got {config.rollout.gpu_memory_utilization}"
         )
-    if not 0 < config.rollout.top_p <= 1:
-        raise ValueError(f"rollout.top_p must be above 0 and at most 1, got {config.rollout.top_p}")
+    for name, top_p in (("rollout", config.rollout.top_p), ("eval", config.eval.top_p)):
+        if not 0 < top_p <= 1:
+            raise ValueError(f"{name}.top_p must be above 0 and at most 1, got {top_p}")
     if config.buffer.window is not None and config.buffer.window < 1:
         raise ValueError(f"buffer.window must be at least 1, got {config.buffer.window}")

@@ -36,6 +36,9 @@ class Prompt:
     id: int
     token_ids: tuple[int, ...]
     target: str
+    """What its environment needs to score an attempt."""
+    source: str = ""
+    """The environment that drew it, by its name in a mixture."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
 
 from asyncrl.config import Config
 from asyncrl.envs.base import Env, load_env
@@ -38,10 +38,12 @@ def prepare(config: Config, *, quiet: bool = False) -> Path:
     if config.warmup.num_steps:
         tokenizer = load_tokenizer(str(source))
         env = load_env(config.env.path, tokenizer, config.env.args)
-        model = load_model(str(source), dtype=torch.float32, device="cpu")
+        model = load_model(str(source), dtype=torch.float32, device=_device(config))
         warm_up(model, env, config, quiet=quiet)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        del model
+        torch.cuda.empty_cache()  # the actors need the room; nothing happens without a GPU
     if folder.exists():  # another process was faster
         shutil.rmtree(partial)
     else:
@@ -50,28 +52,46 @@ def prepare(config: Config, *, quiet: bool = False) -> Path:
 
 
 def warm_up(model: nn.Module, env: Env, config: Config, *, quiet: bool) -> None:
-    """Supervised steps on the environment's demonstrations, in place. The loss is on the replies only."""
+    """Supervised steps on the environment's demonstrations, in place. The loss is on the replies only.
+
+    Every token of a batch weighs the same, in however many parts of `warmup.micro_batch_size` it is worked off. On a
+    GPU the forward pass is in bfloat16.
+    """
     if not hasattr(env, "demonstrations"):
         raise ValueError(
             f"warmup.num_steps is {config.warmup.num_steps}, but {config.env.path} has no demonstrations(); "
             "set warmup.num_steps=0 or add the method (see asyncrl.envs.base.Teacher)"
         )
     torch.set_num_threads(config.learner.num_threads)
+    device = next(model.parameters()).device
     demonstrations = env.demonstrations(config.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.warmup.learning_rate, betas=(0.9, 0.95), weight_decay=0)
     for _ in track(range(config.warmup.num_steps), description="warm-up", disable=quiet):
-        input_ids, labels = _collate(demonstrations, config.warmup.batch_size)
-        loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        pairs = list(islice(demonstrations, config.warmup.batch_size))
+        num_tokens = sum(len(reply) for _, reply in pairs)
+        for start in range(0, len(pairs), config.warmup.micro_batch_size):
+            input_ids, labels = _collate(pairs[start : start + config.warmup.micro_batch_size])
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                logits = model(input_ids=input_ids.to(device), use_cache=False).logits[:, :-1]
+            targets = labels[:, 1:].to(device)
+            total = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+            (total / num_tokens).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
 
-def _collate(demonstrations: Iterator[tuple[list[int], list[int]]], count: int) -> tuple[Any, Any]:
-    """Padded on the right: causal attention never sees the padding, and labels of -100 carry no loss."""
-    pairs = [next(demonstrations) for _ in range(count)]
-    length = max(len(prompt) + len(reply) for prompt, reply in pairs)
+def _device(config: Config) -> torch.device:
+    """The first GPU, where the run may use one: the actors start only after the warm-up."""
+    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _collate(pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+    """Input ids and labels, int64[pairs, longest], padded on the right.
+
+    Causal attention never sees the padding, and labels of -100 carry no loss.
+    """
+    count, length = len(pairs), max(len(prompt) + len(reply) for prompt, reply in pairs)
     input_ids = torch.zeros(count, length, dtype=torch.long)
     labels = torch.full((count, length), -100)
     for row, (prompt, reply) in enumerate(pairs):

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from asyncrl.sharding import whole
 from asyncrl.transport import BroadcastGroup
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,12 +50,18 @@ class Bucket:
         ]
 
     def pack(self, tensors: dict[str, Tensor], device: torch.device) -> Tensor:
-        """The flat buffer, uint8[num_bytes], cast to the bucket's dtypes."""
-        parts = [
-            tensors[name].detach().to(device=device, dtype=DTYPES[dtype]).contiguous().flatten().view(torch.uint8)
-            for name, dtype in zip(self.names, self.dtypes, strict=True)
-        ]
+        """The flat buffer, uint8[num_bytes], cast to the bucket's dtypes. Of split tensors, on every rank."""
+        parts = [tensor.to(device).contiguous().flatten().view(torch.uint8) for tensor in self._whole_tensors(tensors)]
         return torch.cat(parts)
+
+    def gather(self, tensors: dict[str, Tensor]) -> None:
+        """Takes part in another rank's `pack`."""
+        for _ in self._whole_tensors(tensors):
+            pass
+
+    def _whole_tensors(self, tensors: dict[str, Tensor]) -> Iterator[Tensor]:
+        for name, dtype in zip(self.names, self.dtypes, strict=True):
+            yield whole(tensors[name].detach().to(DTYPES[dtype]))  # what travels between ranks is as small
 
     def unpack(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Names and views into `flat`, uint8[num_bytes]."""
@@ -134,27 +141,42 @@ class Outgoing:
     """One version on its way out, on the learner's side. The first bucket is put together when this is made.
 
     So that is done before the engines are asked to pause, and each later bucket is put together while the one before it
-    travels; two of them exist at a time.
+    travels; two of them exist at a time. Where the tensors are split between learner ranks, putting together is a
+    gather that every rank makes one of these for; only the first has a group to send to.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], tensors: dict[str, Tensor], device: torch.device) -> None:
+    def __init__(self, buckets: Sequence[Bucket], tensors: dict[str, Tensor], device: torch.device | None) -> None:
+        """`device`: where the buckets are put together; None at a rank that only gives its parts."""
         self._buckets, self._tensors, self._device = buckets, tensors, device
+        self._num_gathered = 0
         self._digests: list[Tensor] = []
-        self._ready: Tensor | None = self._pack(0)
+        self._ready = self._next()
 
-    def send(self, group: BroadcastGroup) -> str:
-        """Broadcasts every bucket in order; returns the digest of what was sent."""
-        for number in range(len(self._buckets)):
-            assert self._ready is not None
-            wait = group.start(self._ready)
-            sent, self._ready = self._ready, self._pack(number + 1)
-            wait()
-            del sent  # it had to live until here
-        return digest(zip(self._buckets, self._digests, strict=True))
+    def send(self, group: BroadcastGroup | None) -> str:
+        """Broadcasts every bucket in order; returns the digest of what was sent, which is of nothing without a group.
 
-    def _pack(self, number: int) -> Tensor | None:
-        if number == len(self._buckets):
+        After a failure the remaining buckets are still gathered: the other ranks cannot know, and would wait.
+        """
+        try:
+            while group is not None and self._ready is not None:
+                wait = group.start(self._ready)
+                sent, self._ready = self._ready, self._next()
+                wait()
+                del sent  # it had to live until here
+        finally:
+            self._device = None
+            while self._num_gathered < len(self._buckets):
+                self._next()
+        return digest(zip(self._buckets, self._digests, strict=True)) if group is not None else ""
+
+    def _next(self) -> Tensor | None:
+        if self._num_gathered == len(self._buckets):
             return None
-        flat = self._buckets[number].pack(self._tensors, self._device)
+        bucket = self._buckets[self._num_gathered]
+        self._num_gathered += 1
+        if self._device is None:
+            bucket.gather(self._tensors)
+            return None
+        flat = bucket.pack(self._tensors, self._device)
         self._digests.append(flat_digest(flat))
         return flat

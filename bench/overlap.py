@@ -2,10 +2,11 @@
 
     python bench/overlap.py [CONFIG.toml] [--steps 30] [--skip 5] [section.key=value ...]
 
-One set of actors does three things in turn. "Generation alone": groups are produced and thrown away, with no learner.
-"Training alone": the learner steps on groups from there, with no generation. "System": the loop of a real run, without
-evaluation. The learning rate is 0, so that all three see replies of the same lengths; an update still sends all the
-weights. The ideal is the slower of the two alone: min(generation, training), in groups per second.
+One set of actors does three things in turn. "Generation alone": the run's buffer is filled, and emptied as soon as a
+batch is there, as if the learner took no time. "Training alone": the learner steps on groups from there, with no
+generation. "System": the loop of a real run, without evaluation. The learning rate is 0, so that all three see replies
+of the same lengths; an update still sends all the weights. The ideal is the slower of the two alone: min(generation,
+training), in groups per second. Generation alone is measured before and after the system and the faster one counts.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 from asyncrl import config as configuration
 from asyncrl import job, metrics
+from asyncrl.buffer import Buffer
 from asyncrl.config import Config
 from asyncrl.envs.base import load_env
 from asyncrl.guard import StepGuard
@@ -28,7 +30,7 @@ from asyncrl.metrics import Metrics
 from asyncrl.model import load_tokenizer
 from asyncrl.pool import RolloutPool
 from asyncrl.prompts import PromptQueue
-from asyncrl.types import Group
+from asyncrl.types import Group, Version
 from asyncrl.warmup import prepare
 
 OFF = ["learner.learning_rate=0", "eval.every=0", "eval.num_prompts=1", "checkpoint.every=0"]
@@ -39,14 +41,16 @@ async def measure(config: Config, skip: int) -> dict[str, float]:
     initial = str(prepare(config, quiet=True))
     env = load_env(config.env.path, load_tokenizer(initial), config.env.args)
     prompts = PromptQueue(env.prompts("train", config.seed))
-    batch = config.learner.groups_per_step
+    batch, num_batches = config.learner.groups_per_step, config.num_steps + skip
     with tempfile.TemporaryDirectory() as folder:
         async with job.load_runtime(config.runtime).open_actors(config, initial, None) as (learner, actors):
             pool = RolloutPool(actors, config.rollout.max_attempts)
             await pool.update_weights(learner)
-            groups, generation = await generate(pool, prompts, config, skip)
-            training = await train(learner, [groups[i : i + batch] for i in range(0, len(groups), batch)], skip)
-            del groups
+            batches, first_generation = await generate(
+                pool, prompts, learner.version, job.make_buffer(config), num_batches=num_batches, skip=skip
+            )
+            training = await train(learner, batches, skip)
+            del batches
             first = learner.version
             config = configuration.from_tree(configuration.to_tree(config) | {"num_steps": first + config.num_steps})
             with Metrics(Path(folder), config.num_steps, first_step=first, quiet=True) as sink:
@@ -59,29 +63,41 @@ async def measure(config: Config, skip: int) -> dict[str, float]:
                         config, prompts, [], pool, learner, buffer, sink, checkpoints, guard, watchdog, evaluated=last
                     )
                 )
+            _, second_generation = await generate(
+                pool, prompts, learner.version, job.make_buffer(config), num_batches=num_batches, skip=skip
+            )
         rows = [row for row in metrics.read(Path(folder)) if "time/total_s" in row][skip:]
     system = len(rows) * batch / sum(row["time/total_s"] for row in rows)
     idle = {
         name: sum(row[name] for row in rows) / len(rows) for name in ("rollout/idle", "learner/idle", "sync/pause_s")
     }
+    generation = max(first_generation, second_generation)
     return {"generation": generation, "training": training, "system": system, **idle}
 
 
-async def generate(pool: RolloutPool, prompts: PromptQueue, config: Config, skip: int) -> tuple[list[Group], float]:
-    """As many prompts at once as the buffer would admit; groups, and groups per second."""
-    batch = config.learner.groups_per_step
-    wanted = (config.num_steps + skip) * batch
-    groups: list[Group] = []
-    times: list[float] = []
+async def generate(
+    pool: RolloutPool, prompts: PromptQueue, version: Version, buffer: Buffer, *, num_batches: int, skip: int
+) -> tuple[list[list[Group]], float]:
+    """Batches as the run's buffer hands them out to a learner that takes no time; and groups per second.
+
+    Prompts are admitted a batch at a time, as in a run: SGLang then prefills many at once instead of one after nearly
+    every decoding step.
+    """
 
     async def produce() -> None:
-        while len(groups) < wanted:
-            groups.append(await pool.run(prompts.issue()[0]))
-            times.append(time.perf_counter())
+        while (ticket := await buffer.admit()) is not None:
+            buffer.put(ticket, await pool.run(prompts.issue()[0]))
 
-    await asyncio.gather(*(produce() for _ in range((config.buffer.max_staleness + 1) * batch)))
-    # Those at the end run with ever fewer beside them.
-    return groups[:wanted], (wanted - skip * batch) / (times[wanted - 1] - times[skip * batch - 1])
+    batches, times = [], []
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(buffer.capacity):
+            tasks.create_task(produce())
+        for _ in range(num_batches):
+            batches.append(await buffer.take(version))
+            times.append(time.perf_counter())
+            buffer.release()
+        buffer.close()
+    return batches, (num_batches - skip) * buffer.groups_per_step / (times[-1] - times[skip - 1])
 
 
 async def train(learner: Any, batches: list[list[Group]], skip: int) -> float:

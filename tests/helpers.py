@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from asyncrl.envs.digits import SortDigits
-from asyncrl.types import Trajectory
+from asyncrl.types import Completion, Trajectory
 
 Result = TypeVar("Result")
 
@@ -45,3 +45,32 @@ def trajectory(num_prompt: int, num_new: int, *, seed: int, reward: float = 0.0,
         reward=reward,
         finish="stop",
     )
+
+
+class TextTokenizer:
+    """One token a character, so that any text can be a prompt; its chat template writes the roles out."""
+
+    eos_token_id = 0
+    chat_template: str | None = "roles"
+
+    def encode(self, text, *, add_special_tokens=True):
+        del add_special_tokens
+        return [ord(character) for character in text]
+
+    def decode(self, token_ids, *, skip_special_tokens=False):
+        return "".join(chr(token) for token in token_ids if token or not skip_special_tokens)
+
+    def apply_chat_template(self, conversation, *, add_generation_prompt, tokenize):
+        assert add_generation_prompt
+        assert not tokenize
+        return "".join(f"<{m['role']}>{m['content']}" for m in conversation) + "<assistant>"
+
+
+def attempt(env, prompt, reply: str, finish="stop") -> Trajectory:
+    """The trajectory of an environment on `TextTokenizer` when the engine says `reply`."""
+    ids = np.array([*map(ord, reply), *([0] if finish == "stop" else [])], np.int32)
+
+    async def generate(_token_ids):
+        return Completion(ids, np.full(len(ids), -1, np.float32), np.zeros(len(ids), np.int32), finish)
+
+    return run(env.play(prompt, generate))

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncrl.algo.advantage import advantages, normalizers
+from asyncrl.algo.advantage import advantages, estimate, normalizers, overlong_punishment
+from asyncrl.algo.method import Loss
 
-CENTERS, SCALES = ("mean", "loo", "none"), ("none", "group_std", "batch_std")
+CENTERS, SCALES = ("mean", "loo", "batch", "none"), ("none", "group_std", "batch_std")
 
 
 @st.composite
@@ -35,9 +36,11 @@ def test_advantages_follow_their_definition(batch, center, scale):
     expected = []
     for i, reward in enumerate(rewards.tolist()):
         others = [rewards[j].item() for j in range(len(rewards)) if groups[j] == groups[i] and j != i]
+        if center == "batch":
+            others = [rewards[j].item() for j in range(len(rewards)) if j != i]
         expected.append(centered(reward, others, center))
     for i in range(len(rewards)) if scale == "group_std" else ():
-        group = rewards[groups == groups[i]]
+        group = rewards if center == "batch" else rewards[groups == groups[i]]
         expected[i] /= (group - group.mean()).square().mean().sqrt().item() + 1e-6
     expected = torch.tensor(expected, dtype=torch.float64)
     if scale == "batch_std":
@@ -46,7 +49,7 @@ def test_advantages_follow_their_definition(batch, center, scale):
 
 
 @settings(deadline=None, max_examples=25)
-@given(batches(), st.sampled_from(CENTERS[:2]), st.sampled_from(SCALES), st.integers(-80, 80))
+@given(batches(), st.sampled_from(CENTERS[:3]), st.sampled_from(SCALES), st.integers(-80, 80))
 def test_a_constant_shift_of_the_rewards_changes_nothing(batch, center, scale, shift):
     rewards, groups = batch
     shifted = advantages(rewards + shift / 8, groups, center, scale)
@@ -94,3 +97,30 @@ def test_the_factors_of_all_tokens_sum_to_one(lengths, aggregate):
 def test_a_trajectory_without_trained_tokens_is_refused():
     with pytest.raises(RuntimeError, match="without trained tokens"):
         normalizers("token", torch.tensor([3, 0]), torch.tensor([0, 0]), 8)
+
+
+def best_of_group(rewards, groups):
+    """An advantage as a user would write it: 1 for the best of each group."""
+    best = {name: rewards[groups == name].max() for name in groups.tolist()}
+    return torch.stack([reward - best[name] for reward, name in zip(rewards, groups.tolist(), strict=True)]) + 1
+
+
+def one_too_few(rewards, _groups):
+    return rewards[1:]
+
+
+def test_advantages_of_the_user():
+    rewards, groups = torch.tensor([1.0, 0.0, 0.5, 0.25]), torch.tensor([3, 3, 1, 1])
+    assert estimate(rewards, groups, Loss(advantage=f"{__name__}:best_of_group")).tolist() == [1.0, 0.0, 1.0, 0.75]
+    assert torch.equal(estimate(rewards, groups, Loss(center="loo")), advantages(rewards, groups, "loo", "none"))
+    for function, message in {"one_too_few": r"shape \[4\]", "nothing": "no function 'nothing'"}.items():
+        with pytest.raises(ValueError, match=message):
+            estimate(rewards, groups, Loss(advantage=f"{__name__}:{function}"))
+    with pytest.raises(ValueError, match="no module 'no_such_module'"):
+        estimate(rewards, groups, Loss(advantage="no_such_module:f"))
+
+
+def test_the_overlong_punishment_falls_over_the_tail():
+    """DAPO with L = 20 and a tail of 4: 0 up to 16 tokens, (16 - T) / 4 up to 20, -1 from there on."""
+    lengths = torch.tensor([1, 16, 17, 18, 20, 25])
+    assert overlong_punishment(lengths, 20, 4).tolist() == [0.0, 0.0, -0.25, -0.5, -1.0, -1.0]

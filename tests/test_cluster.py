@@ -45,6 +45,20 @@ def test_four_rollout_actors_train_and_evaluate(tmp_path):
     assert result.accuracy is not None
 
 
+def test_two_learner_ranks_train_publish_save_and_go_on_as_one(tmp_path):
+    words = [*SMALL, f"run_dir={tmp_path}", "learner.num_gpus=2", "rollout.num_actors=2", "num_steps=3"]
+    words += ["buffer.max_staleness=0", "algorithm.loss.entropy_bonus=0.1"]  # random weights earn no reward here
+    result = run(job.train(configuration.load(None, words), quiet=True), seconds=90)
+    assert checkpoint.load_cursor(checkpoint.latest(result.folder / "checkpoints")).version == 3
+
+    config = configuration.load(result.folder / "config.json", ["learner.num_gpus=1", "num_steps=5"])
+    assert run(job.train(config, result.folder, quiet=True), seconds=90).version == 5
+    rows = [row for row in metrics.read(result.folder) if "lag/max" in row]
+    assert [row["version"] for row in rows] == [1, 2, 3, 4, 5]
+    assert all(row["gradient/norm"] > 0 for row in rows)
+    assert all(row["mismatch/k3"] < 1e-6 for row in rows), "the engines have other weights than the learner"
+
+
 def test_actors_run_uvloop_agree_on_weights_and_a_killed_one_loses_no_prompt(tmp_path):
     """Kills an actor that has prompts in flight: they are played elsewhere, the next update goes to the survivors."""
     config = configuration.load(None, [*SMALL, *UNLEARNT, f"run_dir={tmp_path}"])

@@ -7,6 +7,7 @@ import pytest
 
 from asyncrl import config as configuration
 from asyncrl.config import Config
+from launch import run
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 
@@ -82,3 +83,9 @@ def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "broken.toml").write_text("a = = 3")
     with pytest.raises(ValueError, match="cannot be parsed"):
         configuration.load(tmp_path / "broken.toml")
+
+
+def test_words_may_stand_before_and_after_options():
+    options = run.parse([str(FILES[0]), "seed=3", "--num-rollout-actors", "3", "num_steps=5"])
+    config = run.resolve(options)
+    assert (config.seed, config.rollout.num_actors, config.num_steps) == (3, 3, 5)

@@ -101,6 +101,7 @@ def test_host_memory_grows_with_the_model_on_a_cpu_only():
     assert doctor.check_host_memory(config(), False, 400_000, 16.0).status == "ok"
     assert doctor.check_host_memory(config(), False, 10**9, 16.0).status == "FAIL"
     assert doctor.check_host_memory(config(), True, 10**9, 16.0).status == "ok"
+    assert doctor.check_host_memory(config("learner.num_gpus=2"), True, 10**9, 16.0).status == "FAIL", "a checkpoint"
     assert doctor.check_host_memory(config(), False, 1, None).status == "warn"
 
 
@@ -109,6 +110,8 @@ def test_gpu_memory_counts_the_share_that_sglang_takes():
     assert doctor.check_gpu_memory(config(), 10**9, []).status == "ok"
     assert doctor.check_gpu_memory(config(), 10**9, [H100]).status == "ok"
     assert doctor.check_gpu_memory(config(), 10**9, [H100, T4]).status == "FAIL"
+    assert doctor.check_gpu_memory(config(), 7 * 10**9, [H100]).status == "FAIL"
+    assert doctor.check_gpu_memory(config("learner.num_gpus=4"), 7 * 10**9, [H100]).status == "ok"
     low, high = (f"rollout.gpu_memory_utilization={share}" for share in (0.3, 0.9))
     assert doctor.check_gpu_memory(config(*shared, low), 10**9, [H100]).status == "ok"
     assert doctor.check_gpu_memory(config(*shared, high), 10**9, [H100]).status == "FAIL"

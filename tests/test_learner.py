@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import run, trajectory
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from asyncrl import config as configuration
 from asyncrl.algo.presets import PRESETS
@@ -19,6 +20,8 @@ from asyncrl.model import build_tiny, load_model, load_tokenizer, stop_token_ids
 from asyncrl.packing import pack
 from asyncrl.rollout import Rollout
 from asyncrl.types import Sampling
+
+VOCABULARY, HIDDEN = 25, 128
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +118,13 @@ def test_steps_raise_the_probability_of_what_was_rewarded(folder):
     assert gain[part.advantages > 0].mean() > 0 > gain[part.advantages < 0].mean()
 
 
+def test_a_poor_sample_size_lowers_the_learning_rate(folder):
+    learner = make_learner(folder, "algorithm.preset=vcpo", "learner.warmup_steps=0", "learner.learning_rate=1e-3")
+    metrics = learner.step([[trajectory(4, 6, seed=i, reward=float(i % 2)) for i in range(4)]])
+    assert 0 < metrics["ess/sequence"] < 0.9
+    assert metrics["gradient/learning_rate"] == pytest.approx(1e-3 * metrics["ess/sequence"] ** 0.5)
+
+
 def test_a_saved_state_goes_on_exactly(folder):
     groups = [[trajectory(4, 5, seed=i, reward=float(i % 2)) for i in range(4)]]
     first = make_learner(folder)
@@ -132,3 +142,55 @@ def test_a_saved_state_goes_on_exactly(folder):
 def test_broadcast_before_a_group_exists_is_refused(folder):
     with pytest.raises(RuntimeError, match="before join"):
         make_learner(folder).prepare()
+
+
+@pytest.mark.parametrize("word", ["learner.head_chunk=5", "learner.activation_checkpointing=true"])
+def test_what_is_computed_twice_has_the_same_gradients(folder, word):
+    words = ["rollout.temperature=0.7", "algorithm.loss.entropy_bonus=0.1", "learner.max_grad_norm=1e9"]
+    groups = [[trajectory(4, n, seed=n, reward=float(n % 2)) for n in (3, 6, 9)]]
+    once, twice = make_learner(folder, *words), make_learner(folder, *words, word)
+    metrics = once.step(groups)
+    assert twice.step(groups) == pytest.approx(metrics, rel=1e-5, abs=1e-9, nan_ok=True)
+    for one, other in zip(once.model.parameters(), twice.model.parameters(), strict=True):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-7)
+
+
+class Logits(TorchDispatchMode):
+    """The most positions that any tensor over the vocabulary has, in all that runs under it."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+        result = function(*arguments, **(kwargs or {}))
+        shape = getattr(result, "shape", ())
+        if len(shape) == 2 and shape[-1] == VOCABULARY and shape[0] != HIDDEN:  # which is the head's own
+            self.most = max(self.most, shape[0])
+        return result
+
+
+def test_the_logits_of_a_micro_batch_never_exist_as_a_whole(folder):
+    groups = [[trajectory(4, 9, seed=i, reward=float(i % 2)) for i in range(4)]]
+    for chunk, most in ((1000, 36), (36, 36), (10, 10)):
+        with Logits() as logits:
+            make_learner(folder, f"learner.head_chunk={chunk}").step(groups)
+        assert logits.most == most
+
+
+def num_kept(folder, groups, *words):
+    """Elements of the tensors that the forward pass keeps for the backward pass, each storage once."""
+    learner, kept = make_learner(folder, *words), {}
+    (part,) = pack(groups, learner.loss, row_tokens=64, micro_batch_tokens=9999, max_new_tokens=50).micro_batches
+    own = {parameter.data_ptr() for parameter in learner.model.parameters()}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        learner.score(part)
+    return sum(tensor.numel() for address, tensor in kept.items() if address not in own)
+
+
+def test_checkpointed_layers_keep_less(folder):
+    groups = [[trajectory(4, 50, seed=i) for i in range(4)]]
+    assert num_kept(folder, groups, "learner.activation_checkpointing=true") < num_kept(folder, groups) / 4

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asyncrl.algo.advantage import advantages
 from asyncrl.algo.loss import Columns, concatenate, policy_loss
 from asyncrl.algo.presets import PRESETS, Loss, resolve
 
@@ -175,6 +177,30 @@ def kimi(logp, d):
     return np.mean(values)
 
 
+def gmpo(logp, d):
+    """exp of the mean of the log-ratios, each min(sign x, clip(sign x, -0.4, 0.4)) with the sign of the advantage."""
+    values = []
+    for i in range(len(LENGTHS)):
+        chosen = i == SEQUENCE
+        sign = np.sign(ADVANTAGES[i])
+        x = sign * (logp[chosen] - d["behavior"][chosen])
+        values.append(ADVANTAGES[i] * np.exp((sign * np.minimum(x, np.clip(x, -0.4, 0.4))).mean()))
+    return np.mean(values)
+
+
+def sapo(logp, d):
+    tau = np.where(A > 0, 1.0, 1.05)
+    ratio = np.exp(logp - d["behavior"])
+    return mean_sequences(4 / tau / (1 + np.exp(-tau * (ratio - 1))) * A)
+
+
+def dsv32(logp, d):
+    """PPO-clip under the off-policy sequence mask, and the KL estimate times the ratio, both differentiated."""
+    stale = (A < 0) & (whole(d["behavior"] - d["current"], np.mean) > 0.05)
+    unbiased_kl = np.exp(logp - d["behavior"]) * k3(logp, d)
+    return mean_sequences(~stale * on_behavior(logp, d, 0.2, 0.2) - 1e-3 * unbiased_kl)
+
+
 def prompts_equal(values):
     prompt = np.array(PROMPTS)[SEQUENCE]
     return np.mean([values[prompt == p].mean() for p in set(PROMPTS)])
@@ -206,6 +232,21 @@ SURROGATES = {
     "m2po": lambda logp, d: mean_tokens(m2_keep(d, 0.04) * rho(d) * A * logp),
     "topr": topr,
     "kimi_k15": kimi,
+    "gmpo": gmpo,
+    "sapo": sapo,
+    "dsv32": dsv32,
+    "opmd": lambda logp, _: mean_tokens(A * logp) / (1 + 1),
+    "vcpo": lambda logp, d: mean_tokens(np.minimum(whole(rho(d), np.prod), 8) * A * logp),
+    "reinforce_pp": lambda logp, d: mean_tokens(on_behavior(logp, d, 0.2, 0.2)),
+    "reinforce_pp_baseline": lambda logp, d: mean_tokens(on_behavior(logp, d, 0.2, 0.2)),
+    "rloo_tis2": lambda logp, d: mean_tokens(np.minimum(rho(d), 2) * A * logp),
+}
+
+
+KL_ESTIMATES = {
+    "k1": lambda logp, d: logp - d["reference"],
+    "k2": lambda logp, d: (logp - d["reference"]) ** 2 / 2,
+    "k3": k3,
 }
 
 
@@ -228,6 +269,39 @@ def test_the_gradient_is_that_of_the_published_surrogate(name, seed):
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-8)
     factors = make_columns(data, PRESETS[name].aggregate).normalizers
     torch.testing.assert_close(found, -factors * outcome.coefficient)
+
+
+@pytest.mark.parametrize("estimator", KL_ESTIMATES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_gradient_of_every_kl_estimate(estimator, weighted):
+    data = make_data()
+    loss = Loss(reference_kl=0.3, reference_estimator=estimator, reference_weighted=weighted)
+
+    def surrogate(logp, d):
+        ratio = np.exp(logp - d["behavior"]) if weighted else 1.0
+        return mean_tokens(A * logp - 0.3 * ratio * KL_ESTIMATES[estimator](logp, d))
+
+    found, _ = gradient(make_columns(data), loss)
+    np.testing.assert_allclose(found.numpy(), -differences(surrogate, data), rtol=1e-5, atol=1e-8)
+
+
+def test_trajectory_balance_is_reinforce_on_the_kl_penalised_return():
+    """TBA 2503.18929: the squared residual of log Z + log pi - log pi_ref - R / beta, log Z a constant."""
+    data, beta, rewards = make_data(), 0.5, torch.tensor([1.0, 0.0, 0.3, 0.9, 0.2, 0.7], dtype=torch.float64)
+
+    def log_ratio(logp):
+        return np.array([(logp - data["reference"])[i == SEQUENCE].sum() for i in range(len(LENGTHS))])
+
+    def residual_loss(logp, d):
+        log_z = rewards.numpy() / beta - log_ratio(d["current"])
+        log_z = np.array([log_z[np.array(PROMPTS) == p].mean() for p in PROMPTS])
+        return -np.mean((log_z + log_ratio(logp) - rewards.numpy() / beta) ** 2)
+
+    penalised = rewards - beta * torch.tensor(log_ratio(data["current"]))
+    advantage = advantages(penalised, torch.tensor(PROMPTS), "mean", "none")[SEQUENCE]
+    found, _ = gradient(make_columns(data, "seq_sum", advantages=advantage), Loss(aggregate="seq_sum"))
+    expected = -differences(residual_loss, data)
+    np.testing.assert_allclose(2 / beta * found.numpy(), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_the_test_batches_exercise_every_mask_and_cap():
@@ -346,6 +420,7 @@ def test_masks_do_not_change_the_denominator_of_what_is_left(override):
     [
         ("tis2", "behavior_logprobs"),
         ("reinforce", "behavior_logprobs"),
+        ("reinforce", "lag"),
         ("icepop", "proximal_logprobs"),
         ("grpo", "reference_logprobs"),
     ],
@@ -380,7 +455,9 @@ def test_a3po_at_lag_one_is_ppo(lag):
     assert not torch.equal(gradient(older, PRESETS["a3po"])[0], gradient(older, ppo_clip)[0])
 
 
-@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"grpo"}))  # which pulls towards its reference at any lag
+@pytest.mark.parametrize(
+    "name", sorted(set(PRESETS) - {"grpo", "dsv32", "opmd"})
+)  # KL terms pull at any lag; half of it
 def test_without_mismatch_every_loss_is_exactly_reinforce(name):
     data = make_data()
     same = {"behavior": data["current"], "proximal": data["current"]}
@@ -419,6 +496,13 @@ def test_a_removed_token_of_infinite_ratio_has_no_gradient_and_leaves_the_loss_f
     assert outcome.nonfinite.tolist() == [x == math.inf, False, False, False]
 
 
+def test_a_soft_gate_is_closed_and_finite_where_the_ratio_is_not():
+    columns = as_float32(guard_columns([[100.0], [0.0], [-100.0]], [1.0, 1.0, -1.0]))
+    found, outcome = gradient(columns, PRESETS["sapo"])
+    torch.testing.assert_close(found, torch.tensor([0.0, -1.0, 0.0]))
+    assert not outcome.nonfinite.any()
+
+
 def test_a_removed_token_that_the_policy_now_excludes_leaves_the_loss_finite():
     columns = guard_columns([[0.1, 0.1], [0.1]], [-1.0, 0.0])
     excluded = torch.tensor([-math.inf, -1.0, -math.inf], dtype=torch.float64).requires_grad_()
@@ -444,3 +528,36 @@ def test_a_token_without_advantage_has_no_gradient_whatever_its_ratio():
     columns = as_float32(guard_columns([[100.0, -100.0]], [0.0]))
     found, _ = gradient(columns, Loss(policy_weight="token"))
     assert found.tolist() == [0.0, 0.0]
+
+
+def own_tis2(columns):
+    """A loss as a user would write it: truncated importance sampling, with autograd."""
+    ratio = (columns.logprobs - columns.behavior_logprobs).exp().detach().clamp(max=2)
+    return -(columns.normalizers * ratio * columns.advantages * columns.logprobs).sum()
+
+
+def own_constant(columns):
+    return columns.advantages.sum()
+
+
+def test_a_loss_of_the_user_is_a_loss_like_any_other():
+    columns = make_columns(make_data())
+    loss = resolve(f"{__name__}:own_tis2", {"center": "loo"})
+    assert loss == Loss(function=f"{__name__}:own_tis2", center="loo")
+    (total, outcome), (known_total, known) = policy_loss(columns, loss), policy_loss(columns, PRESETS["tis2"])
+    torch.testing.assert_close(total, known_total)
+    torch.testing.assert_close(gradient(columns, loss)[0], gradient(columns, PRESETS["tis2"])[0])
+    torch.testing.assert_close(outcome.coefficient, known.coefficient)
+    torch.testing.assert_close(outcome.log_weight, known.log_weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("own_constant", "must return a scalar tensor that depends on columns.logprobs"),
+        ("own_los", "has no function 'own_los'"),
+    ],
+)
+def test_a_loss_of_the_user_that_cannot_be_used_is_named(name, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        policy_loss(make_columns(make_data()), Loss(function=f"{__name__}:{name}"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from helpers import trajectory
@@ -57,6 +58,37 @@ def test_every_token_is_packed_once_and_every_trained_token_is_predicted_from_th
     assert sorted(seen) == sorted(wanted)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(lengths, min_size=2, max_size=5), min_size=1, max_size=6),
+    st.integers(18, 60),
+    st.integers(1, 200),
+    st.integers(2, 5),
+)
+def test_ranks_share_all_trajectories_evenly_in_equally_many_passes(sizes, row, micro, num_ranks):
+    groups = groups_of(sizes)
+    common = {"row_tokens": row, "micro_batch_tokens": micro, "max_new_tokens": 9}
+    one = pack(groups, LOSS, **common)
+    ranks = [pack(groups, LOSS, **common, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+    assert len({len(batch.micro_batches) for batch in ranks}) == 1, "a rank would wait for a pass that never comes"
+    assert {batch.num_tokens for batch in ranks} == {one.num_tokens}
+    assert all(torch.equal(batch.advantages, one.advantages) for batch in ranks)
+    parts = [part for batch in ranks for part in batch.micro_batches]
+    assert all(part.input_ids.numel() <= max(micro, part.input_ids.shape[1]) for part in parts)
+    columns = [trained([part]) for part in parts]
+    assert sorted(column for part in columns for column in part) == sorted(trained(one.micro_batches))
+    held = [sum(int((part.segments >= 0).sum()) for part in batch.micro_batches) for batch in ranks]
+    assert max(held) - min(held) <= max(p + n for group in sizes for p, n in group)
+
+
+def trained(micro_batches):
+    """Every trained token with its weight in the loss."""
+    names = ("targets", "behavior_logprobs", "advantages", "normalizers")
+    return [
+        row for part in micro_batches for row in zip(*(getattr(part, name).tolist() for name in names), strict=True)
+    ]
+
+
 def test_attention_sees_its_own_trajectory_and_nothing_later():
     (part,) = pack(
         groups_of([[(2, 1), (1, 2)]]), LOSS, row_tokens=8, micro_batch_tokens=99, max_new_tokens=2
@@ -82,6 +114,30 @@ def test_truncated_trajectories_keep_their_place_in_the_denominator():
     batch = pack(groups, LOSS, row_tokens=20, micro_batch_tokens=99, max_new_tokens=9, mask_truncated=True)
     assert batch.advantages.tolist() == [-0.5, 0.0]
     assert float(batch.micro_batches[0].normalizers.sum()) == pytest.approx(1.0)
+
+
+def test_tokens_of_two_versions_in_one_trajectory_keep_their_own_version_and_logprob():
+    mixed = dataclasses.replace(
+        trajectory(2, 5, seed=0, reward=1.0),
+        versions=np.array([0, 0, 3, 3, 3, 5, 5], np.int32),
+        logprobs=np.array([0, 0, -0.3, -0.31, -0.32, -0.5, -0.51], np.float32),
+    )
+    groups = [[trajectory(3, 2, seed=1, version=4), mixed]]
+    batch = pack(groups, LOSS, row_tokens=40, micro_batch_tokens=99, max_new_tokens=9)
+    pairs = [
+        (version, round(logprob, 2))
+        for part in batch.micro_batches
+        for version, logprob in zip(part.versions.tolist(), part.behavior_logprobs.tolist(), strict=True)
+        if version != 4
+    ]
+    assert pairs == [(3, -0.3), (3, -0.31), (3, -0.32), (5, -0.5), (5, -0.51)]
+
+
+def test_long_replies_are_punished_before_advantages_are_taken():
+    groups = groups_of([[(3, 4), (3, 8)]])
+    groups[0][0] = dataclasses.replace(groups[0][0], reward=1.0)
+    batch = pack(groups, LOSS, row_tokens=30, micro_batch_tokens=99, max_new_tokens=10, overlong_tail=4)
+    assert batch.advantages.tolist() == [0.25, -0.25], "rewards 1 and 1 - 0.5"
 
 
 def test_a_trajectory_that_cannot_fit_is_an_error_not_a_drop():

@@ -23,6 +23,16 @@ def test_disaggregated_actors_have_gpus_of_their_own():
     assert placed(5, "rollout.num_actors=4", "weights.backend=gloo").backend == "gloo"
 
 
+def test_each_learner_rank_has_a_gpu():
+    words = ["rollout.num_actors=4", "learner.num_gpus=4"]
+    assert placed(8, *words) == Placement("cuda", 1, 1, "nccl")
+    with pytest.raises(ValueError, match=r"needs 8 GPUs \(4 for the learner, 4 x 1 for engines\), 7 exist"):
+        placed(7, *words)
+    assert placed(0, *words) == Placement("cpu", 0, 0, "gloo")
+    with pytest.raises(ValueError, match=r"learner\.num_gpus is 4 and .* set both to 1"):
+        placed(8, *words, "placement=colocated")
+
+
 @pytest.mark.parametrize("num_actors", [1, 2, 6])
 def test_colocated_actors_share_one_gpu(num_actors):
     placement = placed(1, "placement=colocated", f"rollout.num_actors={num_actors}")
@@ -78,9 +88,14 @@ def test_custom_resources_that_suffice_are_accepted(existing, words):
 @pytest.mark.parametrize(
     ("existing", "words", "message"),
     [
-        ({"small": 0.3}, NODES, r"needs 1 of the Ray resource 'big' \(1 for the learner, 3 x 0 .*, the cluster has 0:"),
-        ({"big": 1.0, "small": 0.2}, NODES, r"needs 0.3 .* 'small' \(0 .*, 3 x 0.1 .*, the cluster has 0.2: start"),
+        (
+            {"small": 0.3},
+            NODES,
+            r"needs 1 of the Ray resource 'big' \(1 x 1 for the learner, 3 x 0 .*, the cluster has 0:",
+        ),
+        ({"big": 1.0, "small": 0.2}, NODES, r"needs 0.3 .* 'small' \(1 x 0 .*, 3 x 0.1 .*, the cluster has 0.2: start"),
         ({"big": 1.0}, [*NODES, "cluster.rollout_resources={big=0.1}"], "needs 1.3 .*'big'"),
+        ({"big": 3.0, "small": 1.0}, [*NODES, "learner.num_gpus=4"], r"needs 4 .*'big' \(4 x 1 for the learner"),
     ],
 )
 def test_a_custom_resource_that_is_short_is_named(existing, words, message):

@@ -33,6 +33,17 @@ def test_an_override_replaces_one_field_and_leaves_the_preset_alone():
         ("tis2", {"policy_floor": 3}, "policy_floor must be below policy_cap, got 3.0 and 2.0"),
         ("tis2", {"trust": "tvv"}, "trust"),
         ("tis2", {"behavior_weight": "token"}, 'needs anchor = "proximal", got "behavior"'),
+        (
+            "gmpo",
+            {"trust_signed": False},
+            'range of a signed trust = "ratio", got trust = "ratio", trust_signed = False',
+        ),
+        ("tis2", {"center": "batch", "scale": "group_std"}, 'center = "batch" knows no groups'),
+        ("tis2", {"reference_estimator": "k1"}, "reference_estimator = k1 has no effect"),
+        ("tis2", {"policy_factor": 0.0}, "policy_factor"),
+        ("my_losses:", {}, "function is an import path, got 'my_losses:'"),
+        ("tis2", {"function": "a:b"}, "function = 'a:b' replaces policy_weight, which is 'token'"),
+        ("grpo", {"advantage": "a:b"}, "advantage = 'a:b' replaces scale, which is 'group_std'"),
         ("tis2", {"anchor": "loglinear"}, 'only widens trust = "ratio", got "none"'),
         ("grpo", {"trust_low": 1.5}, "trust_low must be at most 1 for ratios, got 1.5"),
         ("tis2", {"guard": "geometric_band", "guard_low": 1.1, "guard_high": 1}, "0 < guard_low < guard_high, got 1.1"),
@@ -51,8 +62,8 @@ def test_mistakes_are_named(name, overrides, message):
 def test_the_needs_of_a_loss():
     proximal = {"decoupled_ppo", "tis_recompute", "tis_seq", "icepop", "seq_mask_tis", "geo_rs_token_tis"}
     assert {name for name, loss in PRESETS.items() if loss.needs_proximal} == proximal
-    assert {name for name, loss in PRESETS.items() if loss.needs_reference} == {"grpo"}
-    assert {name for name, loss in PRESETS.items() if not loss.is_corrected} == {"reinforce"}
+    assert {name for name, loss in PRESETS.items() if loss.needs_reference} == {"grpo", "dsv32"}
+    assert {name for name, loss in PRESETS.items() if not loss.is_corrected} == {"reinforce", "opmd"}
 
 
 def test_a_decoupled_loss_without_behavior_weight_is_uncorrected():

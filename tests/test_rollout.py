@@ -39,7 +39,7 @@ class Actor:
     async def evaluate(self, prompts):
         if self.error:
             raise self.error
-        return [float(prompt.id) for prompt in prompts]
+        return [make_group(prompt, [trajectory(2, 3, seed=prompt.id)]) for prompt in prompts]
 
     async def join(self, where, first_rank):
         self.joined.append((where.world_size, first_rank))
@@ -118,7 +118,7 @@ def test_the_dead_leave_and_the_last_death_ends_the_run():
         assert [dying.joined, other.joined] == [[(3, 1)], [(3, 2)]]
         dying.error = ActorDied("gone")
         dying.update_error = dying.error
-        assert await pool.evaluate(PROMPTS) == sorted(prompt.id for prompt in PROMPTS)
+        assert [group.prompt for group in await pool.evaluate(PROMPTS)] == PROMPTS
         assert pool.actors == [other]
         await pool.update_weights(Learner())
         assert other.joined[-1] == (2, 1), "the survivors form a group of their own"

@@ -12,14 +12,31 @@ from asyncrl import metrics
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "asyncrl").rglob("*.py"))
 
-HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboard": {"metrics.py"}}
+HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboard": {"sinks.py"}}
 
 # Each layer may import itself and the ones before it.
 LAYERS = [
-    {"types", "algo.presets", "config", "rules", "transport"},
-    {"algo.advantage", "algo.loss", "algo.diagnostics", "buffer", "weights", "model", "envs.base"},
-    {"journal", "groups", "watchdog"},
-    {"metrics", "checkpoint", "prompts", "packing", "engine.base", "envs.digits", "envs.numbers", "envs.faults"},
+    {"types", "algo.method", "algo.own", "algo.presets", "config", "rules", "transport", "timeline"},
+    {
+        "evaluation",
+        "algo.advantage",
+        "algo.loss",
+        "algo.diagnostics",
+        "buffer",
+        "sharding",
+        "weights",
+        "model",
+        "envs.base",
+        "blame",
+        "samples",
+        "sinks",
+        "journal",
+        "groups",
+        "watchdog",
+    },
+    {"metrics", "checkpoint", "prompts", "packing", "scoring", "engine.base", "envs.digits", "envs.numbers"}
+    | {"envs.data", "envs.chat", "envs.rewards", "envs.dataset", "envs.gsm8k", "envs.mixture"}
+    | {"envs.reasoning_gym", "envs.faults"},
     {
         "engine.kv_cache",
         "engine.sampler",

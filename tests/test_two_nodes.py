@@ -52,7 +52,8 @@ def load(folder, *words):
     return configuration.load(None, [*SMALL, f"run_dir={folder}", *words])
 
 
-def test_the_learner_and_the_rollout_actors_train_on_nodes_of_their_own(nodes, tmp_path, monkeypatch):
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_the_learner_and_the_rollout_actors_train_on_nodes_of_their_own(nodes, tmp_path, monkeypatch, num_ranks):
     seen = {"hosts": set()}
     open_actors, rendezvous = runtime.open_actors, runtime.RemoteLearner.rendezvous
 
@@ -69,13 +70,16 @@ def test_the_learner_and_the_rollout_actors_train_on_nodes_of_their_own(nodes, t
 
     monkeypatch.setattr(runtime, "open_actors", watched_actors)
     monkeypatch.setattr(runtime.RemoteLearner, "rendezvous", watched_rendezvous)
-    result = run(job.train(load(tmp_path, f"cluster.address={nodes.address}"), quiet=True), seconds=60)
+    words = [f"learner.num_gpus={num_ranks}", f"cluster.learner_resources={{learner_node={1 / num_ranks}}}"]
+    result = run(job.train(load(tmp_path, f"cluster.address={nodes.address}", *words), quiet=True), seconds=60)
 
     (rollout_node,) = {facts["node"] for facts in seen["actors"]}
     assert len(seen["actors"]) == 2
-    assert seen["learner"]["node"] != rollout_node
+    (learner_node,) = {facts["node"] for facts in seen["learner"]}
+    assert len(seen["learner"]) == num_ranks
+    assert learner_node != rollout_node
     assert {facts["address"] for facts in seen["actors"]} == {ROLLOUT_ADDRESS}
-    assert seen["learner"]["address"] == LEARNER_ADDRESS
+    assert {facts["address"] for facts in seen["learner"]} == {LEARNER_ADDRESS}
     assert seen["hosts"] == {LEARNER_ADDRESS}
     rows = [row for row in metrics.read(result.folder) if "reward/mean" in row]
     assert [row["version"] for row in rows] == list(range(1, NUM_STEPS + 1))

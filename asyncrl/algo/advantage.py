@@ -9,22 +9,50 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from asyncrl.algo.presets import Aggregate, Center, Scale
+from asyncrl.algo import own
+from asyncrl.algo.method import Aggregate, Center, Loss, Scale
 
 _STD_FLOOR = 1e-6
 """Added to a standard deviation, so that rewards that hardly differ are not blown up."""
+
+
+def estimate(rewards: Tensor, groups: Tensor, loss: Loss) -> Tensor:
+    """The advantages that `loss` asks for: `advantages`, or the user's own function of the same two tensors.
+
+    ValueError if that function returns something else than one finite number a trajectory.
+    """
+    if not loss.advantage:
+        return advantages(rewards, groups, loss.center, loss.scale)
+    values = own.load(loss.advantage)(rewards, groups)
+    if not isinstance(values, Tensor) or values.shape != rewards.shape or not bool(values.isfinite().all()):
+        raise ValueError(
+            f"{loss.advantage!r} must return a finite tensor of shape {list(rewards.shape)}, one advantage a "
+            f"trajectory; got {values}"
+        )
+    return values.detach().to(rewards.dtype)
+
+
+def overlong_punishment(lengths: Tensor, max_length: int, tail: int) -> Tensor:
+    """Added to the rewards of long replies (DAPO 2503.14476, equation 13); float32[N] in [-1, 0].
+
+    0 up to `max_length` - `tail` tokens, then falling in a line to -1 at `max_length` and beyond.
+    """
+    return ((max_length - tail - lengths.float()) / tail).clamp(-1.0, 0.0)
 
 
 def advantages(rewards: Tensor, groups: Tensor, center: Center, scale: Scale) -> Tensor:
     """Advantage of each trajectory; float[N] of the dtype of `rewards`.
 
     `rewards` float[N]; `groups` int64[N], equal for trajectories of one prompt. `center`: "mean" subtracts the group
-    mean (GRPO 2402.03300), "loo" the mean of the others of the group (RLOO 2402.14740). `scale` divides by the
-    population standard deviation of the group's rewards, or of all centered rewards of the batch (ScaleRL 2510.13786).
-    A group of equal rewards gets exactly 0. ValueError if "loo" meets a group of one.
+    mean (GRPO 2402.03300), "loo" the mean of the others of the group (RLOO 2402.14740), "batch" the mean of all rewards
+    (REINFORCE++ 2501.03262). `scale` divides by the population standard deviation of the group's rewards, or of all
+    centered rewards of the batch (ScaleRL 2510.13786). Equal rewards of what is centered get exactly 0. ValueError if
+    "loo" meets a group of one.
     """
     _, index, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
     exact = rewards.double()
+    if center == "batch":
+        index, sizes = torch.zeros_like(index), sizes.sum().view(1)
     # Centered on the smallest reward first: equal rewards then have a mean of exactly 0.
     low = torch.full_like(sizes, torch.inf, dtype=torch.float64).scatter_reduce(0, index, exact, "amin")
     above = exact - low[index]

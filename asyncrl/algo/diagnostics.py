@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from asyncrl.algo.loss import Columns, Outcome, concatenate, sequence_sum
+from asyncrl.algo.method import Loss
 
 _MISMATCH = {
     "k1": "mean of -log ratio: unbiased, noisy estimate of KL(behavior || current), may be negative",
@@ -83,6 +84,12 @@ def diagnose(columns: Sequence[Columns], outcomes: Sequence[Outcome], entropy: f
     numbers = torch.stack([value.double() for value in values.values()]).tolist()  # one transfer from the device
     metrics = dict(zip(values, numbers, strict=True)) | {"policy/entropy": entropy}
     return {name: metrics[name] for name in METRICS}
+
+
+def learning_rate_factor(loss: Loss, metrics: Mapping[str, float]) -> float:
+    """What the step multiplies its learning rate by, from its own metrics: the root of the effective sample size of the
+    trajectories (VCPO 2602.17616), or 1."""
+    return math.sqrt(min(1.0, metrics["ess/sequence"])) if loss.learning_rate_scale == "sqrt_ess" else 1.0
 
 
 def alarms(metrics: Mapping[str, float], history: Sequence[Mapping[str, float]]) -> list[str]:

@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from asyncrl.algo.presets import Loss, Outside, Weight
+from asyncrl.algo import own
+from asyncrl.algo.method import Loss, Outside, PolicyWeight
 
 _TINY = 1e-6
 """Probabilities are kept this far from 0 and 1 in the binary KL of the trust mask, whose logarithms would diverge."""
+
+_GATE_CLOSED = 1e4
+"""A soft gate is as good as closed there, and its logarithm is still finite."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,7 +33,7 @@ class Columns:
     `logprobs` of the current policy is the only one with a gradient. `sequence` int64[n] is the index of the trajectory
     inside this micro-batch, 0..num_sequences-1; a trajectory never spans micro-batches. `lag` int64[n] is the learner's
     version minus the token's. `advantages` and `normalizers` are those of the trajectory, repeated for its tokens.
-    RuntimeError if the columns differ in shape or the behavior log-probs are missing.
+    RuntimeError if the columns differ in shape or the behavior log-probs or versions are missing.
     """
 
     logprobs: Tensor
@@ -44,6 +48,7 @@ class Columns:
 
     def __post_init__(self) -> None:
         _require(self.behavior_logprobs, "behavior_logprobs")
+        _require(self.lag, "lag")
         shapes = {
             field.name: tuple(value.shape)
             for field in fields(self)
@@ -77,6 +82,8 @@ def policy_loss(columns: Columns, loss: Loss) -> tuple[Tensor, Outcome]:
     The losses of the micro-batches of a step add up to the loss of the step, except with trust "m2", whose threshold is
     taken over the tokens it is given. RuntimeError if a column that the loss needs is missing.
     """
+    if loss.function:
+        return _own_loss(columns, loss)
     # The one stop-gradient: nothing below sees `columns.logprobs` until the last sum.
     current = columns.logprobs.detach()
     log_ratio = current - columns.behavior_logprobs
@@ -96,6 +103,27 @@ def policy_loss(columns: Columns, loss: Loss) -> tuple[Tensor, Outcome]:
     total = -torch.where(keep | (kappa != 0), terms, 0.0).sum()
     nonfinite = ~(log_ratio.isfinite() & log_weight.isfinite() & coefficient.isfinite())
     return total, Outcome(coefficient, log_weight, capped, trust_masked, guard_masked, log_ratio, nonfinite)
+
+
+def _own_loss(columns: Columns, loss: Loss) -> tuple[Tensor, Outcome]:
+    """A loss of the user in the form of all others: its slope by a log-prob is -n times the token's coefficient.
+
+    ValueError unless it returns a scalar that depends on `columns.logprobs`.
+    """
+    with torch.enable_grad():
+        leaf = columns.logprobs.detach().requires_grad_()
+        total = own.load(loss.function)(replace(columns, logprobs=leaf))
+        if not isinstance(total, Tensor) or total.dim() or not total.requires_grad:
+            raise ValueError(f"{loss.function!r} must return a scalar tensor that depends on columns.logprobs")
+        (slope,) = torch.autograd.grad(total, leaf)
+    current = columns.logprobs
+    nothing = torch.zeros_like(slope, dtype=torch.bool)
+    coefficient = -slope / columns.normalizers
+    weight = torch.where(columns.advantages != 0, coefficient / columns.advantages, 1.0).abs()
+    log_ratio = current.detach() - columns.behavior_logprobs
+    nonfinite = ~(log_ratio.isfinite() & coefficient.isfinite())
+    value = total.detach() + (slope * (current - current.detach())).sum()
+    return value, Outcome(coefficient, weight.log(), nothing, nothing, nothing, log_ratio, nonfinite)
 
 
 def concatenate(columns: Sequence[Columns], outcomes: Sequence[Outcome]) -> tuple[Columns, Outcome]:
@@ -121,22 +149,41 @@ def sequence_sum(values: Tensor, columns: Columns) -> Tensor:
 def _log_weight(current: Tensor, anchor: Tensor, columns: Columns, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
     """log c after capping, whether it was clamped, whether it drops the token: both weight slots together."""
     behavior = _at_level(anchor - columns.behavior_logprobs, loss.behavior_weight, columns)
-    policy = _at_level(current - anchor, loss.policy_weight, columns)
+    policy = current - anchor
+    if loss.policy_weight == "clipped_geometric":
+        policy = _clipped(policy, columns, loss)
+    policy = _at_level(policy, loss.policy_weight, columns)
+    if loss.policy_gate or loss.policy_gate_negative:
+        policy = policy + _log_gate(policy, columns, loss)
     behavior, capped_w, dropped_w = _bound(behavior, loss.behavior_floor, loss.behavior_cap, loss.behavior_outside)
     policy, capped_r, dropped_r = _bound(policy, loss.policy_floor, loss.policy_cap, loss.policy_outside)
     if loss.policy_sign == "negative":
         negative = columns.advantages < 0
         policy, capped_r, dropped_r = torch.where(negative, policy, 0.0), capped_r & negative, dropped_r & negative
-    return behavior + policy, capped_w | capped_r, dropped_w | dropped_r
+    return behavior + policy + math.log(loss.policy_factor), capped_w | capped_r, dropped_w | dropped_r
 
 
-def _at_level(log_ratio: Tensor, weight: Weight, columns: Columns) -> Tensor:
+def _clipped(log_ratio: Tensor, columns: Columns, loss: Loss) -> Tensor:
+    """Held inside the trust range on the side to which the advantage pushes (GMPO 2507.20673)."""
+    low, high = _log(1.0 - loss.trust_low), math.log1p(loss.trust_high)
+    return torch.where(columns.advantages > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=low))
+
+
+def _log_gate(log_ratio: Tensor, columns: Columns, loss: Loss) -> Tensor:
+    """log of 4 s (1 - s) with s = sigmoid(tau (ratio - 1)): the slope of SAPO's soft clip (2511.20347)."""
+    tau = torch.where(columns.advantages > 0, loss.policy_gate, loss.policy_gate_negative).to(log_ratio)
+    z = (tau * log_ratio.expm1()).clamp(max=_GATE_CLOSED)
+    gate = math.log(4.0) + nn.functional.logsigmoid(z) + nn.functional.logsigmoid(-z)
+    return torch.where(tau > 0, gate, 0.0)
+
+
+def _at_level(log_ratio: Tensor, weight: PolicyWeight, columns: Columns) -> Tensor:
     if weight == "none":
         return torch.zeros_like(log_ratio)
     if weight == "token":
         return log_ratio
     total = sequence_sum(log_ratio, columns)
-    if weight == "geometric":
+    if weight != "sequence":  # a geometric mean
         total = total / sequence_sum(torch.ones_like(log_ratio), columns)
     return total[columns.sequence]
 
@@ -157,7 +204,7 @@ def _trust_mask(current: Tensor, anchor: Tensor, columns: Columns, loss: Loss) -
     if loss.trust == "m2":
         return _second_moment_mask(current - anchor, columns.advantages, loss)
     if loss.trust == "ratio":
-        level = "token" if loss.policy_weight == "none" else loss.policy_weight
+        level = loss.policy_weight if loss.policy_weight in ("geometric", "sequence") else "token"
         moved = _at_level(current - anchor, level, columns)
         widening = columns.lag.clamp(min=1).to(moved) if loss.anchor == "loglinear" else 1.0
         above, below = moved > math.log1p(loss.trust_high) * widening, moved < _log(1.0 - loss.trust_low) * widening
@@ -220,9 +267,19 @@ def _kappa(current: Tensor, anchor: Tensor, columns: Columns, loss: Loss) -> Ten
         log_ratio = _at_level(current - anchor, loss.penalty_level, columns)
         kappa = kappa - 2.0 * loss.penalty * log_ratio
     if loss.needs_reference:
-        reference = _require(columns.reference_logprobs, "reference_logprobs")
-        kappa = kappa + loss.reference_kl * (reference - current).expm1()
+        away = current - _require(columns.reference_logprobs, "reference_logprobs")
+        kappa = kappa - loss.reference_kl * _kl_slope(away, current - columns.behavior_logprobs, loss)
     return kappa
+
+
+def _kl_slope(away: Tensor, log_ratio: Tensor, loss: Loss) -> Tensor:
+    """Derivative of the KL estimate k by the log-prob, or of ratio * k if weighted; `away` is current - reference."""
+    estimate, slope = {
+        "k1": (away, torch.ones_like(away)),
+        "k2": (away.square() / 2, away),
+        "k3": ((-away).expm1() + away, -(-away).expm1()),
+    }[loss.reference_estimator]
+    return log_ratio.exp() * (estimate + slope) if loss.reference_weighted else slope
 
 
 def _log(value: float) -> float:

@@ -1,140 +1,15 @@
-"""Policy losses as data: one `Loss` per published method, and the lookup by name.
-
-Every method here is one score-function loss with a detached coefficient,
-
-    L = - sum_t n * stop_gradient[M * c * A + kappa] * logprob
-
-so a method is a choice of advantage A (`center`, `scale`), anchor and weight c (`anchor`, `behavior_*`, `policy_*`),
-token mask (`trust*`) and sequence mask (`guard*`) that make up M, regulariser kappa (`penalty*`, `reference_kl`) and
-normaliser n (`aggregate`). This file holds data and rules only; the arithmetic is in `advantage.py` and `loss.py`.
-"""
+"""Published methods as named losses, and the lookup by name."""
 
 from __future__ import annotations
 
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Any
 
 import msgspec
 
-Center: TypeAlias = Literal["mean", "loo", "none"]
-Scale: TypeAlias = Literal["none", "group_std", "batch_std"]
-Aggregate: TypeAlias = Literal["token", "seq_mean", "seq_sum", "prompt", "constant"]
-Anchor: TypeAlias = Literal["behavior", "proximal", "loglinear"]
-Weight: TypeAlias = Literal["none", "token", "geometric", "sequence"]
-Outside: TypeAlias = Literal["clamp", "drop"]
-Trust: TypeAlias = Literal["none", "ratio", "tv", "kl", "m2"]
-Guard: TypeAlias = Literal["none", "geometric_band", "negative_kl", "max_kl", "veto"]
-NonNegative: TypeAlias = Annotated[float, msgspec.Meta(ge=0)]
-
-
-class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One policy loss. Log-ratios: behavior x_w, policy x_r; every bound is on the ratio exp(x), not on its logarithm.
-
-    `anchor` says what x_w and x_r are: "behavior" has x_r = current - behavior and no x_w; "proximal" has
-    x_w = proximal - behavior and x_r = current - proximal; "loglinear" is "behavior" with a trust range that widens
-    with the lag d of a token to ((1 - low)^max(d, 1), (1 + high)^max(d, 1)).
-
-    A weight "none" is 1; otherwise it is the ratio of the token, the geometric mean of the ratios of the sequence, or
-    their product. Outside floor and cap it is clamped and keeps its gradient, or the token is dropped; a cap of 0
-    means no cap.
-    """
-
-    center: Center = "mean"
-    scale: Scale = "none"
-    aggregate: Aggregate = "token"
-
-    anchor: Anchor = "behavior"
-    behavior_weight: Weight = "none"
-    behavior_floor: NonNegative = 0.0
-    behavior_cap: NonNegative = 0.0
-    behavior_outside: Outside = "clamp"
-
-    policy_weight: Weight = "none"
-    policy_floor: NonNegative = 0.0
-    policy_cap: NonNegative = 0.0
-    policy_outside: Outside = "clamp"
-    policy_sign: Literal["both", "negative"] = "both"
-    """Sign of the advantages that are weighted; with "negative" the others keep weight 1."""
-
-    trust: Trust = "none"
-    """What removes a token that moved too far from the anchor: "ratio" (1 - low, 1 + high) at the level of the policy
-    weight, "tv" change of the token's probability, "kl" binary KL of it, "m2" the largest squared log-ratios until
-    their mean is at most `trust_high`."""
-    trust_low: NonNegative = 0.2
-    trust_high: NonNegative = 0.2
-    trust_signed: bool = True
-    """Remove only tokens that the gradient would push further out."""
-
-    guard: Guard = "none"
-    """What removes a whole sequence, judged on current - behavior: "geometric_band" mean ratio outside (low, high),
-    "negative_kl" negative advantage and mean(-x) > high, "max_kl" any exp(x) - 1 - x > high, "veto" any ratio < low."""
-    guard_low: NonNegative = 0.0
-    guard_high: NonNegative = 0.0
-
-    penalty: NonNegative = 0.0
-    """Coefficient of the squared policy log-ratio, of the token or summed over the sequence; masks do not apply."""
-    penalty_level: Literal["token", "sequence"] = "token"
-    reference_kl: NonNegative = 0.0
-    """Coefficient of the k3 estimate of KL(current || reference) in the loss; masks do not apply."""
-    entropy_bonus: NonNegative = 0.0
-    """Coefficient of the entropy of the policy; the learner, which holds the logits, adds the term."""
-
-    def __post_init__(self) -> None:
-        for name in self.__struct_fields__:
-            value = getattr(self, name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} must be finite, got {value}; for no cap set it to 0")
-        for slot in ("behavior", "policy"):
-            floor, cap = getattr(self, f"{slot}_floor"), getattr(self, f"{slot}_cap")
-            if cap and floor >= cap:
-                raise ValueError(f"{slot}_floor must be below {slot}_cap, got {floor} and {cap}; lower the floor")
-        if self.behavior_weight != "none" and self.anchor != "proximal":
-            raise ValueError(
-                f'behavior_weight = "{self.behavior_weight}" needs anchor = "proximal", got "{self.anchor}"; '
-                'set behavior_weight = "none" and use policy_weight, which then holds the whole ratio'
-            )
-        if self.anchor == "loglinear" and self.trust != "ratio":
-            raise ValueError(
-                f'anchor = "loglinear" only widens trust = "ratio", got "{self.trust}"; set trust = "ratio"'
-            )
-        if self.trust == "ratio" and self.trust_low > 1:
-            raise ValueError(f"trust_low must be at most 1 for ratios, got {self.trust_low}; 1 removes the lower bound")
-        self._check_guard()
-
-    def _check_guard(self) -> None:
-        low, high = self.guard_low, self.guard_high
-        if self.guard == "geometric_band" and not 0 < low < high:
-            raise ValueError(f'guard = "geometric_band" needs 0 < guard_low < guard_high, got {low} and {high}')
-        if self.guard in ("negative_kl", "max_kl") and not high > 0:
-            raise ValueError(
-                f'guard = "{self.guard}" needs guard_high > 0, got {high}; a few times its 99.9th percentile at lag 0'
-            )
-        if self.guard == "veto" and not 0 < low < 1:
-            raise ValueError(f'guard = "veto" needs 0 < guard_low < 1, got {low}; 1e-4 is usual')
-
-    @property
-    def needs_proximal(self) -> bool:
-        """Whether the learner must score the batch once more before the first step on it."""
-        return self.anchor == "proximal"
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the batch must be scored under the frozen reference model."""
-        return self.reference_kl > 0
-
-    @property
-    def is_corrected(self) -> bool:
-        """Whether the gradient accounts for tokens sampled by other weights than the ones being trained.
-
-        Only a weight on, or a penalty of, the ratio to the behavior policy counts: a mask alone chooses tokens but does
-        not reweight them, and a ratio to the proximal policy says nothing about where the tokens came from.
-        """
-        if self.anchor == "proximal":
-            return self.behavior_weight != "none"
-        return self.policy_weight != "none" or self.penalty > 0
-
+from asyncrl.algo.method import Loss
 
 _PPO: dict[str, Any] = {"scale": "group_std", "policy_weight": "token", "trust": "ratio"}
 _RECOMPUTE: dict[str, Any] = {**_PPO, "anchor": "proximal", "behavior_weight": "token"}
@@ -198,34 +73,71 @@ PRESETS: dict[str, Loss] = {
     "m2po": Loss(scale="group_std", policy_weight="token", trust="m2", trust_high=0.04),
     # TOPR 2503.14286: positives unweighted, negatives by the sequence ratio capped at 1.
     "topr": Loss(policy_weight="sequence", policy_cap=1.0, policy_sign="negative"),
+    # GMPO 2507.20673: geometric mean of token ratios clipped to (exp(-0.4), exp(0.4)), anchored on the behavior policy.
+    "gmpo": Loss(
+        scale="group_std",
+        policy_weight="clipped_geometric",
+        trust="ratio",
+        trust_low=1 - math.exp(-0.4),
+        trust_high=math.exp(0.4) - 1,
+        aggregate="seq_mean",
+    ),
+    # SAPO 2511.20347: a soft gate in place of the clip, narrower for negatives; anchored on the behavior policy.
+    "sapo": Loss(
+        scale="group_std", policy_weight="token", policy_gate=1.0, policy_gate_negative=1.05, aggregate="seq_mean"
+    ),
+    # DeepSeek-V3.2 2512.02556: off-policy sequence mask (OPSM) and the ratio-weighted KL. Their delta belongs to their
+    # engine: set guard_high to a few times the mean of -log ratio at lag 0.
+    "dsv32": Loss(
+        policy_weight="token",
+        trust="ratio",
+        guard="negative_kl",
+        guard_high=0.05,
+        reference_kl=1e-3,
+        reference_weighted=True,
+        aggregate="seq_mean",
+    ),
+    # OPMD as in Trinity-RFT 2505.17826 with tau = 1: no ratio, half the advantage.
+    "opmd": Loss(policy_factor=0.5),
+    # VCPO 2602.17616: sequence ratio capped at 8, learning rate by the root of the effective sample size. Its baseline
+    # of least variance needs the gradient norm of each trajectory; here it is the group mean.
+    "vcpo": Loss(policy_weight="sequence", policy_cap=8.0, learning_rate_scale="sqrt_ess"),
+    # REINFORCE++ 2501.03262: no group, mean and standard deviation of the whole batch.
+    "reinforce_pp": Loss(center="batch", scale="batch_std", policy_weight="token", trust="ratio"),
+    # The same with the group mean as baseline.
+    "reinforce_pp_baseline": Loss(scale="batch_std", policy_weight="token", trust="ratio"),
+    # RLOO 2402.14740 with the correction of `tis2`.
+    "rloo_tis2": Loss(center="loo", policy_weight="token", policy_cap=2.0),
     # Kimi k1.5 2501.12599, which writes half of tau = 0.1 times the squared log-ratio of the sequence.
     "kimi_k15": Loss(penalty=0.05, penalty_level="sequence", aggregate="seq_sum"),
 }
 
 _SWITCHES: dict[str, str] = {
     **{f"behavior_{field}": "behavior_weight" for field in ("floor", "cap", "outside")},
-    **{f"policy_{field}": "policy_weight" for field in ("floor", "cap", "outside", "sign")},
+    **{f"policy_{f}": "policy_weight" for f in ("floor", "cap", "outside", "sign", "gate", "gate_negative")},
     **{f"trust_{field}": "trust" for field in ("low", "high", "signed")},
     **{f"guard_{field}": "guard" for field in ("low", "high")},
     "penalty_level": "penalty",
+    **{f"reference_{field}": "reference_kl" for field in ("estimator", "weighted")},
 }
 """Field -> the field that turns it on: setting the first while the second is off would do nothing."""
 
 
 def resolve(name: str, overrides: Mapping[str, Any]) -> Loss:
-    """The preset `name` with single fields replaced.
+    """The preset `name` with single fields replaced; an import path `package.module:function` is a loss of your own.
 
     ValueError if the name or a field is unknown (naming the nearest one), a value has the wrong type or range, the
     result breaks a rule of `Loss`, or an override would have no effect.
     """
-    if name not in PRESETS:
+    if ":" not in name and name not in PRESETS:
         raise ValueError(f'unknown loss "{name}"{_nearest(name, PRESETS)}; there are: {", ".join(sorted(PRESETS))}')
     for key in overrides:
         if key not in Loss.__struct_fields__:
             fields = Loss.__struct_fields__
             raise ValueError(f'unknown loss field "{key}"{_nearest(key, fields)}; there are: {", ".join(fields)}')
+    base = PRESETS[name] if name in PRESETS else Loss(function=name)
     try:
-        loss = msgspec.convert({**msgspec.structs.asdict(PRESETS[name]), **overrides}, Loss)
+        loss = msgspec.convert({**msgspec.structs.asdict(base), **overrides}, Loss)
     except msgspec.ValidationError as error:
         raise ValueError(f'loss "{name}" with {dict(overrides)}: {error}') from error
     for key in overrides:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -27,6 +28,10 @@ class Tokenizer(Protocol):
     def eos_token_id(self) -> int:
         """The end token."""
 
+    @property
+    def chat_template(self) -> Any:
+        """The template that `apply_chat_template` renders; None where the model knows no conversation."""
+
     def encode(self, text: str, *, add_special_tokens: bool = ...) -> Any:
         """Token ids of `text`."""
 
@@ -38,13 +43,19 @@ class Tokenizer(Protocol):
 
 
 class Env(Protocol):
-    """Prompts and rewards. One instance lives in every rollout actor and one in the driver."""
+    """Prompts and rewards. One instance lives in every rollout actor and one in the driver.
+
+    An environment that leaves rows of its data out counts them in `skipped`, reason -> count, for the run to report.
+    """
 
     max_prompt_tokens: int
     """No prompt is longer: it sizes the engine's cache and the learner's rows."""
 
     def prompts(self, split: Split, seed: int) -> Iterator[Prompt]:
-        """Endless and deterministic: the n-th prompt of a seed has id n and is always the same."""
+        """Deterministic: the n-th prompt of a seed has id n and is always the same.
+
+        "train" is endless; "heldout" may end, and then has each of its prompts once.
+        """
 
     async def play(self, prompt: Prompt, generate: Generate) -> Trajectory:
         """One scored attempt. An exception is a failed rollout: retried, counted, never a silent zero."""
@@ -61,18 +72,27 @@ class Teacher(Protocol):
 
 
 def load_env(path: str, tokenizer: Tokenizer, args: dict[str, Any]) -> Env:
-    """The environment at `module:Class`. Raises `ValueError` saying which half of the path is wrong."""
-    module_name, _, class_name = path.partition(":")
+    """The environment at `module:Class`. Raises `ValueError` saying which half of the path is wrong, or which argument
+    the class does not take."""
+    made: Callable[..., Env] = import_object(path, "env.path")
+    try:
+        inspect.signature(made).bind(tokenizer, **args)
+    except TypeError as error:
+        known = ", ".join(list(inspect.signature(made).parameters)[1:]) or "no arguments"
+        raise ValueError(f"env.args does not fit {path}: {error}; it takes {known}") from error
+    return made(tokenizer, **args)
+
+
+def import_object(path: str, knob: str) -> Any:
+    """What `module:name` names. Raises `ValueError` saying which half of the path, the value of `knob`, is wrong."""
+    module_name, _, name = path.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise ValueError(f"env.path {path!r}: no module {error.name!r}; write 'package.module:Class'") from error
-    if not class_name or not hasattr(module, class_name):
-        raise ValueError(
-            f"env.path {path!r}: module {module_name!r} has no {class_name!r}; write 'package.module:Class'"
-        )
-    env: Env = getattr(module, class_name)(tokenizer, **args)
-    return env
+        raise ValueError(f"{knob} {path!r}: no module {error.name!r}; write 'package.module:Name'") from error
+    if not name or not hasattr(module, name):
+        raise ValueError(f"{knob} {path!r}: module {module_name!r} has no {name!r}; write 'package.module:Name'")
+    return getattr(module, name)
 
 
 def single_turn(prompt: Prompt, completion: Completion, reward: float, **metrics: float) -> Trajectory:

@@ -1,7 +1,7 @@
 """Ray: placement, actors and the thin proxies that the driver holds. The only file that imports `ray`.
 
 driver (event loop, metadata) --calls--> RolloutActor x N (event loop on uvloop, engine)
-                              --calls--> LearnerActor
+                              --calls--> LearnerActor x ranks (the same call at all of them)
 Token columns stay in the object store: a rollout actor returns them as a second value, whose reference the driver
 passes on to the learner without reading it.
 """
@@ -19,8 +19,9 @@ from typing import Any
 
 import ray
 import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from asyncrl import sharding
 from asyncrl.checkpoint import Cursor
 from asyncrl.config import Config
 from asyncrl.pool import ActorDied
@@ -28,7 +29,8 @@ from asyncrl.rollout import UpdateReport
 from asyncrl.runtime.parts import LearnerPart, build_rollout
 from asyncrl.runtime.placement import Placement, check_resources, plan
 from asyncrl.runtime.stacks import dump_stacks, offer_stacks
-from asyncrl.transport import Rendezvous
+from asyncrl.sharding import join_ranks
+from asyncrl.transport import Rendezvous, open_rendezvous
 from asyncrl.types import Group, Prompt, Trajectory, Version
 from asyncrl.weights import Bucket
 
@@ -55,7 +57,7 @@ class RolloutActor:
         group = await self._rollout.run(prompt)
         return replace(group, trajectories=None), group.trajectories
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[float]:
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
         return await self._rollout.evaluate(prompts)
 
     async def join(self, where: Rendezvous, first_rank: int) -> None:
@@ -72,14 +74,24 @@ class RolloutActor:
 
 
 class LearnerActor:
-    """The learner's process."""
+    """The process of one learner rank."""
 
     def __init__(self, config: Config, folder: str, resume: Path | None, placement: Placement) -> None:
         torch.set_num_threads(config.learner.num_threads)
-        self._part = LearnerPart(config, folder, resume, placement, _own_address())
-        self._learner = self._part.learner
+        self._arguments = config, folder, resume, placement
 
-    def describe(self) -> tuple[Version, list[Bucket], dict[str, Any]]:
+    def open(self, num_ranks: int) -> Rendezvous:
+        """The meeting point of the learner ranks, at the first of them."""
+        where, self._store = open_rendezvous(_own_address(), num_ranks, sharding.TIMEOUT_S)
+        return where
+
+    def start(self, where: Rendezvous | None, rank: int) -> tuple[Version, list[Bucket], dict[str, Any]]:
+        """Meets the other ranks, if there are any, and builds the learner."""
+        ranks = None
+        if where is not None:
+            ranks = join_ranks(where, rank, self._arguments[-1].device, self._store if rank == 0 else None)
+        self._part = LearnerPart(*self._arguments, address=_own_address(), ranks=ranks)
+        self._learner = self._part.learner
         return self._learner.version, self._learner.buckets, _process_facts()
 
     def step(self, *groups: Sequence[Trajectory]) -> tuple[Version, dict[str, float]]:
@@ -116,9 +128,9 @@ class RemoteRollout:
         answered: Group = await self._reply(group)
         return replace(answered, trajectories=trajectories)
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[float]:
-        rewards: list[float] = await self._reply(self.actor.evaluate.remote(prompts))
-        return rewards
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
+        groups: list[Group] = await self._reply(self.actor.evaluate.remote(prompts))
+        return groups
 
     async def join(self, where: Rendezvous, first_rank: int) -> None:
         await self._reply(self.actor.join.remote(where, first_rank))
@@ -143,35 +155,42 @@ class RemoteRollout:
 
 
 class RemoteLearner:
-    """The learner as the driver sees it."""
+    """The learner as the driver sees it. `ranks` are its actors, whose first one answers; `facts` are of each."""
 
-    def __init__(self, actor: Any, version: Version, buckets: Sequence[Bucket], facts: dict[str, Any]) -> None:
-        self.actor = actor
+    def __init__(
+        self, ranks: Sequence[Any], version: Version, buckets: Sequence[Bucket], facts: list[dict[str, Any]]
+    ) -> None:
+        self.ranks = ranks
         self.version = version
         self.buckets = buckets
         self.facts = facts
 
     async def step(self, groups: Sequence[Group]) -> dict[str, float]:
         metrics: dict[str, float]
-        self.version, metrics = await self.actor.step.remote(*(group.trajectories for group in groups))
+        self.version, metrics = await self._all("step", *(group.trajectories for group in groups))
         return metrics
 
     async def rendezvous(self, world_size: int) -> Rendezvous:
-        where: Rendezvous = await self.actor.rendezvous.remote(world_size)
+        where: Rendezvous = await self.ranks[0].rendezvous.remote(world_size)
         return where
 
     async def join(self) -> None:
-        await self.actor.join.remote()
+        await self.ranks[0].join.remote()
 
     async def prepare(self) -> None:
-        await self.actor.prepare.remote()
+        await self._all("prepare")
 
     async def broadcast(self) -> str:
-        digest: str = await self.actor.broadcast.remote()
+        digest: str = await self._all("broadcast")
         return digest
 
     async def save(self, folder: Path, cursor: Cursor) -> None:
-        await self.actor.save.remote(folder, cursor)
+        await self._all("save", folder, cursor)
+
+    async def _all(self, method: str, *arguments: Any) -> Any:
+        """Calls every rank; raises the first failure of any, as the others may then wait for ever."""
+        answers = await asyncio.gather(*(getattr(rank, method).remote(*arguments) for rank in self.ranks))
+        return answers[0]
 
 
 @asynccontextmanager
@@ -193,13 +212,10 @@ async def open_actors(
 async def _start_actors(
     config: Config, folder: str, resume: Path | None, placement: Placement, store: Path | None
 ) -> tuple[RemoteLearner, list[RemoteRollout]]:
-    learner_class: Any = ray.remote(LearnerActor).options(
-        num_gpus=placement.learner_gpus, resources=config.cluster.learner_resources, **_common(placement)
-    )
-    learner = learner_class.remote(config, folder, resume, placement)
+    ranks = await _place_learner(config, folder, resume, placement)
     starts = (start_rollout(config, folder, store, number) for number in range(config.rollout.num_actors))
-    described, *rollouts = await asyncio.gather(learner.describe.remote(), *starts)
-    return RemoteLearner(learner, *described), rollouts
+    learner, rollouts = await asyncio.gather(_start_learner(ranks), asyncio.gather(*starts))
+    return learner, rollouts
 
 
 async def start_rollout(config: Config, folder: str, store: Path | None, number: int) -> RemoteRollout:
@@ -219,6 +235,28 @@ async def start_rollout(config: Config, folder: str, store: Path | None, number:
         raise
 
 
+async def _place_learner(config: Config, folder: str, resume: Path | None, placement: Placement) -> list[Any]:
+    """The actors of the learner's ranks; of several, on one node if one has room for them, before others take it."""
+    num_ranks = config.learner.num_gpus
+    resources = config.cluster.learner_resources
+    options = {"num_gpus": placement.learner_gpus, "resources": resources, **_common(placement)}
+    each = {"GPU": placement.learner_gpus, **resources}
+    taken = {name: amount for name, amount in each.items() if amount}
+    if num_ranks > 1 and taken:
+        together = ray.util.placement_group([taken] * num_ranks, strategy="PACK")
+        await together.ready()
+        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(together)
+    learner_class: Any = ray.remote(LearnerActor).options(**options)
+    return [learner_class.remote(config, folder, resume, placement) for _ in range(num_ranks)]
+
+
+async def _start_learner(ranks: Sequence[Any]) -> RemoteLearner:
+    where = await ranks[0].open.remote(len(ranks)) if len(ranks) > 1 else None
+    described = await asyncio.gather(*(actor.start.remote(where, rank) for rank, actor in enumerate(ranks)))
+    version, buckets, _ = described[0]
+    return RemoteLearner(ranks, version, buckets, [facts for _, _, facts in described])
+
+
 def _common(placement: Placement) -> dict[str, Any]:
     # No logical CPUs are reserved: actors share the machine's cores, each with a set number of threads.
     environment = {"env_vars": {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}}  # SGLang's: both sides must agree
@@ -232,7 +270,8 @@ def _absolute(folder: str) -> str:
 
 async def stacks(learner: RemoteLearner, rollouts: Sequence[RemoteRollout]) -> str:
     """The Python stacks of every actor, also of one that hangs outside Python; who does not answer says so."""
-    actors = {"learner": learner.facts, **{rollout.name: rollout.facts for rollout in rollouts}}
+    actors = {f"learner {rank}": facts for rank, facts in enumerate(learner.facts)}
+    actors |= {rollout.name: rollout.facts for rollout in rollouts}
     answers = await asyncio.gather(*(_stacks_of(facts) for facts in actors.values()), return_exceptions=True)
     return "\n".join(f"{name}: {answer}" for name, answer in zip(actors, answers, strict=True))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from asyncrl import checkpoint
 from asyncrl.checkpoint import Cursor
@@ -13,9 +14,10 @@ from asyncrl.engine.base import Engine
 from asyncrl.engine.embedded import EmbeddedEngine
 from asyncrl.envs.base import load_env
 from asyncrl.learner import Learner, row_length
-from asyncrl.model import load_model, load_tokenizer, stop_token_ids
-from asyncrl.rollout import Rollout
+from asyncrl.model import empty_model, load_model, load_tokenizer, stop_token_ids
+from asyncrl.rollout import Attempts, Rollout
 from asyncrl.runtime.placement import Placement
+from asyncrl.sharding import Ranks
 from asyncrl.types import Sampling
 from asyncrl.weights import DTYPES
 
@@ -37,6 +39,7 @@ async def build_rollout(
     engine = await _build_engine(config, folder, placement, env.max_prompt_tokens + settings.max_new_tokens, address)
     stops = stop_token_ids(folder, tokenizer)
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k, stops)
+    tried = Sampling(settings.max_new_tokens, config.eval.temperature, config.eval.top_p, stop_token_ids=stops)
     return Rollout(
         engine,
         env,
@@ -44,6 +47,7 @@ async def build_rollout(
         group_size=settings.group_size,
         seed=config.seed,
         name=name,
+        evaluation=Attempts(tried, config.eval.num_samples, config.eval.max_running),
         timeout_s=config.env.timeout_s,
         store=store,
     )
@@ -82,16 +86,23 @@ class LearnerPart:
     """The learner and what it saves and resumes with."""
 
     def __init__(
-        self, config: Config, folder: str, resume: Path | None, placement: Placement, address: str = "127.0.0.1"
+        self,
+        config: Config,
+        folder: str,
+        resume: Path | None,
+        placement: Placement,
+        *,
+        address: str = "127.0.0.1",
+        ranks: Ranks | None = None,
     ) -> None:
         torch.manual_seed(config.seed)
         self._keep = config.checkpoint.keep
         self._tokenizer = load_tokenizer(folder)
         env = load_env(config.env.path, self._tokenizer, config.env.args)
-        model = load_model(str(resume or folder), dtype=torch.float32, device=placement.device)
+        model = _learner_model(str(resume or folder), placement, ranks)
         reference = None
         if config.loss.needs_reference:  # a resumed run keeps the reference of its beginning
-            reference = load_model(folder, dtype=torch.float32, device=placement.device)
+            reference = _learner_model(folder, placement, ranks)
         self.learner = Learner(
             config,
             model,
@@ -99,12 +110,24 @@ class LearnerPart:
             reference=reference,
             address=address,
             backend=placement.backend,
+            ranks=ranks,
         )
         if resume is not None:
             self.learner.load_state(checkpoint.load_optimizer(resume), checkpoint.load_cursor(resume).version)
             checkpoint.load_random_state(resume)
 
     def save(self, root: Path, cursor: Cursor) -> None:
+        """Writes a checkpoint at the first rank. Every rank."""
         if cursor.version != self.learner.version:
             raise RuntimeError(f"asked to save version {cursor.version}, the learner is at {self.learner.version}")
-        checkpoint.save(root, cursor, self.learner.model, self._tokenizer, self.learner.state(), keep=self._keep)
+        weights, optimizer = self.learner.weights(), self.learner.state()
+        if self.learner.ranks.is_first:
+            model, tokenizer = self.learner.model, self._tokenizer
+            checkpoint.save(root, cursor, model, tokenizer, weights=weights, optimizer=optimizer, keep=self._keep)
+
+
+def _learner_model(path: str, placement: Placement, ranks: Ranks | None) -> nn.Module:
+    """Ranks that will split a model get it in host memory, as one GPU may not hold it, and its values at the first."""
+    if ranks is None:
+        return load_model(path, dtype=torch.float32, device=placement.device)
+    return load_model(path, dtype=torch.float32, device="cpu") if ranks.is_first else empty_model(path)

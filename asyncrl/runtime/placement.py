@@ -14,7 +14,7 @@ Backend: TypeAlias = Literal["gloo", "nccl", "ipc"]
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where things run. GPU counts are for each actor; colocated actors have shares of one GPU."""
+    """Where things run. GPU counts are for each actor, a learner rank too; colocated actors have shares of one GPU."""
 
     device: Literal["cpu", "cuda"]
     learner_gpus: float
@@ -49,13 +49,13 @@ def plan(config: Config, num_gpus: int) -> Placement:
             else f"{config.learner.num_gpus} for the learner, {actors} x {per_actor} for engines"
         )
         raise ValueError(
-            f"the run needs {needed} GPUs ({detail}), {num_gpus} exist: lower --num-rollout-actors or "
-            "rollout.tensor_parallel_size, set placement=colocated for one GPU, or device=cpu"
+            f"the run needs {needed} GPUs ({detail}), {num_gpus} exist: lower --num-rollout-actors, "
+            "learner.num_gpus or rollout.tensor_parallel_size, set placement=colocated for one GPU, or device=cpu"
         )
     if colocated:
         share = math.floor(100 / (actors + 1)) / 100
         return Placement("cuda", share, share, _backend(config, "ipc"))
-    return Placement("cuda", config.learner.num_gpus, per_actor, _backend(config, "nccl"))
+    return Placement("cuda", 1, per_actor, _backend(config, "nccl"))
 
 
 def check_resources(config: Config, existing: Mapping[str, float]) -> None:
@@ -63,15 +63,15 @@ def check_resources(config: Config, existing: Mapping[str, float]) -> None:
 
     `existing` are the totals over the cluster's nodes. Raises `ValueError` naming the custom resource that is short.
     """
-    actors, cluster = config.rollout.num_actors, config.cluster
+    actors, ranks, cluster = config.rollout.num_actors, config.learner.num_gpus, config.cluster
     for name in sorted({*cluster.learner_resources, *cluster.rollout_resources}):
         learner, rollout = cluster.learner_resources.get(name, 0), cluster.rollout_resources.get(name, 0)
-        needed, total = round(learner + actors * rollout, 4), existing.get(name, 0)  # Ray counts in steps of 0.0001
+        needed, total = round(ranks * learner + actors * rollout, 4), existing.get(name, 0)  # in steps of 0.0001
         if needed > total:
             raise ValueError(
-                f"the run needs {needed:g} of the Ray resource {name!r} ({learner:g} for the learner, {actors} x "
-                f"{rollout:g} for rollout actors), the cluster has {total:g}: start nodes with it (ray start "
-                "--resources), lower --num-rollout-actors, or change cluster.learner_resources and "
+                f"the run needs {needed:g} of the Ray resource {name!r} ({ranks} x {learner:g} for the learner, "
+                f"{actors} x {rollout:g} for rollout actors), the cluster has {total:g}: start nodes with it (ray "
+                "start --resources), lower --num-rollout-actors, or change cluster.learner_resources and "
                 "cluster.rollout_resources"
             )
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sglang_learner import buckets_of
+from sglang_world import Run, World, start
 
 from asyncrl.types import Completion, Sampling
 
@@ -54,8 +56,44 @@ async def update_in_flight(world: Any, mode: str) -> list[Completion]:
     return await asyncio.gather(*calls)
 
 
+@pytest.fixture(scope="module")
+def wide(world, run):
+    """An engine of two tensor-parallel ranks, each with a core of its own."""
+    if os.cpu_count() == 1:
+        pytest.skip("needs two CPU cores")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
+        engine = run(start(world.folder, max_length=512, tensor_parallel_size=2), 120)
+    yield replace(world, engine=engine)
+    run(engine.close())
+
+
 @pytest.mark.parametrize("mode", ["keep", "recompute"])
 def test_the_boundary_is_where_the_versions_say(world, run, mode):
+    check_boundary(world, run, mode)
+
+
+@pytest.mark.parametrize("mode", ["keep", "recompute"])
+def test_tensor_parallel_engines_take_updates_in_flight(wide, run, mode):
+    check_boundary(wide, run, mode)
+
+
+def test_many_updates_in_a_row_reach_both_tensor_parallel_ranks(wide, run):
+    async def body():
+        await wide.reset()
+        calls = [asyncio.create_task(wide.engine.generate(p, Sampling(400), i)) for i, p in enumerate(PROMPTS)]
+        await wide.started()
+        digests = [await wide.publish_new(version) for version in range(1, 11)]
+        return await asyncio.gather(*calls), digests
+
+    completions, digests = run(body(), 120)
+    assert len(set(digests)) == 1
+    for completion in completions:
+        assert (np.diff(completion.versions) >= 0).all()
+        assert completion.finish == "length"
+
+
+def check_boundary(world: World, run: Run, mode: str) -> None:
     for prompt, completion in zip(PROMPTS, run(update_in_flight(world, mode)), strict=True):
         boundary = int(np.searchsorted(completion.versions, 1))
         assert 0 < boundary < len(completion.versions) == LENGTH
@@ -216,8 +254,6 @@ def test_a_learner_that_stays_away_is_named_and_may_come_back(world, run):
 
 
 def test_two_engines_on_one_host_and_the_end_of_one(world, run):
-    from sglang_world import start
-
     async def body(second):
         tensors = dict(world.new.named_parameters())
         await world.learner.meet(world.engine, second)
@@ -246,8 +282,6 @@ def test_two_engines_on_one_host_and_the_end_of_one(world, run):
 
 
 def test_an_engine_that_cannot_start_says_so(world, run):
-    from sglang_world import start
-
     with pytest.raises(ValueError, match=r"engine_args.max_runing_requests is not an argument .*did you mean"):
         run(start(world.folder, max_length=64, engine_args={"max_runing_requests": 4}))
     with pytest.raises(ValueError, match="'triton' needs a GPU"):

@@ -58,7 +58,7 @@ def arguments(device: str = "cuda", **extra):
         gpu_memory_utilization=0.7,
         seed=5,
         extra=extra,
-        known={"log_level", "max_total_tokens", "chunked_prefill_size"},
+        known={"log_level", "max_total_tokens", "chunked_prefill_size", "disable_overlap_schedule"},
     )
 
 
@@ -68,6 +68,9 @@ def test_the_users_arguments_replace_defaults_only():
     assert (made["tp_size"], made["mem_fraction_static"], made["random_seed"]) == (2, 0.7, 5)
     assert made["max_total_tokens"] == (1 << 16) + 1024
     assert arguments()["cuda_graph_max_bs_decode"] == 64
+    assert arguments()["enable_prefill_delayer"]
+    # SGLang refuses the two together.
+    assert "enable_prefill_delayer" not in arguments(disable_overlap_schedule=True)
 
 
 @pytest.mark.parametrize(

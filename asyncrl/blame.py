@@ -1,0 +1,134 @@
+"""Who waited for whom: the waits of one step from its spans, and what a whole run should change about them.
+
+learner  waits for groups (rollout actors too slow), for the weight update, for a checkpoint
+rollout  waits for slots (learner too slow: the buffer admits no more), for weights, and works for evaluations
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from asyncrl.timeline import Span, covered_s
+
+METRICS: dict[str, str] = {
+    "wait/learner_for_groups_s": "seconds since the last step that the learner waited for a batch of groups",
+    "wait/learner_for_weights_s": "seconds since the last step that the learner waited for its weights to go live",
+    "wait/learner_for_checkpoint_s": "seconds since the last step that the learner wrote a checkpoint",
+    "wait/rollout_for_slots_s": "seconds since the last step without any prompt to play, mean over rollout actors",
+    "wait/rollout_for_weights_s": "seconds since the last step paused for new weights, mean over rollout actors",
+    "wait/rollout_for_evaluation_s": "seconds since the last step with evaluations in the engine, mean over actors",
+    "wait/window_s": "seconds since the last step, which the waits above are parts of",
+}
+"""Every metric of `waits`, with its meaning."""
+
+_LEARNER = {
+    "wait for groups": "wait/learner_for_groups_s",
+    "update weights": "wait/learner_for_weights_s",
+    "checkpoint": "wait/learner_for_checkpoint_s",
+}
+_WORTH_SAYING = 0.1
+"""Share of the time above which a wait is worth a change."""
+
+_SENTENCES = {
+    "wait/learner_for_groups_s": "learner for groups",
+    "wait/learner_for_weights_s": "learner for weights",
+    "wait/learner_for_checkpoint_s": "learner for a checkpoint",
+    "wait/rollout_for_slots_s": "rollouts for slots",
+    "wait/rollout_for_weights_s": "rollouts for weights",
+}
+
+
+def waits(spans: Sequence[Span], begin_s: float, end_s: float, num_actors: int) -> dict[str, float]:
+    """The waits of the window, exactly the keys of `METRICS`, in seconds. Lanes of actors start with "rollout"."""
+    metrics = dict.fromkeys(METRICS, 0.0) | {"wait/window_s": end_s - begin_s}
+    lanes: dict[str, list[Span]] = defaultdict(list)
+    for span in spans:
+        lanes[span.lane].append(span)
+    for name, metric in _LEARNER.items():
+        metrics[metric] = covered_s(_intervals(lanes["learner"], name), begin_s, end_s)
+    actors = [lane for name, lane in lanes.items() if name.startswith("rollout")]
+    if not actors:
+        return metrics | {name: math.nan for name in METRICS if name.startswith("wait/rollout")}
+    busy_s = sum(covered_s([(span.begin_s, span.end_s) for span in lane], begin_s, end_s) for lane in actors)
+    paused_s = sum(span.facts.get("pause_s", 0.0) for lane in actors for span in lane if span.name == "update")
+    evaluating_s = sum(covered_s(_intervals(lane, "evaluation"), begin_s, end_s) for lane in actors)
+    return metrics | {
+        "wait/rollout_for_slots_s": max(0.0, (end_s - begin_s) - busy_s / num_actors),
+        "wait/rollout_for_weights_s": paused_s / num_actors,
+        "wait/rollout_for_evaluation_s": evaluating_s / num_actors,
+    }
+
+
+def _intervals(spans: Sequence[Span], name: str) -> list[tuple[float, float]]:
+    return [(span.begin_s, span.end_s) for span in spans if span.name == name]
+
+
+def longest(row: Mapping[str, float]) -> str:
+    """The longest wait of a step in a few words."""
+    known = {name: row[name] for name in _SENTENCES if row.get(name) is not None and math.isfinite(row[name])}
+    if not known:
+        return "-"
+    name = max(known, key=known.__getitem__)
+    return f"{_SENTENCES[name]} {known[name]:.2f} s"
+
+
+@dataclass(frozen=True, slots=True)
+class Blame:
+    """What the waits of a run say. Shares are of the run's wall time between its first and last step."""
+
+    shares: dict[str, float]
+    num_actors: int
+    balanced_actors: int
+    """Rollout actors at which neither side would wait, if throughput grew with their number."""
+    sentence: str
+
+
+def blame(rows: Sequence[Mapping[str, float]]) -> Blame | None:
+    """Sums up the metric rows of a run's steps; None before there are any.
+
+    The balance: N actors were busy for the share b of the time and the learner for the share l (steps and updates).
+    Both would always be busy with N * b / l actors to one learner.
+    """
+    rows = [row for row in rows if row.get("wait/window_s")]
+    if not rows:
+        return None
+    total_s = sum(row["wait/window_s"] for row in rows)
+    shares = {
+        name: sum(row[name] or 0.0 for row in rows if math.isfinite(row[name] or 0.0)) / total_s
+        for name in METRICS
+        if name != "wait/window_s"
+    }
+    num_actors = int(rows[-1]["rollout/num_actors"])
+    engine_busy = 1 - sum(row["rollout/idle"] * row["wait/window_s"] for row in rows) / total_s
+    learner_busy = sum(row["time/step_s"] + row["time/sync_s"] for row in rows) / total_s
+    balanced = max(1, math.ceil(round(num_actors * engine_busy / max(learner_busy, 1e-9), 2)))
+    return Blame(shares, num_actors, balanced, _advice(shares, num_actors, balanced))
+
+
+def _advice(shares: Mapping[str, float], num_actors: int, balanced: int) -> str:
+    groups, slots = shares["wait/learner_for_groups_s"], shares["wait/rollout_for_slots_s"]
+    weights = max(shares["wait/learner_for_weights_s"], shares["wait/rollout_for_weights_s"])
+    if max(groups, slots, weights) < _WORTH_SAYING:
+        return f"nobody waited for more than {max(groups, slots, weights):.0%} of the time: the system is balanced"
+    if min(groups, slots) >= _WORTH_SAYING:
+        return (
+            f"the learner waited {groups:.0%} of the time for groups and the rollout actors {slots:.0%} for slots, in "
+            "turns: raise buffer.max_staleness or buffer.window"
+        )
+    if groups == max(groups, slots, weights):
+        more = max(num_actors + 1, balanced)
+        return (
+            f"the learner waited {groups:.0%} of the time for groups: set rollout.num_actors={more} (now {num_actors}) "
+            "or lower rollout.max_new_tokens"
+        )
+    if slots == max(groups, slots, weights):
+        fewer = f"rollout.num_actors={balanced} would do (now {num_actors})" if balanced < num_actors else ""
+        remedy = fewer or "give the learner more (learner.num_gpus, learner.num_threads)"
+        return f"the rollout actors waited {slots:.0%} of the time for slots that the learner frees: {remedy}"
+    return (
+        f"weight updates took {weights:.0%} of the time: raise learner.groups_per_step, so that there are fewer, or "
+        "place the learner beside the engines"
+    )

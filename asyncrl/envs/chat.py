@@ -1,0 +1,69 @@
+"""How a question becomes the tokens of a prompt: the tokenizer's chat template, plain text, or the text as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from asyncrl.envs.base import Tokenizer
+
+Style: TypeAlias = Literal["auto", "chat", "plain", "raw"]
+""" "chat" applies the tokenizer's template; "plain" writes "Question: ... Answer:"; "raw" adds nothing; "auto" is
+"chat" where the tokenizer has a template and "plain" elsewhere."""
+
+Message: TypeAlias = dict[str, str]
+"""`role` and `content`."""
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """Renders questions, after a system prompt and worked examples (question, reply)."""
+
+    tokenizer: Tokenizer
+    style: Style = "auto"
+    system_prompt: str = ""
+    examples: Sequence[tuple[str, str]] = ()
+
+    def __post_init__(self) -> None:
+        if self.style == "chat" and not self.tokenizer.chat_template:
+            raise ValueError("env.args.style is 'chat', but the tokenizer has no chat template: set it to 'plain'")
+        if self._resolved == "raw" and (self.system_prompt or self.examples):
+            raise ValueError("env.args.style 'raw' adds nothing to a prompt: leave system_prompt and num_shots out")
+
+    def encode(self, question: str | Sequence[Message]) -> list[int]:
+        """Token ids of the prompt for a question, or for a conversation that the model has to go on with."""
+        return list(self.tokenizer.encode(self.render(question), add_special_tokens=False))
+
+    def encode_reply(self, reply: str) -> list[int]:
+        """Token ids of a reply as the model should have given it, the end token included."""
+        start = " " if self._resolved == "plain" else ""
+        return [*self.tokenizer.encode(start + reply, add_special_tokens=False), self.tokenizer.eos_token_id]
+
+    def render(self, question: str | Sequence[Message]) -> str:
+        """The text of the prompt."""
+        asked = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+        if self._resolved == "raw":
+            return "".join(message["content"] for message in asked)
+        messages = [*self._opening(), *asked]
+        if self._resolved == "plain":
+            return "\n\n".join(map(_plain, messages)) + "\n\nAnswer:"
+        text: str = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return text
+
+    @property
+    def _resolved(self) -> Style:
+        if self.style != "auto":
+            return self.style
+        return "chat" if self.tokenizer.chat_template else "plain"
+
+    def _opening(self) -> list[Message]:
+        messages = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        for question, reply in self.examples:
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+        return messages
+
+
+def _plain(message: Message) -> str:
+    label = {"user": "Question: ", "assistant": "Answer: "}.get(message["role"], "")
+    return label + message["content"]

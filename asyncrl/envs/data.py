@@ -1,0 +1,89 @@
+"""Rows of a data set: a local JSONL or Parquet file, a folder of them, or a data set of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Row: TypeAlias = dict[str, Any]
+"""One example: column name -> value."""
+
+_ENDINGS = (".jsonl", ".parquet")
+
+
+def read_rows(source: str, split: str, name: str | None = None) -> list[Row]:
+    """Every row of `split`, in the order stored.
+
+    `source` is a .jsonl or .parquet file (which is all splits at once), a folder that holds `split`.jsonl or
+    `split`.parquet, or a hub id, with `name` its configuration. Raises `ValueError` for a source that cannot be read, a
+    row that is no object, and a data set without rows.
+    """
+    path = Path(source)
+    if path.suffix in _ENDINGS:
+        rows = _read_file(path)
+    elif path.is_dir():
+        rows = _read_file(_file_of(path, split))
+    else:
+        rows = _read_hub(source, split, name)
+    if not rows:
+        raise ValueError(f"the data set {source!r} has no rows in split {split!r}: name a split that has some")
+    return rows
+
+
+def check_columns(rows: Sequence[Row], columns: Sequence[str], where: str) -> None:
+    """Raises `ValueError` for a column that no row has, naming those that there are."""
+    known = sorted({column for row in rows for column in row})
+    for column in columns:
+        if column not in known:
+            raise ValueError(f"{where} has no column {column!r}: name one that it has, which are {', '.join(known)}")
+
+
+def _file_of(folder: Path, split: str) -> Path:
+    for ending in _ENDINGS:
+        if (folder / f"{split}{ending}").is_file():
+            return folder / f"{split}{ending}"
+    found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+    raise ValueError(f"no {split}.jsonl or {split}.parquet in the folder {str(folder)!r}, which holds {found}")
+
+
+def _read_file(path: Path) -> list[Row]:
+    if not path.is_file():
+        raise ValueError(f"there is no data file {str(path)!r}: paths are relative to the folder a run is started in")
+    return list(_parse_lines(path)) if path.suffix == ".jsonl" else _read_parquet(path)
+
+
+def _parse_lines(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: a row is an object with columns, got {line.strip()[:60]!r}")
+        yield row
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        rows: list[Row] = parquet.read_table(path).to_pylist()
+    except ArrowException as error:
+        raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
+    return rows
+
+
+def _read_hub(source: str, split: str, name: str | None) -> list[Row]:
+    import datasets
+
+    try:
+        return list(datasets.load_dataset(source, name, split=split))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no file or folder {source!r} exists, and the hub gave no such data set (split {split!r}, configuration "
+            f"{name!r}): {error}"
+        ) from error

@@ -1,0 +1,196 @@
+"""Any data set as an environment: a column of prompts, other columns for a reward function, one completion a prompt.
+
+    [env]
+    path = "asyncrl.envs.dataset:DatasetEnv"
+    args = { source = "data/mine.jsonl", prompt = "question", target = "answer", reward = "my_rewards:score" }
+
+The data are read where prompts are drawn, in the driver. A prompt carries its row's columns along, so rollout actors on
+other machines need no copy of the files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from asyncrl.envs.base import Generate, Split, Tokenizer, single_turn, split_of
+from asyncrl.envs.chat import ChatFormat, Style
+from asyncrl.envs.data import Row, check_columns, read_rows
+from asyncrl.envs.rewards import Reward, Rewards
+from asyncrl.types import Prompt, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class _Example:
+    """A row that is ready to be drawn. `scoring` is JSON of what scoring needs, `reply` a right completion or empty."""
+
+    token_ids: tuple[int, ...]
+    scoring: str
+    reply: str
+
+
+class DatasetEnv:
+    """Single-turn prompts from a data set, scored by reward functions (`envs.rewards` has their signature)."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        source: str,
+        reward: Reward | Sequence[Reward],
+        *,
+        weights: Sequence[float] | None = None,
+        prompt: str = "prompt",
+        target: str = "",
+        reply: str = "",
+        name: str | None = None,
+        train: str = "train",
+        heldout: str = "",
+        style: Style = "auto",
+        system_prompt: str = "",
+        num_shots: int = 0,
+        max_prompt_tokens: int = 512,
+        bad_rows: Literal["error", "skip"] = "error",
+        end_required: bool = False,
+        timeout_s: float = 30.0,
+    ) -> None:
+        """`source`, `name`: as in `envs.data.read_rows`. `prompt`, `target`, `reply`: columns; a prompt is a text or a
+        list of messages, `target` also reaches the reward functions under that name, `reply` is a right completion,
+        which worked examples (`num_shots`, the first rows of `train`) and the supervised warm-up need. `train`,
+        `heldout`: splits; without `heldout` a tenth of the rows is held out by hash. A row whose prompt is longer than
+        `max_prompt_tokens`, or that cannot be used for another reason, is an error, or skipped and counted in
+        `skipped`. `end_required`: a completion that ran out of tokens has reward 0.
+        """
+        self.max_prompt_tokens = max_prompt_tokens
+        self.skipped: Counter[str] = Counter()
+        self._tokenizer, self._end_required, self._bad_rows = tokenizer, end_required, bad_rows
+        self._source, self._name, self._train, self._heldout = source, name, train, heldout
+        self._prompt, self._target, self._reply = prompt, target, reply
+        self._rewards = Rewards(reward, weights, timeout_s)
+        self._num_shots = num_shots
+        self._bare_format = ChatFormat(tokenizer, style, system_prompt)
+        self._read, self._load = cache(self._read_split), cache(self._load_split)
+        if num_shots and not reply:
+            raise ValueError(f"env.args.num_shots is {num_shots}: worked examples need the column named by reply")
+        if heldout and source.endswith((".jsonl", ".parquet")):
+            raise ValueError(
+                f"env.args.source {source!r} is one file, which has no split {heldout!r}: leave heldout out, or put "
+                f"train and {heldout} files into a folder and name that"
+            )
+
+    def prompts(self, split: Split, seed: int) -> Iterator[Prompt]:
+        """Endless epochs of the training rows, each in an order of its own; held-out rows come once."""
+        examples = self._load(split)
+        count = epoch = 0
+        while split == "train" or epoch == 0:
+            order = list(range(len(examples)))
+            random.Random(f"{split} {seed} {epoch}").shuffle(order)
+            for index in order:
+                yield Prompt(count, examples[index].token_ids, examples[index].scoring)
+                count += 1
+            epoch += 1
+
+    async def play(self, prompt: Prompt, generate: Generate) -> Trajectory:
+        completion = await generate(prompt.token_ids)
+        token_ids = completion.token_ids.tolist()
+        text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        reward, parts = await self._score(text, token_ids, prompt)
+        if self._end_required and completion.finish != "stop":
+            reward = 0.0
+        return single_turn(prompt, completion, reward, **parts)
+
+    def baselines(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """The score of one reply to every prompt: the most frequent target, or nothing where there are no targets."""
+        targets = Counter(str(json.loads(prompt.target)["columns"].get("target", "")) for prompt in prompts)
+        best = max(targets, key=lambda target: (targets[target], target))
+
+        async def score() -> float:
+            scored = [await self._score(best, (), prompt) for prompt in prompts]
+            return sum(reward for reward, _ in scored) / len(scored)
+
+        with ThreadPoolExecutor(1) as pool:  # the caller's thread may run an event loop already
+            return {f"always {best[:20]!r}" if best else "empty reply": pool.submit(asyncio.run, score()).result()}
+
+    def demonstrations(self, seed: int) -> Iterator[tuple[list[int], list[int]]]:
+        """Training prompts with the right replies of their column, in endless epochs."""
+        if not self._reply:
+            raise ValueError("a warm-up on a data set needs right replies: name their column in env.args.reply")
+        examples, epoch = self._load("train"), 0
+        while True:
+            for index in random.Random(f"demonstrations {seed} {epoch}").sample(range(len(examples)), len(examples)):
+                yield list(examples[index].token_ids), self._bare_format.encode_reply(examples[index].reply)
+            epoch += 1
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that the data must have."""
+        return [column for column in (self._prompt, self._target, self._reply) if column]
+
+    def clean(self, row: Row) -> Row:
+        """The row as it is used. Raises `ValueError` for one that cannot be."""
+        missing = [column for column in self.columns if row.get(column) is None]
+        if missing:
+            raise ValueError(f"nothing in column {missing[0]!r}")
+        return row
+
+    async def _score(self, text: str, token_ids: Sequence[int], prompt: Prompt) -> tuple[float, dict[str, float]]:
+        scoring = json.loads(prompt.target)
+        return await self._rewards.score(scoring["prompt"], text, token_ids, scoring["columns"])
+
+    def _load_split(self, split: Split) -> list[_Example]:
+        rows = self._read(self._train)
+        shots, rows = rows[: self._num_shots], rows[self._num_shots :]
+        chat = ChatFormat(
+            self._tokenizer,
+            self._bare_format.style,
+            self._bare_format.system_prompt,
+            [(row[self._prompt], row[self._reply]) for row in shots],
+        )
+        if self._heldout:
+            rows = self._read(self._heldout) if split == "heldout" else rows
+        else:
+            rows = [row for row in rows if split_of(str(row[self._prompt])) == split]
+        examples = [example for row in rows if (example := self._example(row, chat))]
+        if not examples:
+            raise ValueError(
+                f"the data set {self._source!r} has no rows for {split!r}: {len(rows)} were read, skipped were "
+                f"{dict(self.skipped)}; name another split, or raise env.args.max_prompt_tokens"
+            )
+        return examples
+
+    def _read_split(self, split: str) -> list[Row]:
+        rows = read_rows(self._source, split, self._name)
+        check_columns(rows, self.columns, self._source)
+        cleaned = []
+        for number, row in enumerate(rows):
+            try:
+                cleaned.append(self.clean(row))
+            except ValueError as error:
+                self._refuse(f"{self._source}, split {split!r}, row {number}", "unusable row", str(error))
+        return cleaned
+
+    def _example(self, row: Row, chat: ChatFormat) -> _Example | None:
+        prompt = row[self._prompt]
+        token_ids = tuple(chat.encode(prompt))
+        if not 0 < len(token_ids) <= self.max_prompt_tokens:
+            reason = f"longer than {self.max_prompt_tokens} tokens" if token_ids else "empty"
+            what = f"the prompt {str(prompt)[:60]!r} of {self._source!r}"
+            self._refuse(what, f"prompt {reason}", f"it has {len(token_ids)} tokens: raise env.args.max_prompt_tokens")
+            return None
+        columns = row | ({"target": row[self._target]} if self._target else {})
+        try:
+            scoring = json.dumps({"prompt": prompt, "columns": columns})
+        except TypeError as error:
+            raise ValueError(f"{self._source}: a column holds more than text, numbers and lists: {error}") from error
+        return _Example(token_ids, scoring, str(row[self._reply]) if self._reply else "")
+
+    def _refuse(self, what: str, reason: str, detail: str) -> None:
+        if self._bad_rows == "error":
+            raise ValueError(f"{what}: {reason}: {detail}; or set env.args.bad_rows='skip', which counts such rows")
+        self.skipped[reason] += 1

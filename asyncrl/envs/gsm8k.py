@@ -1,0 +1,166 @@
+"""GSM8K: grade-school word problems with a whole number as the answer (Cobbe et al. 2021, arXiv:2110.14168).
+
+`launch/prepare_gsm8k.py` writes the data. The reply's final number counts: after `####`, in `\\boxed{}`, or, unless
+only those forms are wanted, the last number of the text.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any, Literal
+
+from asyncrl.envs.base import Tokenizer
+from asyncrl.envs.chat import Style
+from asyncrl.envs.data import Row
+from asyncrl.envs.dataset import DatasetEnv
+
+SYSTEM_PROMPT = "Solve the problem step by step. End with the answer on a line of its own, as #### and the number."
+
+# A minus after a digit, a letter or a closing bracket subtracts. Commas only part thousands.
+_NUMBER = re.compile(r"(?:(?<![\w.)\]])-)?(?:[$€£]\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\d\w])-?\.\d+")
+_FRACTION = re.compile(r"(-?)\\[dt]?frac\{(\d+)\}\{(\d+)\}")
+_MARKUP = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{[^{}]*\}|\\[$%,!;: ]|[\s%°$€£]")
+
+
+class GSM8K(DatasetEnv):
+    """Reward 1 for the right final number in a reply that ended by itself."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        source: str = "data/gsm8k",
+        *,
+        heldout: str = "validation",
+        form: Literal["any", "marked"] = "any",
+        math_verify: Literal["auto", "on", "off"] = "auto",
+        style: Style = "auto",
+        system_prompt: str = SYSTEM_PROMPT,
+        num_shots: int = 0,
+        max_prompt_tokens: int = 512,
+        bad_rows: Literal["error", "skip"] = "error",
+        end_required: bool = True,
+    ) -> None:
+        """`heldout`: "validation", or "test" for the final score. `form`: "marked" wants `####` or `\\boxed{}`.
+        `math_verify`: judge a boxed expression that is no plain number by that package; "auto" is where installed. The
+        rest is as in `DatasetEnv`."""
+        installed = importlib.util.find_spec("math_verify") is not None
+        if math_verify == "on" and not installed:
+            raise ValueError("env.args.math_verify is 'on', but it is not installed: pip install 'asyncrl[math]'")
+        self._marked, self._verify = form == "marked", installed and math_verify != "off"
+        super().__init__(
+            tokenizer,
+            source,
+            self.reward,
+            prompt="question",
+            target="target",
+            reply="reply",
+            heldout=heldout,
+            style=style,
+            system_prompt=system_prompt,
+            num_shots=num_shots,
+            max_prompt_tokens=max_prompt_tokens,
+            bad_rows=bad_rows,
+            end_required=end_required,
+        )
+
+    @property
+    def columns(self) -> list[str]:
+        return ["question", "answer"]
+
+    def clean(self, row: Row) -> Row:
+        return prepare_row(row)
+
+    def reward(self, prompts: list[Any], completions: list[Any], target: list[str], **_columns: Any) -> list[float]:
+        """1 for each completion whose final number is the target."""
+        del prompts
+        pairs = zip(completions, target, strict=True)
+        return [float(is_right(text, wanted, marked=self._marked, verify=self._verify)) for text, wanted in pairs]
+
+
+def prepare_row(row: Row) -> Row:
+    """`question`, `reply` and `target` from a row of GSM8K, whose `answer` is a solution that ends in `#### number`.
+
+    The reply is without the data set's calculator notes (`<<48/2=24>>`). Raises `ValueError` for another answer.
+    """
+    if not row.get("question") or not row.get("answer"):
+        raise ValueError("a row needs a question and an answer")
+    solution = re.sub(r"<<[^<>]*>>", "", row["answer"]).strip()
+    marked = solution.rpartition("####")
+    target = _plain_number(marked[2]) if marked[1] else None
+    if target is None:
+        raise ValueError(f"the answer must end in '#### number', got {row['answer'][-60:]!r}: correct the data")
+    return {"question": row["question"], "reply": solution, "target": _write(target)}
+
+
+def is_right(text: str, target: str, *, marked: bool = False, verify: bool = False) -> bool:
+    """Whether the final number of `text` is exactly `target`. `verify`: math-verify has the last word on a boxed
+    expression that is no number."""
+    number = final_number(text, marked=marked)
+    if number is None and verify and (boxed := _last_boxed(text)) is not None:
+        return _verify(boxed, target)
+    return number == Fraction(target)
+
+
+def final_number(text: str, *, marked: bool = False) -> Fraction | None:
+    """The number that a reply ends on, exactly; None if it has none, or, with `marked`, none in a marked form.
+
+    An answer is looked for in the last `\\boxed{}`, then after the last `####`, then as the last number of the text. A
+    box that holds anything but a number has no number, whatever comes before it.
+    """
+    text = text.replace("\N{MINUS SIGN}", "-").replace("{,}", ",").replace("**", "")
+    if (boxed := _last_boxed(text)) is not None:
+        return _boxed_number(boxed)
+    _, mark, after = text.rpartition("####")
+    if mark and (number := _plain_number(after.strip().split("\n")[0])) is not None:
+        return number
+    if marked:
+        return None
+    found = _NUMBER.findall(text)
+    return _parse(found[-1]) if found else None
+
+
+def _plain_number(text: str) -> Fraction | None:
+    """The first number of a short text such as `$1,200 per week`."""
+    found = _NUMBER.search(text)
+    return _parse(found.group()) if found else None
+
+
+def _parse(text: str) -> Fraction:
+    return Fraction(Decimal(re.sub(r"[,$€£\s]", "", text)))
+
+
+def _write(number: Fraction) -> str:
+    return str(number.numerator) if number.denominator == 1 else str(number)
+
+
+def _boxed_number(boxed: str) -> Fraction | None:
+    plain = _MARKUP.sub("", boxed).rpartition("=")[2].rstrip(".")
+    if fraction := _FRACTION.fullmatch(plain):
+        sign, above, below = fraction.groups()
+        return Fraction(int(sign + above), int(below)) if int(below) else None
+    return _parse(plain) if _NUMBER.fullmatch(plain) else None
+
+
+def _last_boxed(text: str) -> str | None:
+    """What stands in the last `\\boxed{...}`, with its braces matched; None without one that is closed."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth = 0
+    for end in range(start + len("\\boxed"), len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start + len("\\boxed{") : end]
+    return None
+
+
+def _verify(boxed: str, target: str) -> bool:
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    # Its own time limits are signals, which only the main thread of a process may set.
+    given = parse(f"\\boxed{{{boxed}}}", extraction_config=[LatexExtractionConfig()], parsing_timeout=None)
+    wanted = parse(f"${target}$", parsing_timeout=None)
+    return bool(given) and bool(verify(wanted, given, timeout_seconds=None))

@@ -1,0 +1,82 @@
+"""Several environments in one, drawn by weight. Each group comes from one of them; rewards are reported by name, too.
+
+[env]
+path = "asyncrl.envs.mixture:Mixture"
+[env.args.envs.gcd]
+path = "asyncrl.envs.reasoning_gym:ReasoningGym"
+args = { task = "gcd" }
+weight = 2.0
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from asyncrl.envs.base import Env, Generate, Split, Tokenizer, load_env
+from asyncrl.types import Prompt, Trajectory
+
+_KEYS = {"path", "args", "weight"}
+
+
+class Mixture:
+    """Prompts of several environments; `Prompt.source` is the name of the one that scores it."""
+
+    def __init__(self, tokenizer: Tokenizer, envs: Mapping[str, Mapping[str, Any]]) -> None:
+        """`envs`: name -> `path` and `args` as in the configuration's table `env`, and `weight`, 1 by default: the
+        share of prompts is proportional to it."""
+        if not envs:
+            raise ValueError("env.args.envs is empty: a mixture needs at least one environment")
+        self._envs: dict[str, Env] = {}
+        self._weights: dict[str, float] = {}
+        for name, given in envs.items():
+            if unknown := set(given) - _KEYS:
+                raise ValueError(f"env.args.envs.{name} takes path, args and weight, got {', '.join(sorted(unknown))}")
+            if "path" not in given or given["path"].endswith(":Mixture"):
+                raise ValueError(f"env.args.envs.{name}.path must name an environment, and no mixture: got {given}")
+            self._weights[name] = float(given.get("weight", 1.0))
+            if not 0 < self._weights[name] < float("inf"):
+                raise ValueError(f"env.args.envs.{name}.weight must be above 0, got {given['weight']}: or leave it out")
+            self._envs[name] = load_env(given["path"], tokenizer, dict(given.get("args", {})))
+        self.max_prompt_tokens = max(env.max_prompt_tokens for env in self._envs.values())
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Rows that the environments left out, by reason."""
+        counts: Counter[str] = Counter()
+        for name, env in self._envs.items():
+            for reason, count in getattr(env, "skipped", {}).items():
+                counts[f"{name}: {reason}"] += count
+        return counts
+
+    def prompts(self, split: Split, seed: int) -> Iterator[Prompt]:
+        """Draws an environment by weight for each prompt. Held-out prompts end when every environment's have ended."""
+        rng = random.Random(f"mixture {split} {seed}")
+        sources = {name: env.prompts(split, seed) for name, env in self._envs.items()}
+        count = 0
+        while sources:
+            (name,) = rng.choices(list(sources), [self._weights[name] for name in sources])
+            prompt = next(sources[name], None)
+            if prompt is None:
+                del sources[name]
+                continue
+            yield replace(prompt, id=count, source=name)
+            count += 1
+
+    async def play(self, prompt: Prompt, generate: Generate) -> Trajectory:
+        return await self._envs[prompt.source].play(prompt, generate)
+
+    def baselines(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """The best policy without skill of each environment, together: weighted as the prompts are."""
+        drawn: dict[str, list[Prompt]] = defaultdict(list)
+        for prompt in prompts:
+            drawn[prompt.source].append(prompt)
+        names, total = [], 0.0
+        for source, some in drawn.items():
+            name, score = max(self._envs[source].baselines(some).items(), key=lambda item: item[1])
+            names.append(f"{source} {name}")
+            total += score * len(some)
+        return {", ".join(names): total / len(prompts)}

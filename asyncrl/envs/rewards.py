@@ -1,0 +1,98 @@
+"""Reward functions, named by import path, in the signature that TRL has: `f(prompts, completions, **columns)`.
+
+Every argument is a list with one entry an attempt, and so is what the function returns. Prompts and completions are
+texts, or lists of messages where the data set has conversations. An attempt is scored by itself, so lists have length
+1. A function without `async` runs in a thread: generation goes on beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from asyncrl.envs.base import import_object
+
+Reward: TypeAlias = str | Callable[..., Any]
+"""`module:function`, or the function."""
+
+
+class Rewards:
+    """One or more reward functions, added up with weights."""
+
+    def __init__(self, given: Reward | Sequence[Reward], weights: Sequence[float] | None, timeout_s: float) -> None:
+        """`given`: functions, or where to import them from. A call that takes longer than `timeout_s` is an error; its
+        thread goes on, as Python cannot end one."""
+        each = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+        self._functions = [import_object(one, "env.args.reward") if isinstance(one, str) else one for one in each]
+        self._names: list[str] = [function.__name__ for function in self._functions]
+        self._weights = [1.0] * len(self._functions) if weights is None else list(weights)
+        if len(self._weights) != len(self._functions) or not self._functions:
+            raise ValueError(
+                f"env.args.weights has {len(self._weights)} entries for {len(self._functions)} reward functions: give "
+                "each function of env.args.reward one weight"
+            )
+        self._timeout_s = timeout_s
+
+    async def score(
+        self, prompt: Any, completion: str, token_ids: Sequence[int], columns: Mapping[str, Any]
+    ) -> tuple[float, dict[str, float]]:
+        """The weighted sum, and each function's own reward by its name if there are several.
+
+        As in TRL, a function that returns None for an attempt takes no part in it. Raises `ValueError` for a reward
+        that is no finite number and `TimeoutError` for a call that takes too long.
+        """
+        reply: Any = completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
+        arguments = {name: [value] for name, value in columns.items()} | {
+            "prompts": [prompt],
+            "completions": [reply],
+            "completion_ids": [list(token_ids)],
+        }
+        each: dict[str, float] = {}
+        total = 0.0
+        for name, weight, function in zip(self._names, self._weights, self._functions, strict=True):
+            value = _single(name, await self._call(name, function, arguments))
+            if value is not None:
+                each[name] = value
+                total += weight * value
+        if not each:
+            raise ValueError(f"every reward function ({', '.join(self._names)}) said None: one must give a number")
+        return total, each if len(self._functions) > 1 else {}
+
+    async def _call(self, name: str, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                if inspect.iscoroutinefunction(function):
+                    return await function(**arguments)
+                return await asyncio.to_thread(function, **arguments)
+        except TimeoutError as error:
+            raise TimeoutError(
+                f"reward function {name!r} took longer than {self._timeout_s:g} s; env.args.timeout_s bounds it"
+            ) from error
+
+
+def exact_match(prompts: list[Any], completions: list[Any], target: list[Any], **_columns: Any) -> list[float]:
+    """1 for a completion that is the target, apart from space around it."""
+    del prompts
+    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
+    return [float(text.strip() == str(wanted).strip()) for text, wanted in zip(texts, target, strict=True)]
+
+
+def _single(name: str, returned: Any) -> float | None:
+    """The one reward in what a function returned."""
+    rule = f"reward function {name!r} must return a list with one finite number for each completion"
+    try:
+        (value,) = returned
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{rule}, got {returned!r} for one completion") from error
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{rule}, got {value!r}") from error
+    if not math.isfinite(number):
+        raise ValueError(f"{rule}, got {value!r}")
+    return number

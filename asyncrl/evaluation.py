@@ -1,0 +1,94 @@
+"""What held-out attempts say about a version: mean reward, pass@k, and how sure one can be of them.
+
+A prompt has n attempts. Prompts are the independent units, attempts of one prompt are not: intervals are over prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from asyncrl.types import Group, Version
+
+_Z = 1.959964
+"""Of the normal distribution at 95 %."""
+_NUM_RESAMPLES = 2000
+
+
+def summarize(groups: Sequence[Group], version: Version, pass_reward: float) -> dict[str, float]:
+    """The metrics `eval/...` of groups with n attempts each; an attempt passes with a reward of at least `pass_reward`.
+
+    pass@k is there for k = 1, 2, 4, ... up to n, and for n.
+    """
+    means = [_mean(group.rewards) for group in groups]
+    low, high = interval(means)
+    row = {
+        "eval/accuracy": _mean(means),
+        "eval/low": low,
+        "eval/high": high,
+        "eval/mean_length": _mean([length for group in groups for length in group.lengths]),
+        "eval/truncated": _mean([group.metrics.get("truncated", 0.0) for group in groups]),
+        "eval/mixed_versions": _mean([float((group.oldest, group.newest) != (version, version)) for group in groups]),
+    }
+    for k in ks(min(len(group.rewards) for group in groups)):
+        row[f"eval/pass@{k}"] = _mean(pass_at(groups, k, pass_reward))
+    return row | by_source(groups, "eval")
+
+
+def by_source(groups: Sequence[Group], area: str) -> dict[str, float]:
+    """`area/NAME`: the mean reward of each environment of a mixture; nothing for an environment that is none."""
+    rewards: dict[str, list[float]] = defaultdict(list)
+    for group in groups:
+        if group.prompt.source:
+            rewards[group.prompt.source] += group.rewards
+    return {f"{area}/{source}": _mean(values) for source, values in sorted(rewards.items())}
+
+
+def ks(num_samples: int) -> list[int]:
+    """The k of pass@k that n samples are reported with."""
+    return sorted({*(2**power for power in range(num_samples.bit_length())), num_samples})
+
+
+def pass_at(groups: Sequence[Group], k: int, pass_reward: float) -> list[float]:
+    """pass@k of each prompt."""
+    return [
+        pass_at_k(len(group.rewards), sum(reward >= pass_reward for reward in group.rewards), k) for group in groups
+    ]
+
+
+def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
+    """Probability that at least one of k samples passes, without bias: 1 - C(n - c, k) / C(n, k).
+
+    Chen et al. 2021 (arXiv:2107.03374), equation 1. Raises `ValueError` for k above n.
+    """
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"pass@{k} needs at least {k} samples a prompt, got {num_samples}: raise eval.num_samples")
+    return 1 - math.comb(num_samples - num_passed, k) / math.comb(num_samples, k)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % confidence interval of the mean of independent values, one a prompt.
+
+    Values within [0, 1]: Wilson's score interval (1927) at the effective sample size p (1 - p) / var(mean), which is
+    the number of prompts for a single attempt each, and more for the means of several (Franco et al. 2019). It stays
+    sound where all values are 0 or all are 1. Other values: percentiles of the bootstrap, with a fixed seed.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    mean, size = float(array.mean()), len(array)
+    if array.min() < 0 or array.max() > 1:
+        draws = np.random.default_rng(0).integers(size, size=(_NUM_RESAMPLES, size))
+        low, high = np.percentile(array[draws].mean(1), [2.5, 97.5])
+        return float(low), float(high)
+    variance = float(array.var())
+    effective = size * mean * (1 - mean) / variance if variance > 0 else size
+    shrink = 1 + _Z**2 / effective
+    center = (mean + _Z**2 / (2 * effective)) / shrink
+    half = _Z / shrink * math.sqrt(mean * (1 - mean) / effective + (_Z / (2 * effective)) ** 2)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,154 @@
+"""Learner ranks: how they meet, how a model is split between them (FSDP2), and whole tensors out of the parts.
+
+    every rank:  forward   all-gather a layer -> compute -> drop it
+                 backward  all-gather a layer -> compute -> reduce-scatter its gradient, summed over the ranks
+                 optimizer on its own rows of every parameter
+
+All of these wait for every rank, so ranks make the same calls in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import TCPStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from asyncrl.transport import Rendezvous
+
+TIMEOUT_S = 1800.0
+"""Bound on one collective of the learner ranks. The driver hears of a rank that died long before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among the learner's. The default is a learner of one rank, which shares nothing out."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    mesh: DeviceMesh | None = None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over the ranks, on every rank, in place; CPU tensors go over gloo and others over NCCL."""
+        if self.mesh is not None:
+            dist.all_reduce(values)
+        return values
+
+    def share(self, value: float) -> float:
+        """The first rank's value, on every rank."""
+        return float(self.sum(torch.tensor(value if self.is_first else 0.0, dtype=torch.float64)))
+
+    def gather(self, item: Any) -> list[Any]:
+        """Every rank's item, in order, on the first rank; nothing elsewhere. Tensors should be on the CPU."""
+        if self.mesh is None:
+            return [item]
+        items = [None] * self.num_ranks if self.is_first else None
+        dist.gather_object(item, items)
+        return items or []
+
+
+def join_ranks(where: Rendezvous, rank: int, device: str, store: TCPStore | None = None) -> Ranks:
+    """Blocks until every learner rank has come; `store` is the opened meeting point, at the first rank."""
+    timeout = timedelta(seconds=where.timeout_s)
+    if device == "cuda":
+        torch.cuda.set_device(0)  # the only GPU that the process sees
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        store=store or TCPStore(where.host, where.port, where.world_size, timeout=timeout, wait_for_workers=False),
+        rank=rank,
+        world_size=where.world_size,
+        timeout=timeout,
+    )
+    return Ranks(rank, where.world_size, init_device_mesh(device, (where.world_size,)))
+
+
+def shard(module: nn.Module, layers: Iterable[nn.Module], ranks: Ranks, *, bfloat16: bool) -> None:
+    """Leaves this rank its rows of every parameter of `module`; `layers` inside it are gathered one at a time.
+
+    With `bfloat16` a layer's weights are rounded before they travel, which a matrix product under autocast would do
+    after; what is outside the layers (embedding, last norm, head) stays float32. Gradients are float32 and summed, not
+    averaged: the loss has its denominators from the whole batch.
+
+    The values of weights and buffers are the first rank's; other ranks may give an empty model. Every rank.
+    """
+    full = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    plain = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    rounded = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bfloat16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for part, policy in [*((layer, rounded) for layer in layers), (module, plain)]:
+        sharded = fully_shard(part, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=True)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that divides
+    for name, parameter in module.named_parameters():
+        _spread(full.pop(name), parameter, ranks)
+    for buffer in module.buffers():
+        dist.broadcast(buffer, 0)
+
+
+@torch.no_grad()
+def _spread(full: Tensor, parameter: Tensor, ranks: Ranks) -> None:
+    """The rows of the first rank's `full` to those who own them in `parameter`."""
+    device = parameter.device
+    sent = full.to(device) if ranks.is_first else torch.empty(full.shape, dtype=full.dtype, device=device)
+    dist.broadcast(sent, 0)
+    own(parameter).copy_(sent[own_rows(parameter)])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor, on every rank; a tensor that is not split is returned as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own(tensor: Tensor) -> Tensor:
+    """This rank's rows; a tensor that is not split is returned as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def own_rows(tensor: Tensor) -> slice:
+    """Which rows of the full tensor this rank has."""
+    if not isinstance(tensor, DTensor):
+        return slice(0, len(tensor))
+    most = -(-len(tensor) // tensor.device_mesh.size())
+    first = min(tensor.device_mesh.get_local_rank() * most, len(tensor))
+    return slice(first, min(first + most, len(tensor)))
+
+
+def split_like(full: Tensor, parameter: Tensor) -> Tensor:
+    """The inverse of `whole`: `full` split between the ranks as `parameter` is. No rank asks another for anything."""
+    if not isinstance(parameter, DTensor):
+        return full
+    rows = full[own_rows(parameter)].to(parameter.device, copy=True)
+    return DTensor.from_local(
+        rows,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def collect(tensors: Sequence[tuple[str, Tensor]], ranks: Ranks) -> dict[str, Tensor]:
+    """Full tensors by name at the first rank, in host memory where they were split; empty elsewhere.
+
+    One at a time: beyond its own parts, no rank but the first holds more than a single full tensor.
+    """
+    found = {}
+    for name, tensor in tensors:
+        full = whole(tensor.detach())
+        if ranks.is_first:
+            found[name] = full.cpu() if isinstance(tensor, DTensor) else full
+    return found

@@ -1,0 +1,144 @@
+"""Where metrics go besides the run folder's JSON lines: TensorBoard, Weights & Biases, a Prometheus endpoint."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Protocol
+
+from asyncrl.config import Config, to_tree
+from asyncrl.samples import Row
+
+
+class Sink(Protocol):
+    """One more place for the metrics of a run."""
+
+    def write(self, version: int, row: Mapping[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in `tensorboard/`: scalars in sections by area, an overview, hyper-parameters and text samples."""
+
+    def __init__(
+        self, folder: Path, config: Config | None, overview: Mapping[str, Mapping[str, Sequence[str]]]
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._writer.add_custom_scalars(
+            {section: {title: ["Multiline", names] for title, names in charts.items()}
+             for section, charts in overview.items()}
+        )  # fmt: skip
+        if config is not None:
+            tree = to_tree(config)
+            self._writer.add_text("config", f"```json\n{json.dumps(tree, indent=2)}\n```")
+            for summary in hparams(flat(tree), {"eval/accuracy": 0.0, "reward/mean": 0.0}):
+                self._writer._get_file_writer().add_summary(summary)  # `add_hparams` would open a second run
+
+    def write(self, version: int, row: Mapping[str, float]) -> None:
+        for name, value in row.items():
+            self._writer.add_scalar(name, value, version)
+
+    def samples(self, version: int, rows: Sequence[Row]) -> None:
+        """The texts of some trajectories, as Markdown."""
+        parts = [
+            f"reward {row['reward']:.3f}, advantage {row['advantage']:+.3f}, {row['finish']}\n\n```\n{row['text']}\n```"
+            for row in rows
+        ]
+        self._writer.add_text("samples", "\n\n".join(parts), version)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run in the Weights & Biases project `metrics.wandb`, imported only when asked for."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        try:
+            wandb: Any = importlib.import_module("wandb")
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"metrics.wandb is {config.metrics.wandb!r} and the package wandb is not installed: pip install wandb, "
+                "or leave metrics.wandb empty"
+            ) from error
+        self._run = wandb.init(
+            project=config.metrics.wandb,
+            name=folder.name,
+            id=folder.name,
+            dir=str(folder),
+            config=to_tree(config),
+            resume="allow",
+        )
+
+    def write(self, version: int, row: Mapping[str, float]) -> None:
+        # The version is a column and not the step: an evaluation may arrive after later steps.
+        self._run.log({"version": version, **row})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Prometheus:
+    """The newest value of every metric as text, at http://127.0.0.1:PORT/metrics. Loopback only: it has no password."""
+
+    def __init__(self, port: int, meanings: Mapping[str, str]) -> None:
+        """Port 0 takes a free one; `port` tells which. Raises `ValueError` if the port is taken."""
+        self._values: dict[str, float] = {}
+        sink = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                found = self.path == "/metrics"
+                self.send_response(200 if found else 404)
+                self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+                self.end_headers()
+                self.wfile.write((sink.page(meanings) if found else "see /metrics\n").encode())
+
+            def log_message(self, format: str, *args: Any) -> None:
+                """Scrapes are not news."""
+
+        try:
+            self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        except OSError as error:
+            raise ValueError(
+                f"metrics.prometheus_port {port} cannot be opened ({error.strerror}): choose another"
+            ) from error
+        self.port = self._server.server_address[1]
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+
+    def write(self, version: int, row: Mapping[str, float]) -> None:
+        self._values = {**self._values, **row, "version": float(version)}  # replaced whole: the server reads it
+
+    def page(self, meanings: Mapping[str, str]) -> str:
+        """Prometheus text format 0.0.4."""
+        lines = []
+        for name, value in self._values.items():
+            metric = "asyncrl_" + name.replace("/", "_").replace("-", "_")
+            lines += [f"# HELP {metric} {meanings.get(name, name)}", f"# TYPE {metric} gauge"]
+            lines.append(f"{metric} {'NaN' if math.isnan(value) else f'{value:.9g}'}")
+        return "\n".join(lines) + "\n"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as `section.key`: plain values as they are, others as text."""
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            values |= flat(value, f"{prefix}{name}.")
+        else:
+            values[prefix + name] = value if isinstance(value, bool | int | float | str) else json.dumps(value)
+    return values

@@ -1,0 +1,153 @@
+"""Layer A of the staleness ablation: the product's engine and learner with the lag under control.
+
+The batch of step k is sampled by the weights of step max(0, k - S), kept in a ring of snapshots. Nothing runs beside
+anything else, so the lag is exact, and two presets with one seed see the same prompts and sampling seeds. It says
+nothing about throughput.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from collections import deque
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from asyncrl.config import Config
+from asyncrl.engine.embedded import EmbeddedEngine
+from asyncrl.envs.base import load_env
+from asyncrl.learner import Learner, row_length
+from asyncrl.model import load_model, load_tokenizer, stop_token_ids
+from asyncrl.rollout import Rollout
+from asyncrl.types import Sampling, Trajectory, Version
+from asyncrl.warmup import prepare
+
+AVERAGED = (
+    "ess/token",
+    "ess/sequence",
+    "mismatch/k3",
+    "clip/capped_positive",
+    "clip/capped_negative",
+    "clip/trust_positive",
+    "clip/trust_negative",
+    "clip/removed_share",
+    "gradient/cosine",
+    "lag/mean",
+)
+"""Metrics of which a cell keeps the mean over the second half of its steps."""
+
+
+class Lab:
+    """An engine and a learner on one model, in this process; the engine's weights are set by hand."""
+
+    def __init__(self, config: Config, *, initial_seed: int = 0) -> None:
+        """All seeds start from the weights of `initial_seed`; `config.seed` chooses prompts and samples."""
+        torch.set_num_threads(config.learner.num_threads)
+        folder = str(prepare(msgspec.structs.replace(config, seed=initial_seed), quiet=True))
+        tokenizer = load_tokenizer(folder)
+        device = "cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu"
+        self.config = config
+        self.env = load_env(config.env.path, tokenizer, config.env.args)
+        self._load = lambda: load_model(folder, dtype=torch.float32, device=device)
+        self.model = self._load()
+        self.learner = self.make_learner(config)
+        settings, self._sampler = config.rollout, self._load()
+        self._engine = EmbeddedEngine(
+            self._sampler,
+            max_running=settings.max_running,
+            max_length=self.env.max_prompt_tokens + settings.max_new_tokens,
+        )
+        sampling = Sampling(
+            settings.max_new_tokens,
+            settings.temperature,
+            settings.top_p,
+            settings.top_k,
+            stop_token_ids(folder, tokenizer),
+        )
+        self._rollout = Rollout(self._engine, self.env, sampling, group_size=settings.group_size, seed=config.seed)
+        self._prompts = self.env.prompts("train", config.seed)
+        self._heldout = list(islice(self.env.prompts("heldout", 0), config.eval.num_prompts))
+
+    def make_learner(self, config: Config) -> Learner:
+        """A learner of the lab's model."""
+        reference = self._load() if config.loss.needs_reference else None
+        return Learner(config, self.model, row_length(config, self.env.max_prompt_tokens), reference=reference)
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the learner's weights."""
+        return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+
+    async def sample_from(self, weights: dict[str, Tensor], version: Version) -> None:
+        """From here on the engine samples with `weights` and stamps `version`."""
+        await self._engine.pause()
+        self._sampler.load_state_dict(weights)
+        await self._engine.resume(version)
+
+    async def batch(self) -> list[list[Trajectory]]:
+        """The groups of one learner step, for the next prompts."""
+        prompts = islice(self._prompts, self.config.learner.groups_per_step)
+        groups = await asyncio.gather(*(self._rollout.run(prompt) for prompt in prompts))
+        return [group.trajectories for group in groups]
+
+    async def accuracy(self) -> float:
+        """Held-out reward of the weights that the engine has, greedy."""
+        rewards = await self._rollout.evaluate(self._heldout)
+        return sum(rewards) / len(rewards)
+
+    async def close(self) -> None:
+        await self._rollout.close()
+
+
+async def train(config: Config, lag: int) -> dict[str, Any]:
+    """One cell: trains for `config.num_steps` with every batch `lag` steps old; its curve and what it measured."""
+    lab = Lab(config)
+    ring = deque([lab.weights()], maxlen=lag + 1)
+    curve, rows = [], []
+    for step in range(config.num_steps + 1):
+        if step % config.eval.every == 0:
+            await lab.sample_from(ring[-1], step)
+            curve.append((step, await lab.accuracy()))
+        if step == config.num_steps:
+            break
+        await lab.sample_from(ring[0], step + 1 - len(ring))
+        groups = await lab.batch()
+        rows.append(lab.learner.step(groups) | {"reward": mean_reward(groups)})
+        ring.append(lab.weights())
+    await lab.close()
+    return summary(curve, rows)
+
+
+def mean_reward(groups: list[list[Trajectory]]) -> float:
+    return statistics.fmean(trajectory.reward for group in groups for trajectory in group)
+
+
+def summary(curve: list[tuple[int, float]], rows: list[dict[str, float]]) -> dict[str, Any]:
+    """What a table or a plot needs of a run. `final` is the mean of the last three evaluations, `auc` of all."""
+    accuracies = [accuracy for _, accuracy in curve]
+    late = rows[len(rows) // 2 :]
+    norms = [row["gradient/norm"] for row in late]
+    final, peak = statistics.fmean(accuracies[-3:]), max(accuracies)
+    entropy = [row["policy/entropy"] for row in rows]
+    return {
+        "curve": curve,
+        "final": final,
+        "auc": statistics.fmean(accuracies),
+        # A policy without entropy has collapsed only if it does not solve the task.
+        "collapsed": final < 0.7 * peak or (entropy[-1] < 0.01 * entropy[0] and final < 0.9),
+        "entropy": entropy[-1],
+        "gradient_norm_cv": statistics.pstdev(norms) / (statistics.fmean(norms) or 1.0),
+        "k3_p95": sorted(row["mismatch/k3"] for row in rows)[int(0.95 * (len(rows) - 1))],
+        **{name: statistics.fmean(row[name] for row in late) for name in AVERAGED},
+    }
+
+
+def run_cell(words: list[str], config_path: Path, lag: int) -> dict[str, Any]:
+    """`train` in a process of its own."""
+    from asyncrl import config as configuration
+
+    return asyncio.run(train(configuration.load(config_path, words), lag))

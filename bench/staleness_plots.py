@@ -1,0 +1,218 @@
+"""Plots of the staleness ablation, one file a question; layers never share an axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+
+mpl.use("Agg")
+from matplotlib import pyplot
+
+Rows = Sequence[dict[str, Any]]
+
+
+def draw(probes: Rows, grid: Any, system: Rows, folder: Path) -> None:
+    """Every plot that the measured cells allow."""
+    if probes:
+        _save(folder / "probe.png", lambda: _probe(probes))
+    if grid:
+        _save(folder / "final.png", lambda: _final(grid))
+        _save(folder / "rates.png", lambda: _rates(grid))
+        _save(folder / "drift.png", lambda: _drift(grid))
+        _save(folder / "curves.png", lambda: _curves(grid))
+        _save(folder / "masks.png", lambda: _masks(grid))
+        _save(folder / "gradients.png", lambda: _gradients(grid))
+    if system:
+        _save(folder / "system.png", lambda: _system(system))
+
+
+def _save(path: Path, plot: Callable[[], Any]) -> None:
+    figure = plot()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _panels(count: int, width: float = 4.2, **arguments: Any) -> tuple[Any, Any]:
+    figure, axes = pyplot.subplots(
+        1, count, figsize=(width * count, 3.8), layout="constrained", squeeze=False, **arguments
+    )
+    for axis in axes[0]:
+        axis.grid(alpha=0.3)
+    return figure, axes[0]
+
+
+def _lag_axis(axis: Any, lags: Sequence[int]) -> None:
+    axis.set_xscale("symlog", base=2, linthresh=1)
+    axis.set_xticks(lags, [str(lag) for lag in lags])
+    axis.set_xlabel("lag S, learner steps")
+
+
+def _probe(rows: Rows) -> Any:
+    """Bias against spread, one panel a step and lag."""
+    places = list(dict.fromkeys((row["step"], row["lag"]) for row in rows if row["lag"]))
+    figure, axes = _panels(len(places))
+    for axis, (step, lag) in zip(axes, places, strict=True):
+        for row in rows:
+            if row["step"] == step and row["lag"] in (lag, 0):
+                marker = "*" if row["preset"] == "ceiling" else "o"
+                axis.plot(row["spread"], row["bias"], marker, label=f"{row['preset']} cos {row['cosine']:.2f}")
+        axis.set(title=f"step {step}, lag {lag}", xlabel="spread: tr Cov(g) / |g*|²", ylabel="bias: |E g - g*| / |g*|")
+        axis.legend(fontsize=7)
+    return figure
+
+
+def _final(grid: Any) -> Any:
+    """Final accuracy and collapses against the lag, with the rate tuned per lag and with the rate of lag 0."""
+    from staleness_report import interval
+
+    figure, (left, right) = _panels(2, 5.5)
+    for index, preset in enumerate(grid.presets):
+        color = f"C{index}"
+        tuned = [grid.tuned(preset, lag) for lag in grid.lags]
+        low, high = zip(*(interval(values) for values in tuned), strict=True)
+        left.plot(grid.lags, [values.mean() for values in tuned], "-", color=color, label=preset)
+        left.fill_between(grid.lags, low, high, color=color, alpha=0.12)
+        left.plot(grid.lags, [grid.kept(preset, lag).mean() for lag in grid.lags], "--", color=color)
+        for lag, values in zip(grid.lags, tuned, strict=True):
+            left.plot([lag] * len(values), values, ".", color=color, markersize=4)
+        collapsed = [
+            np.mean([grid.cells[preset, lag, r, s]["collapsed"] for r, s in product(grid.rates, grid.seeds)])
+            for lag in grid.lags
+        ]
+        right.plot(grid.lags, collapsed, "o-", color=color, label=preset)
+    left.set(title="final held-out accuracy (dashed: rate of S = 0)", ylim=(-0.03, 1.03))
+    right.set(title="share of runs that collapsed, all rates", ylim=(-0.03, 1.03))
+    for axis in (left, right):
+        _lag_axis(axis, grid.lags)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def _rates(grid: Any) -> Any:
+    """Final accuracy by lag and learning rate, one panel a preset."""
+    figure, axes = _panels(len(grid.presets), 3.2)
+    for axis, preset in zip(axes, grid.presets, strict=True):
+        values = np.array([[grid.values(preset, lag, rate).mean() for lag in grid.lags] for rate in grid.rates])
+        image = axis.imshow(values, vmin=0, vmax=1, origin="lower", aspect="auto")
+        for (row, column), value in np.ndenumerate(values):
+            axis.text(column, row, f"{value:.2f}", ha="center", va="center", color="w" if value < 0.6 else "k")
+        axis.set_xticks(range(len(grid.lags)), grid.lags)
+        axis.set_yticks(range(len(grid.rates)), [f"{rate:g}" for rate in grid.rates])
+        axis.set(title=preset, xlabel="lag S", ylabel="learning rate")
+        axis.grid(visible=False)
+    figure.colorbar(image, ax=list(axes), label="final held-out accuracy")
+    return figure
+
+
+def _drift(grid: Any) -> Any:
+    """Sample size and mismatch of every run against S times the learning rate."""
+    names = {"ess/token": "ESS, tokens", "ess/sequence": "ESS, trajectories", "mismatch/k3": "k3, nats a token"}
+    figure, axes = _panels(len(names))
+    for axis, (name, title) in zip(axes, names.items(), strict=True):
+        for index, preset in enumerate(grid.presets):
+            points = [
+                (lag * rate, value)
+                for lag, rate in product(grid.lags, grid.rates)
+                for value in grid.values(preset, lag, rate, name)
+                if lag
+            ]
+            axis.plot(*zip(*points, strict=True), ".", color=f"C{index}", label=preset)
+        axis.set(title=title, xlabel="S x learning rate", xscale="log")
+        axis.legend(fontsize=7)
+    axes[-1].set_yscale("log")
+    return figure
+
+
+def _curves(grid: Any) -> Any:
+    """Held-out accuracy over the steps, at the best rate, one panel a lag; every seed."""
+    figure, axes = _panels(len(grid.lags), sharey=True)
+    for axis, lag in zip(axes, grid.lags, strict=True):
+        for index, preset in enumerate(grid.presets):
+            rate = grid.rate_of(preset, lag)
+            curves = [grid.cells[preset, lag, rate, seed]["curve"] for seed in grid.seeds]
+            for curve in curves:
+                axis.plot(*zip(*curve, strict=True), color=f"C{index}", alpha=0.25, linewidth=0.8)
+            steps = [step for step, _ in curves[0]]
+            mean = np.mean([[accuracy for _, accuracy in curve] for curve in curves], axis=0)
+            axis.plot(steps, mean, color=f"C{index}", label=f"{preset} {rate:g}")
+        axis.set(title=f"lag {lag}", xlabel="learner step", ylabel="held-out accuracy, greedy", ylim=(-0.03, 1.03))
+        axis.legend(fontsize=7)
+    return figure
+
+
+def _masks(grid: Any) -> Any:
+    """Shares of tokens capped and removed, by the sign of the advantage, at the best rate."""
+    figure, axes = _panels(len(grid.presets), 3.4, sharey=True)
+    for axis, preset in zip(axes, grid.presets, strict=True):
+        for event, line in (("capped", "-"), ("trust", "--")):
+            for sign, color in (("positive", "C2"), ("negative", "C3")):
+                values = [
+                    grid.values(preset, lag, grid.rate_of(preset, lag), f"clip/{event}_{sign}").mean()
+                    for lag in grid.lags
+                ]
+                axis.plot(grid.lags, values, line, color=color, marker=".", label=f"{event}, {sign}")
+        _lag_axis(axis, grid.lags)
+        axis.set(title=preset, ylabel="share of tokens")
+        axis.legend(fontsize=7)
+    return figure
+
+
+def _gradients(grid: Any) -> Any:
+    """Steadiness of the gradient at the best rate."""
+    figure, axes = _panels(2, 5)
+    for axis, name, title in zip(
+        axes,
+        ("gradient_norm_cv", "gradient/cosine"),
+        ("variation of the gradient norm", "cosine of successive gradients"),
+        strict=True,
+    ):
+        for preset in grid.presets:
+            values = [grid.values(preset, lag, grid.rate_of(preset, lag), name).mean() for lag in grid.lags]
+            axis.plot(grid.lags, values, "o-", label=preset)
+        _lag_axis(axis, grid.lags)
+        axis.set(title=title)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def _system(cells: Rows) -> Any:
+    """The real system: accuracy over wall time, time to target with its two factors, lags, utilisation."""
+    figure, (curves, time_axis, lags, idle) = _panels(4)
+    bounds = sorted({cell["lag"] for cell in cells})
+    shares = ["0", "1", "2", "3", "4", "more"]
+    for index, bound in enumerate(bounds):
+        runs = [cell["result"] for cell in cells if cell["lag"] == bound]
+        for number, run in enumerate(runs):
+            _, accuracy, seconds = zip(*run["curve"], strict=True)
+            curves.plot(seconds, accuracy, color=f"C{index}", label=f"S = {bound}" if number == 0 else None)
+        lags.bar(
+            np.arange(len(shares)) + 0.8 * index / len(bounds),
+            np.mean([run["lag_shares"] for run in runs], axis=0),
+            0.8 / len(bounds),
+            label=f"S = {bound}",
+        )
+        idle.bar(index - 0.2, 1 - np.mean([run["learner_idle"] for run in runs]), 0.4, color="C0")
+        idle.bar(index + 0.2, 1 - np.mean([run["rollout_idle"] for run in runs]), 0.4, color="C1")
+    for cell in cells:
+        run = cell["result"]
+        at = cell["lag"]
+        num_steps = run["curve"][-1][0]
+        time_axis.plot(at, run["loop_s"] / num_steps, "sC0", label="seconds a step")
+        if run["to_target_s"] is not None:
+            time_axis.plot(at, run["to_target_s"], "oC1", label="seconds to target")
+    curves.set(title="layer B: accuracy over time", xlabel="loop seconds", ylabel="held-out accuracy")
+    time_axis.set(title="time to target", xlabel="bound S", yscale="log")
+    handles = dict(zip(*reversed(time_axis.get_legend_handles_labels()), strict=True))
+    time_axis.legend(handles.values(), handles.keys(), fontsize=7)
+    lags.set(title="measured lag, share of tokens", xlabel="lag")
+    lags.set_xticks(range(len(shares)), shares)
+    idle.set(title="busy: learner (left), rollout (right)", xlabel="bound S")
+    idle.set_xticks(range(len(bounds)), bounds)
+    for axis in (curves, lags):
+        axis.legend(fontsize=7)
+    return figure

@@ -1,0 +1,63 @@
+"""Layer B of the staleness ablation: the real asynchronous system, started as a user starts it.
+
+The staleness is a bound here and the lag is measured. Results have wall-clock times and are never mixed with those of
+layer A.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from asyncrl import metrics
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_job(words: list[str], config_path: Path, target: float) -> dict[str, Any]:
+    """One run of `launch/run.py`; `to_target_s` is loop time until held-out accuracy reached `target`, or None."""
+    command = [sys.executable, str(ROOT / "launch" / "run.py"), str(config_path), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    folder = Path(re.findall(r"run folder: (\S+)", done.stdout)[-1])
+    return summary(metrics.read(folder), target)
+
+
+def summary(rows: list[dict[str, Any]], target: float) -> dict[str, Any]:
+    """Curve, time to target, lags and utilisation of a run, from its metrics.jsonl."""
+    steps = [row for row in rows if "reward/mean" in row]
+    evaluations = sorted((row for row in rows if "eval/accuracy" in row), key=lambda row: row["version"])
+    first = steps[0]["time"] - steps[0]["time/total_s"]  # starting the actors is no part of training
+    curve = [(row["version"], row["eval/accuracy"], max(0.0, row["time"] - first)) for row in evaluations]
+    accuracies = [accuracy for _, accuracy, _ in curve]
+
+    def mean(name: str) -> float:
+        return statistics.fmean(row[name] for row in steps if row[name] is not None)
+
+    return {
+        "curve": curve,
+        "final": statistics.fmean(accuracies[-3:]),
+        "auc": statistics.fmean(accuracies),
+        "to_target_s": next((seconds for _, accuracy, seconds in curve if accuracy >= target), None),
+        "loop_s": sum(row["time/total_s"] for row in steps),
+        "step_s": mean("time/step_s"),
+        "wait_s": mean("time/wait_s"),
+        "sync_s": mean("time/sync_s"),
+        "lag_mean": mean("lag/mean"),
+        "lag_p95": max(row["lag/p95"] for row in steps),
+        "lag_max": max(row["lag/max"] for row in steps),
+        "lag_shares": [mean(f"lag/share_{name}") for name in (0, 1, 2, 3, 4, "more")],
+        "learner_idle": mean("learner/idle"),
+        "rollout_idle": mean("rollout/idle"),
+        "tokens_per_s": mean("rollout/tokens_per_s"),
+        "ess": mean("ess/token"),
+        "effective_tokens_per_s": statistics.fmean(row["rollout/tokens_per_s"] * row["ess/token"] for row in steps),
+        "reached": any(accuracy >= target for accuracy in accuracies),
+        "nan": any(math.isnan(accuracy) for accuracy in accuracies),
+    }

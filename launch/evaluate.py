@@ -1,0 +1,135 @@
+"""Evaluates a model or a run on its own: mean reward, pass@k and intervals on held-out prompts.
+
+    python launch/evaluate.py MODEL_OR_RUN [CONFIG.toml] [--env MODULE:CLASS] [--n 4] [section.key=value ...]
+
+MODEL_OR_RUN is a Hugging Face id or folder, or a run folder: then its configuration and newest checkpoint are taken.
+--n 4 is four attempts at each prompt, sampled at temperature 1; without it one greedy attempt. The engine is the
+embedded one, on a GPU or a CPU, or SGLang with rollout.engine=sglang. --output FILE also writes the result as JSON,
+with every prompt's rewards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from asyncrl import config as configuration
+from asyncrl.config import Config
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        config = resolve(options)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            result = runner.run(evaluate(config))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(report(result))
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL_OR_RUN")
+    parser.add_argument("words", nargs="*", metavar="CONFIG.toml | section.key=value")
+    parser.add_argument("--env", metavar="MODULE:CLASS", help="short for env.path=MODULE:CLASS")
+    parser.add_argument("--n", type=int, metavar="N", help="attempts at each prompt, sampled at temperature 1")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the result as JSON, too")
+    return parser.parse_intermixed_args(arguments)
+
+
+def resolve(options: argparse.Namespace) -> Config:
+    """The configuration that the command line asks for, with the weights to evaluate as `model.path`."""
+    from asyncrl import checkpoint
+
+    files: list[Any] = [word for word in options.words if "=" not in word]
+    words = [word for word in options.words if "=" in word]
+    run = Path(options.model)
+    model = options.model
+    if (run / "metrics.jsonl").exists():
+        model = str(checkpoint.latest(run / "checkpoints"))
+        files.insert(0, run / "config.json")
+    if len(files) > 1:
+        raise ValueError(f"one configuration file at most, got {', '.join(map(str, files))}; a run brings its own")
+    asked = [f"env.path={options.env}"] if options.env else []
+    if options.n is not None:
+        asked += [f"eval.num_samples={options.n}", f"eval.temperature={1.0 if options.n > 1 else 0.0}"]
+    return configuration.load(
+        files[0] if files else None, [f"model.path={model}", "warmup.num_steps=0", *asked, *words]
+    )
+
+
+async def evaluate(config: Config) -> dict[str, Any]:
+    """Plays every held-out prompt on one engine in this process; the metrics, and each prompt's rewards."""
+    from asyncrl.envs.base import load_env
+    from asyncrl.evaluation import summarize
+    from asyncrl.model import load_tokenizer
+    from asyncrl.runtime.parts import build_rollout
+    from asyncrl.warmup import prepare
+
+    folder = str(prepare(config))
+    env = load_env(config.env.path, load_tokenizer(folder), config.env.args)
+    prompts = list(islice(env.prompts("heldout", 0), config.eval.num_prompts))
+    rollout = await build_rollout(config, folder, placement_here(config))
+    begin = time.monotonic()
+    try:
+        groups = await rollout.evaluate(prompts)
+    finally:
+        await rollout.close()
+    seconds = time.monotonic() - begin
+    return {
+        "model": config.model.path,
+        "env": config.env.path,
+        "env_args": config.env.args,
+        "num_prompts": len(prompts),
+        "num_samples": config.eval.num_samples,
+        "temperature": config.eval.temperature,
+        "tokens_per_s": sum(length for group in groups for length in group.lengths) / seconds,
+        "total_s": seconds,
+        "no_skill": env.baselines(prompts),
+        "metrics": summarize(groups, 0, config.eval.pass_reward),
+        "prompts": [{"id": group.prompt.id, "rewards": group.rewards} for group in groups],
+    }
+
+
+def placement_here(config: Config) -> Any:
+    """The GPUs that this process sees, or the CPU."""
+    import torch
+
+    from asyncrl.runtime.placement import Placement
+
+    gpus = config.rollout.tensor_parallel_size if config.device != "cpu" and torch.cuda.is_available() else 0
+    return Placement("cuda" if gpus else "cpu", 0, gpus, "gloo")
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result as a few lines."""
+    metrics = result["metrics"]
+    lines = [
+        f"{result['model']} on {result['env']}: {result['num_prompts']} prompts x {result['num_samples']}, "
+        f"temperature {result['temperature']:g}",
+        f"mean reward  {metrics['eval/accuracy']:.4f}  ({metrics['eval/low']:.4f} to {metrics['eval/high']:.4f}, 95 %)",
+    ]
+    for name, value in metrics.items():
+        if name.startswith("eval/pass@"):
+            lines.append(f"{name.removeprefix('eval/'):<12} {value:.4f}")
+    lines += [f"no skill     {score:.4f}  ({name})" for name, score in result["no_skill"].items()]
+    lines.append(f"truncated    {metrics['eval/truncated']:.4f}")
+    lines.append(f"mean length  {metrics['eval/mean_length']:.1f} tokens, {result['tokens_per_s']:.0f} tokens/s")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""Any data set as an environment: files and columns, reward functions in TRL's signature, and everything that can be
+wrong with either: an error that says what to do, or a counted skip."""
+
+import asyncio
+import itertools
+import json
+import time
+
+import pyarrow
+import pytest
+from helpers import TextTokenizer, attempt
+from pyarrow import parquet
+
+from asyncrl.envs.base import load_env
+from asyncrl.envs.dataset import DatasetEnv
+
+ROWS = [{"question": f"What is {n} + 1?", "answer": str(n + 1), "level": n % 3} for n in range(60)]
+
+
+def length_reward(completions, **_kwargs):
+    return [len(completion) / 10 for completion in completions]
+
+
+def level_reward(prompts, completions, answer, level, **kwargs):
+    assert len(prompts) == len(completions) == len(kwargs["completion_ids"]) == 1
+    return [float(text == right) * (1 + stars) for text, right, stars in zip(completions, answer, level, strict=True)]
+
+
+async def slow_reward(completions, **_kwargs):
+    await asyncio.sleep(30)
+    return [0.0] * len(completions)
+
+
+def blocking_reward(completions, **_kwargs):
+    time.sleep(0.5)
+    return [0.0] * len(completions)
+
+
+def last_role_reward(prompts, completions, **_kwargs):
+    return [
+        float(p[-1]["role"] == "user" and c[0] == {"role": "assistant", "content": "yes"})
+        for p, c in zip(prompts, completions, strict=True)
+    ]
+
+
+def make(path, rows=ROWS, **args):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"source": str(path), "prompt": "question", "reward": "test_dataset:level_reward"}
+    return load_env("asyncrl.envs.dataset:DatasetEnv", TextTokenizer(), settings | args)
+
+
+def test_an_epoch_has_every_training_row_once_and_no_heldout_row(tmp_path):
+    env = make(tmp_path / "data.jsonl")
+    heldout = list(env.prompts("heldout", 0))
+    size = len(ROWS) - len(heldout)
+    two_epochs = list(itertools.islice(env.prompts("train", 0), 2 * size))
+    assert 0 < len(heldout) < 20
+    assert [prompt.id for prompt in two_epochs] == list(range(2 * size))
+    first, second = ([p.token_ids for p in two_epochs[part]] for part in (slice(size), slice(size, None)))
+    assert first != second
+    assert sorted(first) == sorted(second)
+    assert not set(first) & {prompt.token_ids for prompt in heldout}
+    assert len(set(first)) == size
+    again = make(tmp_path / "data.jsonl")
+    assert list(itertools.islice(again.prompts("train", 0), 2 * size)) == two_epochs
+
+
+def test_parquet_folders_and_named_splits(tmp_path):
+    for split, rows in (("train", ROWS[:50]), ("dev", ROWS[50:])):
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{split}.parquet")
+    env = DatasetEnv(TextTokenizer(), str(tmp_path), level_reward, prompt="question", target="answer", heldout="dev")
+    assert len(list(env.prompts("heldout", 0))) == 10
+    assert len({p.token_ids for p in itertools.islice(env.prompts("train", 0), 50)}) == 50
+
+
+def test_reward_functions_see_prompt_completion_and_columns(tmp_path):
+    env = make(tmp_path / "data.jsonl")
+    for prompt in itertools.islice(env.prompts("train", 0), 20):
+        number = int(TextTokenizer().decode(prompt.token_ids).split()[2])
+        assert attempt(env, prompt, str(number + 1)).reward == 1 + number % 3
+        assert attempt(env, prompt, str(number)).reward == 0
+
+
+def test_several_reward_functions_are_weighted_and_reported(tmp_path):
+    both = ["test_dataset:level_reward", "test_dataset:length_reward"]
+    env = make(tmp_path / "data.jsonl", reward=both, weights=[1.0, 0.5])
+    played = attempt(env, next(env.prompts("train", 0)), "wrong")
+    assert played.reward == pytest.approx(0.25)
+    assert played.metrics == {"level_reward": 0.0, "length_reward": 0.5}
+
+
+def test_conversations_reach_the_template_and_the_reward(tmp_path):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Is it?"}]
+    rows = [{"prompt": messages, "number": n} for n in range(30)]
+    env = make(tmp_path / "d.jsonl", rows, prompt="prompt", reward="test_dataset:last_role_reward", heldout="")
+    prompt = next(itertools.chain(env.prompts("train", 0)))
+    assert TextTokenizer().decode(prompt.token_ids) == "<system>Be brief.<user>Is it?<assistant>"
+    assert attempt(env, prompt, "yes").reward == 1.0
+    assert attempt(env, prompt, "no").reward == 0.0
+
+
+def test_the_no_skill_score_is_that_of_the_most_frequent_target(tmp_path):
+    rows = [{"question": f"{n}?", "answer": "b" if n % 4 else "a"} for n in range(400)]
+    env = make(tmp_path / "d.jsonl", rows, reward="asyncrl.envs.rewards:exact_match", target="answer")
+    heldout = list(env.prompts("heldout", 0))
+    share = sum(json.loads(prompt.target)["columns"]["answer"] == "b" for prompt in heldout) / len(heldout)
+    assert env.baselines(heldout) == {"always 'b'": share}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"prompt": "text"}, "has no column 'text': name one that it has, which are answer, level, question"),
+        ({"target": "solution"}, "has no column 'solution'"),
+        ({"reward": "test_dataset:nothing"}, r"env\.args\.reward 'test_dataset:nothing'.*has no 'nothing'"),
+        ({"reward": "nowhere:f"}, r"env\.args\.reward 'nowhere:f': no module 'nowhere'"),
+        ({"weights": [1, 2]}, "weights has 2 entries for 1 reward function"),
+        ({"max_prompt_tokens": 20}, r"prompt longer than 20 tokens: it has \d+ tokens: raise env.args.max_prompt_tok"),
+        ({"heldout": "test"}, "is one file, which has no split 'test'"),
+        ({"source": "nowhere.jsonl"}, "there is no data file 'nowhere.jsonl'"),
+        ({"num_shots": 2}, "worked examples need the column named by reply"),
+        ({"colour": "blue"}, "env.args does not fit.*unexpected keyword argument 'colour'; it takes source, reward"),
+    ],
+)
+def test_a_mistake_in_the_settings_is_named(tmp_path, args, message):
+    with pytest.raises(ValueError, match=message):
+        list(itertools.islice(make(tmp_path / "data.jsonl", **args).prompts("train", 0), 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no rows in split 'train'"),
+        ('{"question": "a"}\nbroken\n', "line 2 is no JSON"),
+        ("[1, 2]\n", "line 1: a row is an object with columns"),
+        ('{"question": null}\n{"question": "a"}\n', "row 0: unusable row: nothing in column 'question'"),
+    ],
+)
+def test_a_mistake_in_the_data_is_named(tmp_path, text, message):
+    path = tmp_path / "data.jsonl"
+    path.write_text(text)
+    env = DatasetEnv(TextTokenizer(), str(path), level_reward, prompt="question")
+    with pytest.raises(ValueError, match=message):
+        next(env.prompts("train", 0))
+
+
+def test_a_folder_without_the_split_says_what_it_holds(tmp_path):
+    (tmp_path / "dev.jsonl").write_text("{}\n")
+    env = DatasetEnv(TextTokenizer(), str(tmp_path), level_reward)
+    with pytest.raises(ValueError, match=r"no train\.jsonl or train\.parquet in the folder.*holds dev\.jsonl"):
+        next(env.prompts("train", 0))
+
+
+def test_bad_rows_are_skipped_and_counted_where_asked_for(tmp_path):
+    rows = [*ROWS, {"question": "x" * 100}, {"question": None}, {"question": "y" * 100}]
+    env = make(tmp_path / "data.jsonl", rows, bad_rows="skip", max_prompt_tokens=50, style="raw")
+    drawn = {p.token_ids for p in itertools.islice(env.prompts("train", 0), 200)}
+    drawn |= {p.token_ids for p in env.prompts("heldout", 0)}
+    assert len(drawn) == len(ROWS)
+    assert env.skipped == {"prompt longer than 50 tokens": 2, "unusable row": 1}
+
+
+def test_skipping_everything_is_an_error(tmp_path):
+    env = make(tmp_path / "data.jsonl", bad_rows="skip", max_prompt_tokens=5)
+    with pytest.raises(ValueError, match=r"no rows for 'train'.*longer than 5 tokens"):
+        next(env.prompts("train", 0))
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([float("nan")], "finite number.*got nan"),
+        ([float("inf")], "finite number.*got inf"),
+        (["high"], "finite number.*got 'high'"),
+        ([1.0, 2.0], r"got \[1\.0, 2\.0\] for one completion"),
+        (3.0, r"got 3\.0 for one completion"),
+        ([None], "said None"),
+    ],
+)
+def test_a_reward_that_is_no_finite_number_is_refused(tmp_path, returned, message):
+    def broken(**_kwargs):
+        return returned
+
+    env = make(tmp_path / "data.jsonl", reward=broken)
+    with pytest.raises(ValueError, match=message):
+        attempt(env, next(env.prompts("train", 0)), "1")
+
+
+@pytest.mark.parametrize("name", ["slow_reward", "blocking_reward"])
+def test_a_reward_function_that_takes_too_long_is_named(tmp_path, name):
+    env = make(tmp_path / "data.jsonl", reward=f"test_dataset:{name}", timeout_s=0.05)
+    with pytest.raises(TimeoutError, match=rf"'{name}' took longer than 0\.05 s"):
+        attempt(env, next(env.prompts("train", 0)), "1")

@@ -1,0 +1,157 @@
+"""Evaluation: pass@k against its definition, intervals against their coverage, and what the loop reports."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+from helpers import run, trajectory
+
+from asyncrl import config as configuration
+from asyncrl import job, metrics
+from asyncrl.evaluation import interval, ks, pass_at_k, summarize
+from asyncrl.model import build_tiny
+from asyncrl.rollout import Attempts, Rollout, make_group
+from asyncrl.types import Completion, Prompt, Sampling
+from launch import evaluate
+
+
+@pytest.mark.parametrize("num_samples", [1, 3, 6])
+def test_pass_at_k_is_the_share_of_subsets_with_a_pass(num_samples):
+    for passed in range(num_samples + 1):
+        samples = [1] * passed + [0] * (num_samples - passed)
+        for k in range(1, num_samples + 1):
+            subsets = list(itertools.combinations(samples, k))
+            share = sum(any(subset) for subset in subsets) / len(subsets)
+            assert pass_at_k(num_samples, passed, k) == pytest.approx(share)
+
+
+def test_pass_at_more_than_n_is_refused():
+    with pytest.raises(ValueError, match=r"pass@5 needs at least 5 samples a prompt, got 4"):
+        pass_at_k(4, 1, 5)
+
+
+def test_the_ks_reported():
+    assert [ks(n) for n in (1, 2, 4, 6, 16)] == [[1], [1, 2], [1, 2, 4], [1, 2, 4, 6], [1, 2, 4, 8, 16]]
+
+
+def test_one_attempt_a_prompt_gives_wilsons_interval():
+    # Newcombe 1998, table I: 81 of 263, and 0 of 20.
+    assert interval([1.0] * 81 + [0.0] * 182) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert interval([0.0] * 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+    assert interval([1.0] * 20) == pytest.approx((0.8389, 1.0), abs=1e-4)
+
+
+@pytest.mark.parametrize(("num_samples", "scale"), [(1, 1.0), (4, 1.0), (4, 5.0)])
+def test_intervals_hold_the_truth_as_often_as_they_say(num_samples, scale):
+    """Prompts differ in difficulty, so attempts of one prompt agree more than attempts of two."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        difficulty = rng.beta(0.5, 1.5, 150)
+        rewards = scale * rng.binomial(num_samples, difficulty) / num_samples
+        low, high = interval(rewards.tolist())
+        held += low <= scale * 0.25 <= high
+    assert 0.92 < held / 400 < 0.98
+
+
+def test_a_summary_of_groups():
+    def group(number, rewards, source, version=3):
+        played = [trajectory(2, 3, seed=n, reward=reward, version=version) for n, reward in enumerate(rewards)]
+        return make_group(Prompt(number, (1, 2), "", source), played)
+
+    groups = [group(0, [1, 0, 0, 0], "a"), group(1, [1, 1, 1, 1], "b"), group(2, [0.5, 0, 0, 0.5], "a", version=4)]
+    row = summarize(groups, 3, pass_reward=1.0)
+    assert row["eval/accuracy"] == pytest.approx((0.25 + 1 + 0.25) / 3)
+    assert row["eval/pass@1"] == pytest.approx((0.25 + 1) / 3)
+    assert row["eval/pass@4"] == pytest.approx(2 / 3)
+    assert (row["eval/a"], row["eval/b"]) == (0.25, 1.0)
+    assert row["eval/mixed_versions"] == pytest.approx(1 / 3)
+    assert row["eval/mean_length"] == 3
+    assert row["eval/low"] < row["eval/accuracy"] < row["eval/high"]
+
+
+class Engine:
+    """Counts requests in flight; every completion is one token that tells its seed."""
+
+    num_ranks, busy_s = 1, 0.0
+
+    def __init__(self):
+        self.running = self.most = 0
+        self.calls = []
+
+    async def generate(self, token_ids, sampling, seed):
+        import asyncio
+
+        self.calls.append((tuple(token_ids), sampling, seed))
+        self.running += 1
+        self.most = max(self.most, self.running)
+        await asyncio.sleep(0)
+        self.running -= 1
+        one = np.ones(1, np.int32)
+        return Completion(one, -one.astype(np.float32), one, "stop", {1: "x"})
+
+
+class First:
+    """Pays for the prompt's first token."""
+
+    async def play(self, prompt, generate):
+        from asyncrl.envs.base import single_turn
+
+        return single_turn(prompt, await generate(prompt.token_ids), float(prompt.token_ids[0]))
+
+
+def test_evaluation_draws_n_samples_with_its_own_settings_and_leaves_room():
+    engine = Engine()
+    settings = Attempts(Sampling(7, temperature=0.5, top_p=0.9), num_samples=3, max_running=4)
+    rollout = Rollout(engine, First(), Sampling(5), group_size=2, seed=0, evaluation=settings)
+    prompts = [Prompt(number, (number, 2), "") for number in range(6)]
+    groups = run(rollout.evaluate(prompts))
+    assert [group.prompt for group in groups] == prompts
+    assert [group.rewards for group in groups] == [(float(n),) * 3 for n in range(6)]
+    assert all(group.trajectories is None for group in groups)
+    assert {call[1] for call in engine.calls} == {settings.sampling}
+    assert len({call[2] for call in engine.calls}) == 18, "samples of one seed would be equal"
+    assert engine.most == 4
+
+
+def test_a_run_reports_pass_at_k(tmp_path):
+    words = ["runtime=local", "num_steps=2", "env.path=helpers:Sevens", "learner.groups_per_step=2", "eval.every=1"]
+    sampled = ["eval.num_samples=4", "eval.temperature=1", "eval.num_prompts=6", "eval.pass_reward=0.5"]
+    config = configuration.load(None, [*words, *sampled, "rollout.max_new_tokens=3", f"run_dir={tmp_path}"])
+    result = run(job.train(config, quiet=True))
+    rows = [row for row in metrics.read(result.folder) if "eval/accuracy" in row]
+    assert {row["version"] for row in rows} == {0, 1, 2}
+    for row in rows:
+        assert 0 <= row["eval/pass@1"] <= row["eval/pass@2"] <= row["eval/pass@4"] <= 1
+        assert row["eval/low"] <= row["eval/accuracy"] <= row["eval/high"]
+        assert not math.isnan(row["eval/truncated"])
+
+
+def test_a_run_is_evaluated_alone_and_scores_what_it_scored(tmp_path, capsys):
+    words = ["runtime=local", "num_steps=1", "env.path=helpers:Sevens", "learner.groups_per_step=2", "eval.every=0"]
+    config = configuration.load(
+        None, [*words, "eval.num_prompts=20", "learner.learning_rate=1e-2", f"run_dir={tmp_path}"]
+    )
+    result = run(job.train(config, quiet=True))
+    output = tmp_path / "result.json"
+    assert evaluate.main([str(result.folder), "--output", str(output)]) == 0
+    alone = json.loads(output.read_text())
+    assert alone["metrics"]["eval/accuracy"] == pytest.approx(result.accuracy)
+    assert alone["model"].endswith("step-000001")
+    assert "20 prompts x 1, temperature 0" in capsys.readouterr().out
+
+
+def test_a_model_is_evaluated_with_several_attempts(tmp_path, capsys):
+    folder = tmp_path / "tiny"
+    build_tiny(folder, seed=0)
+    words = ["--env", "asyncrl.envs.digits:LargestDigit", "--n", "4", "eval.num_prompts=16", "eval.temperature=2"]
+    assert evaluate.main([str(folder), *words]) == 0
+    out = capsys.readouterr().out
+    assert "16 prompts x 4, temperature 2" in out
+    assert "pass@4" in out
+    assert "no skill" in out
+    assert evaluate.main([str(folder), "eval.num_samples=4"]) == 2
+    assert "greedy samples of a prompt are all equal" in capsys.readouterr().err
+    assert evaluate.main([str(tmp_path / "nothing")]) == 2

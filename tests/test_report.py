@@ -1,0 +1,221 @@
+"""A run, seen afterwards and from outside: the page, the terminal view, sampled trajectories and the other sinks."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import types
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pandas
+import pytest
+from helpers import run
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from asyncrl import config as configuration
+from asyncrl import job, metrics, samples
+from asyncrl.sinks import Prometheus, WeightsAndBiases
+
+LAUNCH = Path(__file__).parent.parent / "launch"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM_FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update", "--hide-scrollbars"),
+    *("--enable-logging=stderr", "--virtual-time-budget=3000", "--window-size=1320,2900"),
+]
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, LAUNCH / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+report, watch = script("report"), script("watch")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run of 12 short steps that drops groups."""
+    config = configuration.load(
+        None,
+        [
+            *("runtime=local", "num_steps=12", "env.path=helpers:Sevens", "rollout.max_new_tokens=3"),
+            *("rollout.group_size=4", "learner.groups_per_step=4", "eval.num_prompts=8", "eval.every=4"),
+            *("algorithm.drop_zero_variance=true", "metrics.sample_trajectories=3"),
+            f"run_dir={tmp_path_factory.mktemp('runs')}",
+        ],
+    )
+    return run(job.train(config, quiet=True)).folder
+
+
+def data_of(page):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+
+
+def test_the_page_holds_the_run_and_needs_no_network(folder, tmp_path):
+    out = tmp_path / "page.html"
+    assert report.main([str(folder), "--out", str(out), "--trace", str(tmp_path / "trace.json")]) == 0
+    page = out.read_text()
+    assert "http" not in re.sub(r"http://www\.w3\.org/2000/svg", "", page.split('id="data"')[0])
+    data = data_of(page)
+    assert data["steps"]["version"] == list(range(1, 13))
+    assert [version for version, _ in data["evals"]] == [0, 4, 8, 12]
+    assert data["timeline"]["lanes"][0] == "learner"
+    assert {"rollout 0", "rollout 1"} <= set(data["timeline"]["lanes"])
+    dropped = metrics.read(folder)[-2]["buffer/dropped"]
+    assert data["drops"]["reasons"]["zero variance"] >= dropped > 0
+    assert sum(data["drops"]["dropped"]["shares"]) == pytest.approx(1)
+    assert {row["key"]: row["value"] for row in data["config"]}["num_steps"] == 12
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def test_a_window_of_steps(folder, capsys):
+    shown = report.collect(folder, (5, 6))["timeline"]
+    assert {5, 6} <= {version for version, _, _ in shown["steps"]} <= {4, 5, 6, 7}
+    assert report.main([str(folder), "--steps", "40:50"]) == 2
+    assert "has no steps 40:50; it has 1:12" in capsys.readouterr().err
+    assert report.main([str(folder), "--steps", "9"]) == 2
+    assert "--steps is FIRST:LAST" in capsys.readouterr().err
+
+
+def test_a_run_that_has_just_begun_has_a_page(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(configuration.to_tree(configuration.Config())))
+    (tmp_path / "metrics.jsonl").write_text('{"version": 0, "time": 1.0, "eval/accuracy": 0.25}\n{"version": 1, "rew')
+    assert report.main([str(tmp_path)]) == 0
+    data = data_of((tmp_path / "report.html").read_text())
+    assert data["evals"] == [[0, 0.25]]
+    assert data["blame"] is None
+    assert report.main([str(tmp_path / "nowhere")]) == 2
+    assert "is no run folder" in capsys.readouterr().err
+
+
+def test_text_of_a_sample_cannot_leave_its_script_element(folder):
+    data = report.collect(folder)
+    data["samples"][0]["tokens"][0] = "</script><b>{{data}}"
+    page = report.render(data)
+    assert "</script><b>" not in page
+    assert data_of(page)["samples"][0]["tokens"][0] == "</script><b>{{data}}"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, none here")
+def test_the_page_draws_in_a_browser(folder, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text(report.render(report.collect(folder)))
+    flags = [*CHROMIUM_FLAGS, f"--user-data-dir={tmp_path / 'profile'}"]
+    dom = subprocess.run(
+        [CHROMIUM, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=100, check=True
+    )
+    assert "CONSOLE" not in dom.stderr, "the page logged an error"
+    body = dom.stdout.split('id="data"')[0]
+    assert body.count("<svg") >= 14
+    assert body.count('class="sample"') == 3
+    assert "undefined" not in body
+    assert "NaN" not in body
+    picture = tmp_path / "page.png"
+    subprocess.run(
+        [CHROMIUM, *flags, f"--screenshot={picture}", page.as_uri()], capture_output=True, timeout=100, check=True
+    )
+    assert picture.stat().st_size > 100_000
+
+
+def test_sampled_trajectories_open_in_pandas_with_every_column(folder):
+    table = pandas.concat(pandas.read_parquet(path) for path in sorted((folder / samples.FOLDER).glob("*.parquet")))
+    assert len(table) == 12 * 3
+    assert (table.groupby("version")["prompt_id"].nunique() == 1).all(), "one group a step"
+    for row in table.itertuples():
+        assert len(row.token_ids) == len(row.tokens) == len(row.mask) == len(row.logprobs) == len(row.versions)
+        own = row.mask.astype(bool)
+        assert (row.logprobs[own] < 0).all()
+        assert row.versions[own].max() < row.version, "trained by the step that made the version"
+        assert row.reward == pytest.approx((row.tokens[own] == "7").mean())
+        assert row.advantage != 0, "groups without variance were dropped"
+    assert [row["version"] for row in samples.read(folder)] == sorted([*range(1, 13)] * 3)
+
+
+def test_tensorboard_has_the_metrics_the_settings_and_texts(folder):
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    tags = board.Tags()
+    assert set(metrics.METRICS) == set(tags["scalars"])
+    assert {"config/text_summary", "samples/text_summary"} <= set(tags["tensors"])
+    named = {name for charts in metrics.OVERVIEW.values() for names in charts.values() for name in names}
+    assert named <= set(metrics.METRICS)
+
+
+def test_watching_a_run_that_grows(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    path = tmp_path / "metrics.jsonl"
+    follower = watch.Follower(path)
+    assert follower.read() == []
+    path.write_bytes(b"".join(lines[:4]) + lines[4][:30])
+    assert len(follower.read()) == 4
+    path.write_bytes(b"".join(lines))
+    assert follower.read() == metrics.read(folder)
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(watch.view("a run", config, follower.read()))
+    text = console.export_text()
+    assert "step 12 of 12" in text
+    assert "learner for groups" in text
+
+
+def test_watching_once_and_nothing(folder, tmp_path, capsys):
+    assert watch.main([str(folder), "--once"]) == 0
+    assert "step 12 of 12" in capsys.readouterr().out
+    assert watch.main([str(tmp_path)]) == 2
+    assert "is no run folder" in capsys.readouterr().err
+
+
+def test_prometheus_reads_the_newest_values_on_loopback():
+    sink = Prometheus(0, metrics.METRICS)
+    try:
+        sink.write(3, {"reward/mean": 0.25, "lag/mean": float("nan")})
+        sink.write(4, {"reward/mean": 0.5})
+        address = f"http://127.0.0.1:{sink.port}"
+        text = urllib.request.urlopen(f"{address}/metrics", timeout=10).read().decode()
+        assert f"# HELP asyncrl_reward_mean {metrics.METRICS['reward/mean']}\n" in text
+        assert "\nasyncrl_reward_mean 0.5\n" in text
+        assert "\nasyncrl_lag_mean NaN\n" in text
+        assert "\nasyncrl_version 4\n" in text
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{address}/", timeout=10)
+        with pytest.raises(ValueError, match=rf"metrics\.prometheus_port {sink.port} cannot be opened"):
+            Prometheus(sink.port, {})
+    finally:
+        sink.close()
+
+
+class FakeWandb(types.ModuleType):
+    """Records what it is told, in place of the package."""
+
+    def init(self, **arguments):
+        self.arguments, self.logged, self.finished = arguments, [], False
+        return self
+
+    def log(self, row):
+        self.logged.append(row)
+
+    def finish(self):
+        self.finished = True
+
+
+def test_weights_and_biases_by_one_line_of_configuration(tmp_path, monkeypatch):
+    config = configuration.load(None, ["metrics.wandb=my-project"])
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="package wandb is not installed: pip install wandb"):
+        WeightsAndBiases(tmp_path, config)
+    fake = FakeWandb("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    sink = WeightsAndBiases(tmp_path, config)
+    sink.write(7, {"reward/mean": 0.5})
+    sink.close()
+    assert (fake.arguments["project"], fake.arguments["config"]) == ("my-project", configuration.to_tree(config))
+    assert fake.logged == [{"version": 7, "reward/mean": 0.5}]
+    assert fake.finished

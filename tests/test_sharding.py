@@ -1,0 +1,209 @@
+"""A learner of several ranks does what a learner of one does. Ranks are processes that meet over gloo."""
+
+import multiprocessing
+import threading
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+from helpers import trajectory
+from torch import distributed
+
+from asyncrl import checkpoint
+from asyncrl import config as configuration
+from asyncrl.checkpoint import Cursor
+from asyncrl.learner import Learner
+from asyncrl.model import build_tiny, empty_model, load_model
+from asyncrl.runtime.parts import LearnerPart
+from asyncrl.runtime.placement import plan
+from asyncrl.sharding import Ranks, join_ranks
+from asyncrl.transport import BroadcastGroup, open_rendezvous
+from asyncrl.weights import digest_of
+
+pytestmark = pytest.mark.timeout(120)
+SMALL = ["learner.micro_batch_tokens=70", "learner.learning_rate=1e-3", "rollout.max_new_tokens=12"]
+EVERYTHING = [  # each changes what a pass computes: a reference model, an entropy gradient, and what is computed twice
+    *SMALL,
+    "algorithm.loss.reference_kl=0.1",
+    "algorithm.loss.entropy_bonus=0.05",
+    "learner.activation_checkpointing=true",
+    "learner.head_chunk=7",
+    "algorithm.preset=vcpo",  # whose learning rate comes from all ranks' ratios
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    build_tiny(path, seed=3)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["asyncrl.runtime.parts"])
+    with ProcessPoolExecutor(4, mp_context=context) as pool:
+        yield pool
+
+
+@pytest.fixture
+def on_ranks(processes):
+    """`on_ranks(n, function, ...)` returns what `function(ranks, ...)` returns at each of n ranks."""
+
+    def call(num_ranks, function, *arguments):
+        where, store = open_rendezvous("127.0.0.1", num_ranks, 40)  # which also ends a collective that waits in vain
+        calls = [processes.submit(at_rank, where, rank, function, arguments) for rank in range(num_ranks)]
+        answers = [call.result() for call in calls]
+        del store  # the ranks met at it
+        return answers
+
+    return call
+
+
+def at_rank(where, rank, function, arguments):
+    torch.set_num_threads(1)
+    ranks = join_ranks(where, rank, "cpu")
+    try:
+        return function(ranks, *arguments)
+    finally:
+        distributed.destroy_process_group()
+
+
+def make_groups(sizes, seed=0):
+    """One group for each list of completion lengths."""
+    return [
+        [trajectory(4, n, seed=97 * (seed + g) + i, reward=float(i % 2)) for i, n in enumerate(group)]
+        for g, group in enumerate(sizes)
+    ]
+
+
+def make_learner(ranks, folder, words):
+    if ranks.is_first:
+        model, reference = (load_model(folder, dtype=torch.float32, device="cpu") for _ in range(2))
+    else:
+        model, reference = empty_model(folder), empty_model(folder)
+    return Learner(configuration.load(None, words), model, 40, reference=reference, ranks=ranks)
+
+
+def train(ranks, folder, words, batches):
+    """Metrics of each step, then the weights and the optimizer's state."""
+    learner = make_learner(ranks, folder, words)
+    metrics = [learner.step(batch) for batch in batches]
+    return metrics, learner.weights(), learner.state()
+
+
+def assert_close(some, others, rtol=0.0, atol=1e-5):
+    assert some.keys() == others.keys()
+    for name, value in some.items():
+        torch.testing.assert_close(
+            value, others[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ([[3, 9, 12, 5], [1, 2, 12, 12], [7, 7, 7, 1], [12, 1, 1, 1]], SMALL),
+        ([[12, 3, 1], [2, 9, 4, 12, 1, 1, 6]], EVERYTHING),  # groups of different sizes, a different share at each rank
+        ([[12, 2, 1]], SMALL),  # with four ranks, one has nothing to train
+    ],
+)
+def test_ranks_train_as_one(on_ranks, folder, num_ranks, sizes, words):
+    batches = [make_groups(sizes, seed) for seed in range(3)]
+    metrics, weights, state = train(Ranks(), folder, words, batches)
+    before = make_learner(Ranks(), folder, words).weights()
+    assert max(float((weights[name] - before[name]).abs().max()) for name in weights) > 1e-4, "nothing was trained"
+
+    first, *others = on_ranks(num_ranks, train, folder, words, batches)
+    for mine, wanted in zip(first[0], metrics, strict=True):
+        wanted.pop("learner/row_fill")  # rows are filled for each rank apart
+        assert 0 < mine.pop("learner/row_fill") <= 1
+        assert mine == pytest.approx(wanted, rel=1e-4, abs=1e-6, nan_ok=True)
+    assert_close(first[1], weights)
+    assert_close(first[2], state)
+    assert others == [([{}, {}, {}], {}, {})] * (num_ranks - 1)
+
+
+def save_after_a_step(ranks, config, folder, root, batch):
+    part = LearnerPart(config, folder, None, plan(config, 0), ranks=ranks)
+    part.learner.step(batch)
+    part.save(root, Cursor(1, 9, [7]))
+
+
+def go_on(ranks, config, folder, root, batch):
+    part = LearnerPart(config, folder, checkpoint.latest(root), plan(config, 0), ranks=ranks)
+    part.learner.step(batch)
+    return part.learner.version, part.learner.weights(), part.learner.state()
+
+
+def test_a_checkpoint_loads_anywhere_and_goes_on_with_any_number_of_ranks(on_ranks, folder, tmp_path):
+    config = configuration.load(None, SMALL)
+    batches = [make_groups([[3, 9, 12, 5], [1, 2, 12, 12]], seed) for seed in range(2)]
+    on_ranks(2, save_after_a_step, config, folder, tmp_path / "two", batches[0])
+    save_after_a_step(None, config, folder, tmp_path / "one", batches[0])
+    two, one = (checkpoint.latest(tmp_path / name) for name in ("two", "one"))
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+    loaded = [load_model(path, dtype=torch.float32, device="cpu").state_dict() for path in (two, one)]
+    assert_close(*loaded)
+
+    version, weights, state = go_on(None, config, folder, tmp_path / "one", batches[1])
+    assert version == 2
+    again = {
+        num_ranks: on_ranks(num_ranks, go_on, config, folder, tmp_path / "two", batches[1])[0] for num_ranks in (2, 4)
+    }
+    again[1] = go_on(None, config, folder, tmp_path / "two", batches[1])
+    for of_version, of_weights, of_state in again.values():
+        assert of_version == 2
+        assert_close(of_weights, weights)
+        assert_close(of_state, state)
+
+
+def publish_twice(ranks, folder, batch, meetings):
+    """Once to an engine that leaves in the middle, then to one that stays."""
+    words = [*SMALL, "weights.bucket_mb=0.2", "weights.timeout_s=20", "rollout.dtype=bfloat16"]
+    learner = make_learner(ranks, folder, words)
+    learner.step(batch)
+    sent = []
+    for meeting in meetings:
+        if ranks.is_first:
+            meeting.put((learner.rendezvous(2), learner.buckets))
+            learner.join()
+        learner.prepare()
+        try:
+            sent.append(learner.broadcast())
+        except RuntimeError as error:
+            sent.append(str(error))
+    return sent, learner.weights()
+
+
+def receive(meeting, num_buckets=None):
+    """The engine's side; all buckets by default."""
+    where, buckets = meeting.get(timeout=40)
+    group, received = BroadcastGroup(where, 1), {}
+    for bucket in buckets[:num_buckets]:
+        flat = torch.empty(bucket.num_bytes, dtype=torch.uint8)
+        group.broadcast(flat)
+        received |= dict(bucket.unpack(flat))
+    return buckets, received
+
+
+def test_full_weights_leave_the_first_rank_also_after_an_engine_left_in_the_middle(on_ranks, folder):
+    found = []
+    with multiprocessing.get_context("forkserver").Manager() as manager:
+        meetings = [manager.Queue() for _ in range(2)]
+
+        def engines():
+            receive(meetings[0], 1)
+            found.append(receive(meetings[1]))
+
+        thread = threading.Thread(target=engines)
+        thread.start()
+        (sent, weights), *others = on_ranks(2, publish_twice, folder, make_groups([[3, 9, 12, 5]]), meetings)
+        thread.join(40)
+    ((buckets, received),) = found
+    assert len(buckets) > 3
+    assert "broadcast of" in sent[0]
+    assert sent[1] == digest_of(buckets, received) == digest_of(buckets, weights)
+    assert others == [(["", ""], {})]

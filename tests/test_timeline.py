@@ -1,0 +1,147 @@
+"""Spans survive what happens to a run, and the waits of a step are the ones that took place."""
+
+import json
+import math
+
+import pytest
+
+from asyncrl import timeline
+from asyncrl.blame import METRICS, blame, longest, waits
+from asyncrl.timeline import Span, Timeline
+
+
+def test_spans_come_back_as_they_were_recorded(tmp_path):
+    path = tmp_path / "timeline.jsonl"
+    line = Timeline(path)
+    with line.span("learner", "step", version=3) as facts:
+        line.count("buffer", "ready", 5)
+        facts["loss"] = 0.5
+    with pytest.raises(KeyError), line.span("rollout 0", "group", prompt=1):
+        raise KeyError
+    line.close()
+    (count, step, failed), num_damaged = timeline.read(path)
+    assert num_damaged == 0
+    assert (step.lane, step.name, step.facts) == ("learner", "step", {"version": 3, "loss": 0.5})
+    assert step.begin_s <= count.begin_s == count.end_s <= step.end_s <= failed.begin_s
+    assert count.facts == {"value": 5}
+    assert failed.facts == {"prompt": 1, "error": "KeyError"}
+
+
+def test_half_a_line_of_a_killed_run_costs_that_line_only(tmp_path):
+    path = tmp_path / "timeline.jsonl"
+    first = Timeline(path)
+    first.mark("buffer", "drop", reason="zero variance")
+    first.close()
+    with path.open("ab") as file:
+        file.write(b'{"lane":"learner","na')
+    assert [len(part) if isinstance(part, list) else part for part in timeline.read(path)] == [1, 1]
+    resumed = Timeline(path)
+    resumed.mark("buffer", "drop", reason="again")
+    resumed.close()
+    spans, num_damaged = timeline.read(path)
+    assert ([span.facts["reason"] for span in spans], num_damaged) == (["zero variance", "again"], 1)
+
+
+def test_open_spans_count_until_now_and_old_ones_are_forgotten():
+    line = Timeline()
+    line.mark("learner", "old")
+    begin = line.now()
+    with line.span("rollout 0", "group"):
+        (span,) = [span for span in line.since(begin) if span.begin_s >= begin]
+        assert span.name == "group"
+        assert span.end_s >= span.begin_s
+    assert [span.name for span in line.since(begin)] == ["group"]
+
+
+def test_overlapping_intervals_are_covered_once():
+    intervals = [(1.0, 3.0), (2.0, 4.0), (2.5, 2.6), (8.0, 20.0), (-5.0, 0.5)]
+    assert timeline.covered_s(intervals, 0.0, 10.0) == pytest.approx(0.5 + 3 + 2)
+    assert timeline.covered_s([], 0.0, 10.0) == 0.0
+
+
+def test_the_waits_of_a_step():
+    """Window 0..10. Learner: 3 s for groups (1 s earlier), 1 s update. Actor 0 busy 5 s, actor 1 9 s."""
+    spans = [
+        Span("learner", "wait for groups", -1, 3),
+        Span("learner", "step", 3, 8),
+        Span("learner", "update weights", 8, 9),
+        Span("learner", "checkpoint", 9, 9.5),
+        Span("rollout 0", "group", 0, 4),
+        Span("rollout 0", "group", 1, 3),
+        Span("rollout 0", "update", 8, 9, {"pause_s": 0.6}),
+        Span("rollout 1", "evaluation", 0, 2),
+        Span("rollout 1", "group", 1, 9),
+        Span("rollout 1", "update", 8, 9, {"pause_s": 0.2}),
+    ]
+    found = waits(spans, 0, 10, num_actors=2)
+    assert list(found) == list(METRICS)
+    assert found == pytest.approx(
+        {
+            "wait/learner_for_groups_s": 3,
+            "wait/learner_for_weights_s": 1,
+            "wait/learner_for_checkpoint_s": 0.5,
+            "wait/rollout_for_slots_s": (5 + 1) / 2,
+            "wait/rollout_for_weights_s": 0.4,
+            "wait/rollout_for_evaluation_s": 1,
+            "wait/window_s": 10,
+        }
+    )
+    assert longest(found) == "learner for groups 3.00 s"
+
+
+def test_without_lanes_of_actors_their_waits_are_unknown():
+    found = waits([Span("learner", "step", 0, 1)], 0, 1, num_actors=2)
+    assert math.isnan(found["wait/rollout_for_slots_s"])
+    assert found["wait/learner_for_groups_s"] == 0
+
+
+def row(*, groups=0.0, slots=0.0, weights=0.0, idle=0.0, actors=2.0):
+    window = dict.fromkeys(METRICS, 0.0) | {"wait/window_s": 10.0}
+    window |= {"wait/learner_for_groups_s": groups, "wait/rollout_for_slots_s": slots}
+    window |= {"wait/learner_for_weights_s": weights}
+    return window | {
+        "rollout/num_actors": actors,
+        "rollout/idle": idle,
+        "time/step_s": 10 - groups - weights,
+        "time/sync_s": weights,
+    }
+
+
+@pytest.mark.parametrize(
+    ("step", "words", "balanced"),
+    [
+        # Two actors always busy for a learner that works 6.2 of 10 s: 2 / 0.62 = 3.2 actors would keep it busy.
+        (row(groups=3.8), "the learner waited 38% of the time for groups: set rollout.num_actors=4 (now 2)", 4),
+        # Three actors busy a quarter of the time: one would do.
+        (row(slots=7.5, idle=0.75, actors=3.0), "rollout.num_actors=1 would do (now 3)", 1),
+        (row(slots=3.0, idle=0.1, actors=1.0), "give the learner more (learner.num_gpus", 1),
+        (row(weights=2.0), "weight updates took 20% of the time: raise learner.groups_per_step", 2),
+        (row(groups=4.0, slots=3.0, idle=0.3), "raise buffer.max_staleness", 3),
+        (row(groups=0.5, slots=0.4), "the system is balanced", 3),
+    ],
+)
+def test_the_advice_names_who_waits_and_what_to_change(step, words, balanced):
+    found = blame([step, step])
+    assert words in found.sentence
+    assert found.balanced_actors == balanced
+
+
+def test_no_steps_no_blame():
+    assert blame([]) is None
+
+
+def test_the_trace_pairs_overlapping_groups_and_keeps_lanes():
+    spans = [
+        Span("rollout 0", "group", 10.0, 12.0, {"prompt": 1}),
+        Span("rollout 0", "group", 11.0, 13.0, {"prompt": 2}),
+        Span("learner", "step", 10.5, 11.5),
+        Span("buffer", "ready", 12.0, 12.0, {"value": 1}),
+        Span("buffer", "drop", 12.5, 12.5),
+    ]
+    events = json.loads(json.dumps(timeline.perfetto(spans)))["traceEvents"]
+    begins = {event["id"]: event["ts"] for event in events if event["ph"] == "b"}
+    ends = {event["id"]: event["ts"] for event in events if event["ph"] == "e"}
+    assert {key: ends[key] - begin for key, begin in begins.items()} == {0: 2_000_000, 2: 2_000_000}
+    (step,) = [event for event in events if event["ph"] == "X"]
+    assert (step["ts"], step["dur"]) == (500_000, 1_000_000)
+    assert {event["ph"] for event in events} == {"M", "b", "e", "X", "C", "i"}

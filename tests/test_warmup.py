@@ -1,0 +1,67 @@
+"""The supervised warm-up: what its loss sees, parts of a batch, and its cache."""
+
+import pytest
+import torch
+
+from asyncrl import config as configuration
+from asyncrl.envs.base import load_env
+from asyncrl.model import build_tiny, load_model, load_tokenizer
+from asyncrl.warmup import prepare, warm_up
+
+WORDS = ["env.path=asyncrl.envs.digits:SortDigits", "warmup.batch_size=12", "warmup.learning_rate=1e-3"]
+
+
+class Fixed:
+    """A teacher whose pairs are given."""
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def demonstrations(self, seed):
+        del seed
+        while True:
+            yield from self.pairs
+
+
+@pytest.fixture
+def folder(tmp_path):
+    build_tiny(tmp_path / "tiny", seed=0)
+    return tmp_path / "tiny"
+
+
+def warmed(folder, env, *words):
+    config = configuration.load(None, [*WORDS, *words])
+    model = load_model(folder, dtype=torch.float32, device="cpu")
+    warm_up(model, env or load_env(config.env.path, load_tokenizer(folder), {}), config, quiet=True)
+    return model
+
+
+def test_parts_of_a_batch_give_the_step_of_the_whole(folder):
+    whole = warmed(folder, None, "warmup.num_steps=3")
+    parts = warmed(folder, None, "warmup.num_steps=3", "warmup.micro_batch_size=5")
+    for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_it_teaches_the_replies_and_their_end(folder):
+    pairs = [([2, 3, 4], [5, 6, 1]), ([7], [8, 1])]
+    model = warmed(folder, Fixed(pairs), "warmup.num_steps=40")
+    for prompt, reply in pairs:
+        logits = model(input_ids=torch.tensor([prompt + reply])).logits[0]
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == reply
+        assert logits[: len(prompt) - 1].argmax(-1).tolist() != prompt[1:] or len(prompt) == 1, "prompts carry no loss"
+
+
+def test_an_environment_that_cannot_show_is_refused(folder):
+    with pytest.raises(ValueError, match=r"LargestDigit has no demonstrations\(\); set warmup.num_steps=0"):
+        prepare(configuration.load(None, ["warmup.num_steps=1", f"run_dir={folder.parent}"]), quiet=True)
+
+
+def test_the_result_is_made_once_for_each_combination_of_settings(tmp_path):
+    words = [*WORDS, "warmup.num_steps=1", f"run_dir={tmp_path}"]
+    first = prepare(configuration.load(None, words), quiet=True)
+    stamp = (first / "model.safetensors").stat().st_mtime_ns
+    assert prepare(configuration.load(None, words), quiet=True) == first
+    assert (first / "model.safetensors").stat().st_mtime_ns == stamp
+    assert prepare(configuration.load(None, [*words, "warmup.num_steps=2"]), quiet=True) != first
+    assert not list((tmp_path / "cache").glob("*.partial"))
