@@ -146,6 +146,9 @@ class EvalConfig(_Section, frozen=True, kw_only=True):
     top_p: float = 1.0
     pass_reward: float = 1.0
     """The reward from which on an attempt passes, for pass@k."""
+    num_actors: int = 0
+    """Engines for evaluation alone: they hold the version under evaluation still while the rollout actors go on. With
+    none, rollout actors evaluate, and later weights reach their attempts."""
     max_running: int = 64
     """Attempts that evaluation has in flight on each engine, so that training's do not wait behind all of them."""
 
@@ -224,6 +227,11 @@ class Config(_Section, frozen=True, kw_only=True):
     journal: JournalConfig = JournalConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     metrics: MetricsConfig = MetricsConfig()
+
+    @property
+    def num_engines(self) -> int:
+        """Rollout actors, those for evaluation included."""
+        return self.rollout.num_actors + self.eval.num_actors
 
     @property
     def loss(self) -> presets.Loss:

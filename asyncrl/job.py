@@ -86,7 +86,8 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
             env.prompts("train", config.seed), journal, folder / "groups", keep_groups=config.journal.keep_groups
         )
         async with runtime.open_actors(config, initial, saved, folder / "groups") as (learner, actors):
-            pool = RolloutPool(actors, config.rollout.max_attempts, metrics.timeline)
+            training, evaluating = actors[: config.rollout.num_actors], actors[config.rollout.num_actors :]
+            pool = RolloutPool(training, config.rollout.max_attempts, metrics.timeline)
             pool.watchdog = watchdog = make_watchdog(config, folder, learner, pool, metrics.say)
             pool.published.update(journal.accounts.published)
             supervisor = Supervisor(
@@ -94,8 +95,8 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
                 partial(runtime.start_rollout, config, initial, folder / "groups"),
                 folder,
                 target=config.rollout.num_actors,
+                first_number=len(actors),
                 max_replacements=config.rollout.max_replacements,
-                start_timeout_s=config.rollout.start_timeout_s,
                 say=metrics.say,
             )
             guard = StepGuard(folder, config.learner.max_skipped_steps)
@@ -103,11 +104,14 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
             system = System(
                 config, prompts, heldout, pool, learner, buffer, metrics, checkpoints, guard, watchdog, supervisor
             )
+            if evaluating:
+                system.evaluators = RolloutPool(evaluating, config.rollout.max_attempts)
             with _stop_on_ctrl_c(buffer, metrics):
                 await run(system)
             result = Result(folder, learner.version, metrics.last_accuracy, baselines)
         plot(folder, max(baselines.values()))
-        for what, counts in (("dropped groups", buffer.dropped), ("failed rollouts", pool.failures)):
+        totals = journal.accounts.totals()
+        for what, counts in (("prompts", totals), ("dropped groups", buffer.dropped), ("failures", pool.failures)):
             if counts.total():
                 metrics.say(f"{what}: {', '.join(f'{reason} {count}' for reason, count in counts.most_common())}")
         if found := verdict(folder):

@@ -165,12 +165,21 @@ class Accounts:
         """Drawn and neither trained nor dropped, in order."""
         return sorted(account.id for account in self._accounts.values() if not account.settled)
 
+    def totals(self) -> Counter[str]:
+        """Prompts by what became of them: "trained", "open", or why they were dropped. They add up to all drawn."""
+        totals = Counter(self.closed)
+        for account in self._accounts.values():
+            totals["trained" if account.steps else account.dropped.reason if account.dropped else "open"] += 1
+        return totals
+
     def apply(self, record: Record) -> None:
         """The state after one more record."""
         match record:
             case Started(version=version, next_id=next_id, open_ids=open_ids):
                 self.version, self.next_id, self.kept = version, next_id, (version,)
                 self._accounts = {number: Account(number) for number in open_ids}
+                if next_id > len(open_ids):
+                    self.closed["settled before this journal"] = next_id - len(open_ids)
             case Admitted(id=number, checksum=checksum):
                 account = self._accounts.setdefault(number, Account(number))
                 account.checksum = checksum

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import TCPStore
 
 from asyncrl.algo.diagnostics import diagnose, learning_rate_factor
 from asyncrl.algo.loss import Columns, Outcome, concatenate, policy_loss
@@ -23,7 +24,7 @@ from asyncrl.model import decoder_layers
 from asyncrl.packing import Batch, MicroBatch, pack
 from asyncrl.scoring import Scorer, recompute_activations
 from asyncrl.sharding import Ranks, collect, own, own_rows, shard, split_like, whole
-from asyncrl.transport import BroadcastGroup, Rendezvous, open_rendezvous
+from asyncrl.transport import Audience, BroadcastGroup, Rendezvous, open_rendezvous
 from asyncrl.types import Trajectory, Version
 from asyncrl.weights import Bucket, Outgoing, make_buckets
 
@@ -72,7 +73,8 @@ class Learner:
         self.buckets: list[Bucket] = make_buckets(
             model.named_parameters(), config.rollout.dtype, int(config.weights.bucket_mb * 2**20)
         )
-        self._group: BroadcastGroup | None = None
+        self._meetings: dict[Audience, tuple[Rendezvous, TCPStore]] = {}
+        self._groups: dict[Audience, BroadcastGroup] = {}
         self._outgoing: Outgoing | None = None
         self._watch = _GradientWatch(model, self.ranks)
 
@@ -136,31 +138,33 @@ class Learner:
         logprobs, entropy = self._scorer(micro_batch)
         return logprobs, entropy
 
-    def rendezvous(self, world_size: int) -> Rendezvous:
+    def rendezvous(self, world_size: int, audience: Audience = "rollouts") -> Rendezvous:
         """Opens the meeting point of a new broadcast group, on this node; `join` then enters it as rank 0."""
         timeout_s = self._config.weights.timeout_s
-        self._where, self._store = open_rendezvous(self._address, world_size, timeout_s, self._backend)
-        return self._where
+        self._meetings[audience] = open_rendezvous(self._address, world_size, timeout_s, self._backend)
+        return self._meetings[audience][0]
 
-    def join(self) -> None:
+    def join(self, audience: Audience = "rollouts") -> None:
         """Blocks until every engine has joined."""
-        if self._group is not None:
-            self._group.leave()
-        self._group = BroadcastGroup(self._where, 0, self._address, self._store)
+        if audience in self._groups:
+            self._groups.pop(audience).leave()
+        where, store = self._meetings[audience]
+        self._groups[audience] = BroadcastGroup(where, 0, self._address, store)
 
-    def prepare(self) -> None:
+    def prepare(self, audience: Audience = "rollouts") -> None:
         """Gets the current weights ready to leave, while engines still generate. Every rank."""
-        if self._group is None and self.ranks.is_first:
+        group = self._groups.get(audience)
+        if group is None and self.ranks.is_first:
             raise RuntimeError("prepare() before join()")
-        device = self._group.device if self._group is not None else None
+        device = group.device if group is not None else None
         self._outgoing = Outgoing(self.buckets, dict(self.model.named_parameters()), device)
 
-    def broadcast(self) -> str:
+    def broadcast(self, audience: Audience = "rollouts") -> str:
         """Sends the prepared weights to every engine, from the first rank; returns their digest there. Every rank."""
         if self._outgoing is None:
             raise RuntimeError("broadcast() before join() and prepare()")
         outgoing, self._outgoing = self._outgoing, None
-        return outgoing.send(self._group)
+        return outgoing.send(self._groups.get(audience))
 
     def weights(self) -> dict[str, Tensor]:
         """Full weights and buffers as named tensors at the first rank, for a checkpoint; tied ones once. Every rank."""

@@ -32,14 +32,14 @@ from asyncrl.config import Config
 from asyncrl.evaluation import by_source, summarize
 from asyncrl.guard import REASON, StepGuard
 from asyncrl.metrics import Metrics
-from asyncrl.pool import AllActorsDied, Publisher, RolloutFailed, RolloutPool
+from asyncrl.pool import AllActorsDied, LearnerLink, RolloutFailed, RolloutPool, ToEvaluators
 from asyncrl.prompts import Finished, PromptQueue
 from asyncrl.supervisor import Supervisor
 from asyncrl.types import Group, Prompt
 from asyncrl.watchdog import Stalled, Watchdog
 
 
-class LearnerHandle(Publisher, Protocol):
+class LearnerHandle(LearnerLink, Protocol):
     """The learner as the driver sees it; both runtimes have one."""
 
     async def step(self, groups: Sequence[Group]) -> dict[str, float]: ...
@@ -66,6 +66,9 @@ class System:
     failed_in_a_row: int = 0
     """Prompts that were given up since the last one that was finished."""
     evaluated: set[int] = field(default_factory=set)
+    evaluators: RolloutPool | None = None
+    """Engines for evaluation alone, which hold one version still; without them the rollout actors evaluate."""
+    evaluating: bool = False
 
 
 async def run(system: System) -> None:
@@ -79,7 +82,7 @@ async def run(system: System) -> None:
     try:
         async with asyncio.TaskGroup() as tasks:
             if system.config.eval.every:
-                tasks.create_task(evaluate(system))  # where the curve starts
+                await start_evaluation(system, tasks)  # where the curve starts
             producers = [tasks.create_task(produce(system)) for _ in range(system.buffer.capacity)]
             helpers = [tasks.create_task(sync_journal(system)), tasks.create_task(system.watchdog.run())]
             if system.supervisor is not None:
@@ -99,6 +102,8 @@ async def run(system: System) -> None:
         raise
     await save(system, last=True)
     if system.learner.version >= system.config.num_steps:
+        if system.evaluators is not None:
+            await system.evaluators.update_weights(ToEvaluators(system.learner))
         await evaluate(system)
 
 
@@ -177,7 +182,21 @@ async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
         if config.checkpoint.every and learner.version % config.checkpoint.every == 0:
             await save(system)
         if config.eval.every and learner.version % config.eval.every == 0:
-            tasks.create_task(evaluate(system))
+            await start_evaluation(system, tasks)
+
+
+async def start_evaluation(system: System, tasks: asyncio.TaskGroup) -> None:
+    """Evaluates the current version beside the run. Evaluators get it first; while they are busy with an older one,
+    they are not waited for: the evaluation is left out, and said to be."""
+    if system.evaluators is None:
+        tasks.create_task(evaluate(system))
+    elif system.evaluating:
+        system.metrics.say(f"eval {system.learner.version} | left out, another is under way: raise eval.every")
+    else:
+        with system.watchdog.wait("sync", f"version {system.learner.version} to be live on every evaluator"):
+            await system.evaluators.update_weights(ToEvaluators(system.learner))
+        system.evaluating = True
+        tasks.create_task(evaluate(system))
 
 
 async def step(system: System, groups: Sequence[Group]) -> dict[str, float] | None:
@@ -217,16 +236,16 @@ async def sync_journal(system: System) -> None:
 
 
 async def evaluate(system: System) -> None:
-    """Held-out attempts, on the engines as they are, beside the run: later weights may arrive under them, which
-    `eval/mixed_versions` counts."""
+    """Held-out attempts. On rollout actors, later weights may arrive under them, which `eval/mixed_versions` counts."""
     version = system.learner.version
     if version not in system.evaluated:
         system.evaluated.add(version)
         told = f"the held-out prompts on version {version}"
         timeline = system.metrics.timeline
         with timeline.span("evaluation", "evaluation", version=version), system.watchdog.wait("evaluate", told):
-            groups = await system.rollouts.evaluate(system.heldout)
+            groups = await (system.evaluators or system.rollouts).evaluate(system.heldout)
         system.metrics.evaluation(version, summarize(groups, version, system.config.eval.pass_reward))
+    system.evaluating = False
 
 
 async def save(system: System, *, last: bool = False) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from asyncrl.rollout import UpdateReport
 from asyncrl.timeline import Timeline
-from asyncrl.transport import Rendezvous, abandon
+from asyncrl.transport import Audience, Rendezvous, abandon
 from asyncrl.types import Group, Prompt, Version
 from asyncrl.watchdog import Watchdog
 from asyncrl.weights import Bucket
@@ -60,6 +60,38 @@ class Publisher(Protocol):
     async def join(self) -> None: ...
     async def prepare(self) -> None: ...
     async def broadcast(self) -> str: ...
+
+
+class LearnerLink(Protocol):
+    """The learner's side of weight updates, to either audience."""
+
+    version: Version
+    buckets: Sequence[Bucket]
+
+    async def rendezvous(self, world_size: int, audience: Audience = ...) -> Rendezvous: ...
+    async def join(self, audience: Audience = ...) -> None: ...
+    async def prepare(self, audience: Audience = ...) -> None: ...
+    async def broadcast(self, audience: Audience = ...) -> str: ...
+
+
+class ToEvaluators:
+    """The learner as the evaluators' pool sees it: the same weights, through a broadcast group of their own."""
+
+    def __init__(self, learner: LearnerLink) -> None:
+        self._learner = learner
+        self.version, self.buckets = learner.version, learner.buckets
+
+    async def rendezvous(self, world_size: int) -> Rendezvous:
+        return await self._learner.rendezvous(world_size, "evaluators")
+
+    async def join(self) -> None:
+        await self._learner.join("evaluators")
+
+    async def prepare(self) -> None:
+        await self._learner.prepare("evaluators")
+
+    async def broadcast(self) -> str:
+        return await self._learner.broadcast("evaluators")
 
 
 class RolloutPool:

@@ -118,7 +118,7 @@ def check_placement(config: Config, num_gpus: int) -> Check:
     def describe() -> str:
         found = plan(config, num_gpus)
         learner = f"{config.learner.num_gpus} x {found.learner_gpus:g} for the learner"
-        shares = f"{learner}, {config.rollout.num_actors} x {found.rollout_gpus:g} GPUs"
+        shares = f"{learner}, {config.num_engines} x {found.rollout_gpus:g} GPUs"
         return f"{shares if found.device == 'cuda' else 'cpu'}, weights by {found.backend}"
 
     check = attempt("placement", "", describe)
@@ -145,10 +145,10 @@ def check_host_memory(config: Config, has_gpus: bool, parameters: int, have_gb: 
         return Check("host memory", "warn", "unknown: there is no /proc/meminfo", "look with the system's own tools")
     on_gpu = config.device == "cuda" or (config.device == "auto" and has_gpus)
     learner, engine = model_gb(config, parameters)
-    models = learner + config.rollout.num_actors * engine
+    models = learner + config.num_engines * engine
     if on_gpu:  # the first of several learner ranks puts weights and two moments together, for a checkpoint
         models = parameters * 12 / 1e9 if config.learner.num_gpus > 1 else 0.0
-    num_processes = config.rollout.num_actors + config.learner.num_gpus + 1
+    num_processes = config.num_engines + config.learner.num_gpus + 1
     need = STORE_GB + num_processes * PROCESS_GB[on_gpu] + models
     return compare("host memory", need, have_gb, "lower rollout.num_actors, or take a smaller model")
 
@@ -163,7 +163,7 @@ def check_gpu_memory(config: Config, parameters: int, gpus: Sequence[Gpu]) -> Ch
     shared = config.placement == "colocated"
     if config.rollout.engine == "sglang" and shared:  # it takes its share, whatever the model
         engine = max(engine, config.rollout.gpu_memory_utilization * gpu.total_gb)
-    need = learner + config.rollout.num_actors * engine if shared else max(learner, engine)
+    need = learner + config.num_engines * engine if shared else max(learner, engine)
     return compare("gpu memory", need, gpu.free_gb, "lower rollout.gpu_memory_utilization, or take a smaller model")
 
 

@@ -102,6 +102,7 @@ _AT_LEAST = {
     "eval.num_prompts": 1,
     "eval.num_samples": 1,
     "eval.temperature": 0,
+    "eval.num_actors": 0,
     "eval.max_running": 1,
     "weights.bucket_mb": 0.001,
     "weights.timeout_s": 1,

@@ -50,14 +50,14 @@ class Supervisor:
         folder: Path,
         *,
         target: int,
+        first_number: int,
         max_replacements: int,
-        start_timeout_s: float,
         say: Callable[[str], None],
     ) -> None:
         self._pool, self._start, self._folder = pool, start, folder
         self._target, self._left = target, max_replacements
-        self._timeout_s, self._say = start_timeout_s, say
-        self._next_number = target
+        self._say = say
+        self._next_number = first_number
         self._starting: set[asyncio.Task[None]] = set()
         pool.replaces_dead = max_replacements > 0
         (folder / _CONTROL).unlink(missing_ok=True)  # asked of an earlier life
@@ -113,11 +113,10 @@ class Supervisor:
 
     async def _start_one(self, number: int) -> None:
         try:
-            async with asyncio.timeout(self._timeout_s):
-                actor = await self._start(number)
+            actor = await self._start(number)
         except Exception as error:  # whatever it is, the run goes on with the others
             self._pool.failures["actor not started"] += 1
-            self._say(f"alarm: rollout actor {number} did not start within {self._timeout_s:g} s: {error!r}")
+            self._say(f"alarm: rollout actor {number} did not start: {error!r}")
         else:
             self._say(f"{actor.name} is ready and gets its weights at the next update")
             self._pool.add(actor)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,6 +30,10 @@ _LOOK_S = 0.0002
 """Between two looks at a transfer; a look at the store costs more and comes each 100th time."""
 _ABANDONED = "abandoned"
 _group_numbers = itertools.count()
+
+
+Audience: TypeAlias = Literal["rollouts", "evaluators"]
+"""Who listens: the learner broadcasts to each in a group of its own, at times of its own."""
 
 
 @dataclass(frozen=True, slots=True)

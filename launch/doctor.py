@@ -116,7 +116,7 @@ def examine(config: Config, start_ray: bool) -> Iterator[Check]:
         yield check_disk(config, parameters, shutil.disk_usage(nearest(Path(config.run_dir))).free / 1e9)
     yield attempt("run folder", "set run_dir to a folder that you may write to", lambda: write(Path(config.run_dir)))
     if config.runtime == "cluster":
-        yield check_ports(4 + 4 * config.rollout.num_actors, bind_loopback)
+        yield check_ports(4 + 4 * config.num_engines, bind_loopback)
         yield attempt(
             "ray start", "see the error; `ray stop` ends other Ray processes", lambda: try_ray(config, start_ray)
         )

@@ -137,7 +137,7 @@ def test_model_environment_and_parameters():
     assert "first prompt" in doctor.draw_prompt(config(), tokenizer)
     wrong = config("env.path=asyncrl.envs.digits:Nothing")
     check = doctor.attempt("environment", "", lambda: doctor.draw_prompt(wrong, tokenizer))
-    assert (check.status, check.remedy) == ("FAIL", "write 'package.module:Class'")
+    assert (check.status, check.remedy) == ("FAIL", "write 'package.module:Name'")
 
 
 def test_a_missing_model_fails(tmp_path):

@@ -155,3 +155,19 @@ def test_a_model_is_evaluated_with_several_attempts(tmp_path, capsys):
     assert evaluate.main([str(folder), "eval.num_samples=4"]) == 2
     assert "greedy samples of a prompt are all equal" in capsys.readouterr().err
     assert evaluate.main([str(tmp_path / "nothing")]) == 2
+
+
+@pytest.mark.parametrize("num_actors", [0, 1])
+def test_evaluators_hold_a_version_still_and_rollout_actors_do_not(tmp_path, num_actors):
+    words = ["runtime=local", "env.path=helpers:Sevens", "learner.groups_per_step=2", "rollout.num_actors=1"]
+    # Twelve attempts one after the other outlast several steps.
+    words += ["num_steps=8", "eval.every=2", "eval.num_prompts=24", "eval.max_running=1", "rollout.max_new_tokens=8"]
+    config = configuration.load(None, [*words, f"eval.num_actors={num_actors}", f"run_dir={tmp_path}"])
+    result = run(job.train(config, quiet=True))
+    rows = metrics.read(result.folder)
+    evals = {row["version"]: row["eval/mixed_versions"] for row in rows if "eval/accuracy" in row}
+    assert {0, 8} <= set(evals) <= {0, 2, 4, 6, 8}
+    assert (max(evals.values()) == 0) == (num_actors == 1)
+    written = [(row["version"], "eval/accuracy" in row) for row in rows]
+    if num_actors:
+        assert written.index((1, False)) < written.index((0, True)), "the first step did not wait for the evaluation"

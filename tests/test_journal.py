@@ -312,7 +312,9 @@ def test_whatever_is_killed_every_prompt_is_trained_dropped_or_open(tmp_path_fac
     assert not dropped & set(trained), "dropped and trained"
     assert set(trained) & set(known) == {number for number, account in known.items() if account.steps}
     assert accounts.open_ids == sorted(set(known) - dropped - set(trained)), "neither trained, dropped nor open"
-    assert sum(accounts.closed.values()) <= len(forgotten)
+    totals = accounts.totals()
+    assert totals.total() == accounts.next_id, "the accounts do not add up"
+    assert (totals["trained"], totals["open"]) == (len(trained), len(accounts.open_ids))
     assert forgotten - set(trained) <= world_dropped(world), "lost"
     stored = {int(path.stem) for path in (world.folder / "groups").iterdir()}
     assert len(stored) <= 4 * (shape["max_staleness"] + 1) * shape["groups_per_step"], "files pile up"

@@ -46,14 +46,15 @@ def test_the_last_number_may_count():
     assert attempt(env, prompt, "none").metrics["answered"] == 0.0
 
 
-def test_a_scorer_that_raises_gives_nothing():
+def test_a_scorer_that_raises_gives_nothing_and_is_counted():
     env = make("gcd")
 
     def raising(_answer, _entry):
         raise ArithmeticError("cannot parse")
 
     env._tasks.score_answer = raising
-    assert attempt(env, next(env.prompts("train", 0)), "<answer>x</answer>").reward == 0.0
+    played = attempt(env, next(env.prompts("train", 0)), "<answer>x</answer>")
+    assert (played.reward, played.metrics["scorer_raised"]) == (0.0, 1.0)
 
 
 def test_constant_answers_are_the_no_skill_scores():
@@ -68,7 +69,7 @@ def test_constant_answers_are_the_no_skill_scores():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"task": "gdc"}, "env.args.task 'gdc' is no task of reasoning-gym: choose of .*gcd"),
+        ({"task": "gdc"}, "env.args.task 'gdc' is no task of reasoning-gym: it has .*gcd"),
         ({"task": "gcd", "config": {"colour": 1}}, r"env.args.config \{'colour': 1\} does not fit the task 'gcd'"),
         ({"task": "gcd", "max_prompt_tokens": 5}, "1000 prompts of 'gcd' in a row are longer"),
     ],

@@ -196,7 +196,7 @@ def test_the_dead_are_replaced_prompts_wait_and_too_many_deaths_end_the_run(tmp_
             return started[-1]
 
         pool = RolloutPool([first], max_attempts=3)
-        supervisor = Supervisor(pool, start, tmp_path, target=1, max_replacements=1, start_timeout_s=5, say=said.append)
+        supervisor = Supervisor(pool, start, tmp_path, target=1, first_number=1, max_replacements=1, say=said.append)
         watch = asyncio.ensure_future(supervisor.run(asyncio.Lock(), lambda: pool.update_weights(Learner())))
         assert (await pool.run(PROMPTS[0])).prompt == PROMPTS[0]
         (second,) = started
@@ -217,7 +217,7 @@ def test_the_number_of_actors_follows_what_is_asked(tmp_path):
 
         pool = RolloutPool([Actor("rollout 0"), Actor("rollout 1")], max_attempts=1)
         await pool.update_weights(Learner())
-        supervisor = Supervisor(pool, start, tmp_path, target=2, max_replacements=0, start_timeout_s=5, say=print)
+        supervisor = Supervisor(pool, start, tmp_path, target=2, first_number=2, max_replacements=0, say=print)
         watch = asyncio.ensure_future(supervisor.run(asyncio.Lock(), lambda: pool.update_weights(Learner())))
         (tmp_path / "config.json").touch()
         for wanted in (4, 1):

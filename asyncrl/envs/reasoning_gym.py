@@ -18,7 +18,7 @@ from asyncrl.envs.chat import ChatFormat, Style
 from asyncrl.types import Prompt, Trajectory
 
 _SIZE = 10**9
-"""Examples that a task is asked for; they are made when drawn."""
+"""Examples that a task is asked for, which are made when drawn. A few tasks want less: `config = { size = 1000 }`."""
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")
 
@@ -47,11 +47,9 @@ class ReasoningGym:
             raise ValueError("reasoning-gym is not installed: pip install 'asyncrl[reasoning-gym]'") from error
         known = reasoning_gym.factory.DATASETS
         if task not in known:
-            raise ValueError(
-                f"env.args.task {task!r} is no task of reasoning-gym: choose of {', '.join(sorted(known))}"
-            )
+            raise ValueError(f"env.args.task {task!r} is no task of reasoning-gym: it has {', '.join(sorted(known))}")
         try:
-            self._tasks = reasoning_gym.create_dataset(task, seed=0, size=_SIZE, **(config or {}))
+            self._tasks = reasoning_gym.create_dataset(task, **{"seed": 0, "size": _SIZE, **(config or {})})
         except (AssertionError, TypeError, ValueError) as error:
             raise ValueError(f"env.args.config {dict(config or {})} does not fit the task {task!r}: {error}") from error
         if answer == "tag" and not system_prompt:
@@ -65,7 +63,7 @@ class ReasoningGym:
         rng = random.Random(f"{split} {seed}")
         count = num_long = 0
         while True:
-            index = rng.randrange(_SIZE)
+            index = rng.randrange(self._tasks.size)
             question = self._tasks[index]["question"]
             if split_of(question) != split:
                 continue
@@ -87,27 +85,28 @@ class ReasoningGym:
         text = self._tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
         answer = self._extract(text)
         score = self._score(answer, prompt)
-        ended = completion.finish == "stop" or not self._end_required
-        return single_turn(prompt, completion, score if ended else 0.0, answered=float(answer is not None))
+        counted = completion.finish == "stop" or not self._end_required
+        told = {"answered": float(answer is not None), "scorer_raised": float(score is None)}
+        return single_turn(prompt, completion, (score or 0.0) if counted else 0.0, **told)
 
     def baselines(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Of three constant answers: the most frequent one of these prompts, "0" and "1"."""
         answers = Counter(str(self._tasks[int(prompt.target)]["answer"]) for prompt in prompts)
         constants = dict.fromkeys([max(answers, key=lambda answer: (answers[answer], answer)), "0", "1"])
         return {
-            f"always {constant[:20]!r}": sum(self._score(constant, prompt) for prompt in prompts) / len(prompts)
+            f"always {constant[:20]!r}": sum(self._score(constant, prompt) or 0.0 for prompt in prompts) / len(prompts)
             for constant in constants
         }
 
-    def _score(self, answer: str | None, prompt: Prompt) -> float:
-        """The task's score of an answer. A scorer that raises on one, as some do on free text, gives 0 to it."""
+    def _score(self, answer: str | None, prompt: Prompt) -> float | None:
+        """The task's score of an answer; None where its scorer raises, as some do on free text."""
         if answer is None:
             return 0.0
         entry = self._tasks[int(prompt.target)]
         try:
             score = float(self._tasks.score_answer(answer, entry))
-        except Exception:  # whatever the task's parser stumbles on: the answer is wrong, not the run
-            return 0.0
+        except Exception:  # whatever the task's parser stumbles on: the answer is at fault, not the run
+            return None
         if not math.isfinite(score):
             raise ValueError(f"the task {self._task!r} scored {answer!r} with {score}: leave the task out")
         return score

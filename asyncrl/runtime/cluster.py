@@ -30,7 +30,7 @@ from asyncrl.runtime.parts import LearnerPart, build_rollout
 from asyncrl.runtime.placement import Placement, check_resources, plan
 from asyncrl.runtime.stacks import dump_stacks, offer_stacks
 from asyncrl.sharding import join_ranks
-from asyncrl.transport import Rendezvous, open_rendezvous
+from asyncrl.transport import Audience, Rendezvous, open_rendezvous
 from asyncrl.types import Group, Prompt, Trajectory, Version
 from asyncrl.weights import Bucket
 
@@ -98,17 +98,17 @@ class LearnerActor:
         metrics = self._learner.step(groups)
         return self._learner.version, metrics
 
-    def rendezvous(self, world_size: int) -> Rendezvous:
-        return self._learner.rendezvous(world_size)
+    def rendezvous(self, world_size: int, audience: Audience) -> Rendezvous:
+        return self._learner.rendezvous(world_size, audience)
 
-    def join(self) -> None:
-        self._learner.join()
+    def join(self, audience: Audience) -> None:
+        self._learner.join(audience)
 
-    def prepare(self) -> None:
-        self._learner.prepare()
+    def prepare(self, audience: Audience) -> None:
+        self._learner.prepare(audience)
 
-    def broadcast(self) -> str:
-        return self._learner.broadcast()
+    def broadcast(self, audience: Audience) -> str:
+        return self._learner.broadcast(audience)
 
     def save(self, folder: Path, cursor: Cursor) -> None:
         self._part.save(folder, cursor)
@@ -170,18 +170,18 @@ class RemoteLearner:
         self.version, metrics = await self._all("step", *(group.trajectories for group in groups))
         return metrics
 
-    async def rendezvous(self, world_size: int) -> Rendezvous:
-        where: Rendezvous = await self.ranks[0].rendezvous.remote(world_size)
+    async def rendezvous(self, world_size: int, audience: Audience = "rollouts") -> Rendezvous:
+        where: Rendezvous = await self.ranks[0].rendezvous.remote(world_size, audience)
         return where
 
-    async def join(self) -> None:
-        await self.ranks[0].join.remote()
+    async def join(self, audience: Audience = "rollouts") -> None:
+        await self.ranks[0].join.remote(audience)
 
-    async def prepare(self) -> None:
-        await self._all("prepare")
+    async def prepare(self, audience: Audience = "rollouts") -> None:
+        await self._all("prepare", audience)
 
-    async def broadcast(self) -> str:
-        digest: str = await self._all("broadcast")
+    async def broadcast(self, audience: Audience = "rollouts") -> str:
+        digest: str = await self._all("broadcast", audience)
         return digest
 
     async def save(self, folder: Path, cursor: Cursor) -> None:
@@ -197,8 +197,10 @@ class RemoteLearner:
 async def open_actors(
     config: Config, folder: str, resume: Path | None, store: Path | None = None
 ) -> AsyncIterator[tuple[RemoteLearner, list[RemoteRollout]]]:
-    """Starts Ray, or joins the cluster, and starts the actors; on the way out nothing of them is left. `store` is where
-    rollout actors write finished groups."""
+    """Starts Ray, or joins the cluster, and starts the actors; on the way out nothing of them is left.
+
+    The last `eval.num_actors` of the rollout actors are the evaluators. `store` is where finished groups are written.
+    """
     _start_ray(config)
     try:
         existing = ray.cluster_resources()
@@ -213,7 +215,7 @@ async def _start_actors(
     config: Config, folder: str, resume: Path | None, placement: Placement, store: Path | None
 ) -> tuple[RemoteLearner, list[RemoteRollout]]:
     ranks = await _place_learner(config, folder, resume, placement)
-    starts = (start_rollout(config, folder, store, number) for number in range(config.rollout.num_actors))
+    starts = (start_rollout(config, folder, store, number) for number in range(config.num_engines))
     learner, rollouts = await asyncio.gather(_start_learner(ranks), asyncio.gather(*starts))
     return learner, rollouts
 
@@ -229,9 +231,15 @@ async def start_rollout(config: Config, folder: str, store: Path | None, number:
     )
     actor = rollout_class.remote(config, _absolute(folder), placement, store)
     try:
-        return RemoteRollout(f"rollout {number}", actor, await actor.start.remote())
-    except BaseException:
+        async with asyncio.timeout(config.rollout.start_timeout_s):
+            return RemoteRollout(f"rollout {number}", actor, await actor.start.remote())
+    except BaseException as error:
         ray.kill(actor)
+        if isinstance(error, TimeoutError):
+            raise RuntimeError(
+                f"rollout actor {number} did not start within {config.rollout.start_timeout_s:g} s "
+                "(rollout.start_timeout_s); has the cluster a free GPU for it?"
+            ) from error
         raise
 
 

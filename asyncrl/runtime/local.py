@@ -17,7 +17,7 @@ from asyncrl.config import Config
 from asyncrl.rollout import Rollout
 from asyncrl.runtime.parts import LearnerPart, build_rollout
 from asyncrl.runtime.placement import plan
-from asyncrl.transport import Rendezvous
+from asyncrl.transport import Audience, Rendezvous
 from asyncrl.types import Group, Version
 from asyncrl.weights import Bucket
 
@@ -36,17 +36,17 @@ class LocalLearner:
     async def step(self, groups: Sequence[Group]) -> dict[str, float]:
         return await asyncio.to_thread(self._learner.step, [group.trajectories for group in groups])
 
-    async def rendezvous(self, world_size: int) -> Rendezvous:
-        return self._learner.rendezvous(world_size)
+    async def rendezvous(self, world_size: int, audience: Audience = "rollouts") -> Rendezvous:
+        return self._learner.rendezvous(world_size, audience)
 
-    async def join(self) -> None:
-        await asyncio.to_thread(self._learner.join)
+    async def join(self, audience: Audience = "rollouts") -> None:
+        await asyncio.to_thread(self._learner.join, audience)
 
-    async def prepare(self) -> None:
-        await asyncio.to_thread(self._learner.prepare)
+    async def prepare(self, audience: Audience = "rollouts") -> None:
+        await asyncio.to_thread(self._learner.prepare, audience)
 
-    async def broadcast(self) -> str:
-        return await asyncio.to_thread(self._learner.broadcast)
+    async def broadcast(self, audience: Audience = "rollouts") -> str:
+        return await asyncio.to_thread(self._learner.broadcast, audience)
 
     async def save(self, folder: Path, cursor: Cursor) -> None:
         await asyncio.to_thread(self._part.save, folder, cursor)
@@ -71,11 +71,11 @@ def kill(rollout: Rollout) -> None:
 async def open_actors(
     config: Config, folder: str, resume: Path | None, store: Path | None = None
 ) -> AsyncIterator[tuple[LocalLearner, list[Rollout]]]:
-    """The learner and the rollout actors, closed on the way out. `store` is where they write finished groups."""
+    """The learner and the rollout actors, closed on the way out. The last `eval.num_actors` are the evaluators. `store`
+    is where finished groups are written."""
     torch.set_num_threads(config.learner.num_threads)
-    placement = plan(config, num_gpus=0)
-    learner = LocalLearner(LearnerPart(config, folder, resume, placement))
-    rollouts = [await start_rollout(config, folder, store, number) for number in range(config.rollout.num_actors)]
+    learner = LocalLearner(LearnerPart(config, folder, resume, plan(config, num_gpus=0)))
+    rollouts = [await start_rollout(config, folder, store, number) for number in range(config.num_engines)]
     try:
         yield learner, rollouts
     finally:

@@ -28,7 +28,7 @@ def plan(config: Config, num_gpus: int) -> Placement:
 
     Raises `ValueError` saying how many GPUs are needed, for what, and how many there are.
     """
-    actors, per_actor = config.rollout.num_actors, config.rollout.tensor_parallel_size
+    actors, per_actor = config.num_engines, config.rollout.tensor_parallel_size
     device = config.device if config.device != "auto" else ("cuda" if num_gpus else "cpu")
     if device == "cpu":
         return Placement("cpu", 0, 0, _backend(config, "gloo"))
@@ -63,7 +63,7 @@ def check_resources(config: Config, existing: Mapping[str, float]) -> None:
 
     `existing` are the totals over the cluster's nodes. Raises `ValueError` naming the custom resource that is short.
     """
-    actors, ranks, cluster = config.rollout.num_actors, config.learner.num_gpus, config.cluster
+    actors, ranks, cluster = config.num_engines, config.learner.num_gpus, config.cluster
     for name in sorted({*cluster.learner_resources, *cluster.rollout_resources}):
         learner, rollout = cluster.learner_resources.get(name, 0), cluster.rollout_resources.get(name, 0)
         needed, total = round(ranks * learner + actors * rollout, 4), existing.get(name, 0)  # in steps of 0.0001
