@@ -50,7 +50,7 @@ def test_a_killed_actor_is_replaced_and_the_number_changes_during_a_run(tmp_path
 
         at = await until(2, 0)
         (folder,) = [path for path in tmp_path.iterdir() if path.name != "cache"]
-        assert "asyncrl" in await cluster._stacks_of(started[0].facts)
+        assert "most recent call first" in await cluster._stacks_of(started[0].facts)
         os.kill(started[0].facts["pid"], signal.SIGKILL)
         at = await until(1, at)
         at = await until(2, at)
