@@ -99,7 +99,7 @@ def test_a_run_folder_holds_everything_it_promises(tmp_path):
     assert checkpoint.load_cursor(folder).version == 4
     assert load_tokenizer(folder).encode("s12=") == load_tokenizer(str(prepare(config))).encode("s12=")
     evaluated = {row["version"] for row in metrics.read(result.folder) if "eval/accuracy" in row}
-    assert evaluated == {0, 2, 4}
+    assert {0, 4} <= evaluated <= {0, 2, 4}, "2 is left out where the evaluation of 0 still runs"
 
 
 def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):
