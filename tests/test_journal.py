@@ -56,6 +56,18 @@ def test_every_kind_of_record_survives(tmp_path):
     assert (accounts[2].steps, accounts[3].steps, accounts.published) == ([], [2], {2: "cd"})
 
 
+def test_a_group_takes_about_130_bytes(tmp_path):
+    """The figure in the README: records of 32 groups from admission to training, late in a long run."""
+    journal = Journal(tmp_path / "journal.bin")
+    first = 1_000_000
+    for number in range(first, first + 32):
+        journal.append(Admitted(id=number, checksum=2**32 - 1))
+        journal.append(Generated(id=number, oldest=9000, newest=9001, stored="0" * 32))
+    journal.append(Batch(step=9002, ids=tuple(range(first, first + 32))))
+    journal.append(Synced(version=9002, digest="0" * 16))
+    assert 120 < journal.num_bytes / 32 < 135
+
+
 @pytest.mark.parametrize("cut", [1, 9, 20])
 def test_a_torn_tail_is_cut_off_and_counted(tmp_path, cut):
     path = filled(tmp_path / "journal.bin")
