@@ -133,10 +133,14 @@ class Buffer:
         self._pending[ticket.number] = ticket
         return ticket
 
-    def put(self, ticket: Ticket, group: Group) -> None:
-        """The group of `ticket` is finished and may be trained."""
+    def put(self, ticket: Ticket, group: Group, uses: int = 0) -> None:
+        """The group of `ticket` is finished and may be trained. `uses`: times that it was trained before a resume."""
         self._spend(ticket)
-        self._ready[ticket.number] = _Entry(ticket, group, time.monotonic())
+        entry = _Entry(ticket, group, time.monotonic(), uses)
+        if uses:
+            self._replays[ticket.number] = entry
+        else:
+            self._ready[ticket.number] = entry
         self._changed.set()
 
     def drop(self, ticket: Ticket, reason: str) -> None:
@@ -178,6 +182,12 @@ class Buffer:
                 self._replays[entry.ticket.number] = entry
         self._wake_admissions(self._limit - self.charged)
         return sum(now - entry.ready_at for entry in batch) / max(len(batch), 1)
+
+    def discard(self, reason: str) -> None:
+        """The batch was not trained and will not be: frees its slots, counted under `reason`."""
+        self.dropped[reason] += len(self._taken)
+        self._taken = []
+        self._wake_admissions(self.capacity - self.charged)
 
     def close(self) -> None:
         """No more admissions and no more batches: those waiting get None and []."""

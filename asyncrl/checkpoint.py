@@ -1,20 +1,35 @@
 """Checkpoints: a folder that `transformers` loads as it is, with the optimizer and the place in the run beside it.
 
     checkpoints/step-000120/   model.safetensors, config.json, tokenizer files
-                               optimizer.safetensors, cursor.json
-Written under a temporary name and renamed when complete, so a folder of this name is always whole.
+                               optimizer.safetensors, random.safetensors, cursor.json
+                               manifest.json: the BLAKE2 checksum of each of these files
+Written under a temporary name, synced to disk file by file and renamed when complete, so a folder of this name was
+whole once. What happened to it since is checked when a run is resumed: a damaged checkpoint is set aside with a warning
+and the one before it is used. Safetensors and JSON: nothing is unpickled. The learning rate is a function of the
+version, so no scheduler has a state of its own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from asyncrl.types import Version
+
+_MANIFEST = "manifest.json"
+_NUM_THREADS = 4
+"""For checksums and fsync; both leave the interpreter to others."""
 
 
 class Cursor(msgspec.Struct, frozen=True):
@@ -23,6 +38,13 @@ class Cursor(msgspec.Struct, frozen=True):
     version: int
     next_prompt: int
     open_prompts: list[int]
+    journal_bytes: int = 0
+    """Length of the journal at that time: a shorter one has lost records."""
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    files: dict[str, str]
+    """Hexadecimal BLAKE2b checksum of each file, by name."""
 
 
 def save(
@@ -39,30 +61,96 @@ def save(
 
     `weights` are those of `model`, whole: its own may be split between ranks.
     """
+
+    def fill(folder: Path) -> None:
+        model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+        save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, folder / "optimizer.safetensors")
+
+    return write(root, cursor, fill, keep=keep)
+
+
+def write(root: Path, cursor: Cursor, fill: Callable[[Path], None], *, keep: int) -> Path:
+    """The checkpoint whose files `fill` puts into the folder it is given. Nothing is left behind if that fails."""
     folder = root / f"step-{cursor.version:06d}"
     partial = root / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.save_pretrained(partial, state_dict=weights)
-    tokenizer.save_pretrained(partial)
-    save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, partial / "optimizer.safetensors")
-    (partial / "cursor.json").write_bytes(msgspec.json.encode(cursor))
-    for path in partial.iterdir():
-        _sync(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    partial.mkdir(parents=True, mode=0o700)
+    try:
+        fill(partial)
+        save_file(_random_state(), partial / "random.safetensors")
+        (partial / "cursor.json").write_bytes(msgspec.json.encode(cursor))
+        paths = sorted(partial.iterdir())
+        with ThreadPoolExecutor(_NUM_THREADS) as threads:
+            checksums = list(threads.map(_sync_and_sum, paths))
+        manifest = Manifest({path.name: checksum for path, checksum in zip(paths, checksums, strict=True)})
+        (partial / _MANIFEST).write_bytes(msgspec.json.encode(manifest))
+        _sync(partial / _MANIFEST)
+        _sync(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     _sync(root)
-    for old in sorted(root.glob("step-*"))[:-keep]:
+    for old in folders(root)[:-keep]:
         shutil.rmtree(old)
     return folder
 
 
+def folders(root: Path) -> list[Path]:
+    """The checkpoints in `root`, oldest first, whole or not."""
+    return sorted(root.glob("step-*"), key=version_of)
+
+
+def version_of(folder: Path) -> Version:
+    return int(folder.name.removeprefix("step-"))
+
+
+def newest(root: Path) -> Path | None:
+    """The newest checkpoint that is whole; None if there is none at all.
+
+    Damaged ones are renamed to `damaged-...`, with a warning. Raises `ValueError` if every one is damaged.
+    """
+    found = folders(root)
+    for folder in reversed(found):
+        problem = damage(folder)
+        if problem is None:
+            return folder
+        aside = folder.with_name(f"damaged-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        warnings.warn(f"checkpoint {folder} is damaged ({problem}): it is now {aside.name}", stacklevel=2)
+    if found:
+        raise ValueError(
+            f"every checkpoint in {root} is damaged: {', '.join(f'damaged-{folder.name}' for folder in found)}; "
+            "restore one of them from a copy, or start a new run"
+        )
+    return None
+
+
 def latest(root: Path) -> Path:
-    """The newest checkpoint. Raises `ValueError` if there is none."""
-    folders = sorted(root.glob("step-*"))
-    if not folders:
-        raise ValueError(f"no checkpoint in {root}; the run stopped before its first one, start it anew")
-    return folders[-1]
+    """The newest whole checkpoint. Raises `ValueError` if there is none."""
+    folder = newest(root)
+    if folder is None:
+        raise ValueError(f"no checkpoint in {root}; the run stopped before its first one")
+    return folder
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None if every file is the one that was written."""
+    try:
+        manifest = msgspec.json.decode((folder / _MANIFEST).read_bytes(), type=Manifest)
+    except (OSError, msgspec.DecodeError) as error:
+        return f"{_MANIFEST}: {error}"
+    names = sorted(manifest.files)
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        return f"no {missing[0]}"
+    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+        for name, checksum in zip(names, threads.map(lambda name: _sum(folder / name), names), strict=True):
+            if checksum != manifest.files[name]:
+                return f"{name} has another checksum than when it was written"
+    return None
 
 
 def load_cursor(folder: Path) -> Cursor:
@@ -71,6 +159,33 @@ def load_cursor(folder: Path) -> Cursor:
 
 def load_optimizer(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "optimizer.safetensors")
+
+
+def load_random_state(folder: Path) -> None:
+    """Puts torch's random generators, as far as this process has them, where they were when the checkpoint was made."""
+    for name, state in load_file(folder / "random.safetensors").items():
+        device, _, index = name.partition(":")
+        if device == "cpu":
+            torch.set_rng_state(state)
+        elif int(index) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, int(index))
+
+
+def _random_state() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
+
+
+def _sync_and_sum(path: Path) -> str:
+    _sync(path)
+    return _sum(path)
 
 
 def _sync(path: Path) -> None:

@@ -33,6 +33,8 @@ class EnvConfig(_Section, frozen=True, kw_only=True):
     """`package.module:Class`."""
     args: dict[str, Any] = {}
     """Keyword arguments of the class."""
+    timeout_s: float = 300.0
+    """Bound on what an attempt takes beside generation (scoring, tools)."""
 
 
 class WarmupConfig(_Section, frozen=True, kw_only=True):
@@ -60,6 +62,12 @@ class RolloutConfig(_Section, frozen=True, kw_only=True):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     max_attempts: int = 3
     """Times that one prompt may fail, each time on another actor, before the run fails."""
+    max_failed_prompts: int = 4
+    """Prompts in a row that may be given up after their attempts, dropped and counted; one more ends the run."""
+    max_replacements: int = 16
+    """Rollout actors that may be started in place of dead ones, in one run."""
+    start_timeout_s: float = 900.0
+    """Bound on the start of a rollout actor."""
     num_threads: int = 1
     """CPU threads of each rollout actor."""
     tensor_parallel_size: int = 1
@@ -115,6 +123,8 @@ class LearnerConfig(_Section, frozen=True, kw_only=True):
     """Compute each decoder layer again in the backward pass instead of keeping its activations."""
     num_threads: int = 1
     """CPU threads of each learner rank."""
+    max_skipped_steps: int = 3
+    """Optimizer steps in a row that may be skipped because their gradient is not finite; one more ends the run."""
 
 
 class AlgorithmConfig(_Section, frozen=True, kw_only=True):
@@ -173,6 +183,21 @@ class CheckpointConfig(_Section, frozen=True, kw_only=True):
     every: int = 100
     """Steps between checkpoints; 0 is only at the end and on Ctrl-C."""
     keep: int = 2
+    """Newest checkpoints that are kept; one that is damaged is skipped on resume."""
+
+
+class JournalConfig(_Section, frozen=True, kw_only=True):
+    sync_s: float = 1.0
+    """Seconds of the journal that a power failure may take; a killed process loses nothing of it."""
+    keep_groups: bool = False
+    """Keep the tokens of every group, not only of those that a resume may need."""
+
+
+class WatchdogConfig(_Section, frozen=True, kw_only=True):
+    timeout_s: float = 1800.0
+    """Seconds after which a wait (for a slot, a group, a step, a sync, a checkpoint) is called a stall."""
+    action: Literal["warn", "restart", "stop"] = "warn"
+    """On a stall: report it and go on; kill and replace the rollout actor that is waited for; or save and stop."""
 
 
 class MetricsConfig(_Section, frozen=True, kw_only=True):
@@ -208,6 +233,8 @@ class Config(_Section, frozen=True, kw_only=True):
     weights: WeightsConfig = WeightsConfig()
     cluster: ClusterConfig = ClusterConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    journal: JournalConfig = JournalConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     metrics: MetricsConfig = MetricsConfig()
 
     @property

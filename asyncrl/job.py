@@ -4,6 +4,7 @@ runs/20261122-193000-largest-digit/
     config.json  run.json        resolved configuration; git commit, command, no-skill scores
     metrics.jsonl  tensorboard/  every metric of every step
     checkpoints/step-000160/     loads with transformers as it is
+    journal.bin  groups/         what happened to every prompt; the finished groups that a resume may need
     timeline.jsonl               what every part of the run did, and when
     trajectories/                a few trajectories of each step, parquet
     curves.png                   reward, held-out accuracy, lag, utilisation
@@ -17,9 +18,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -29,12 +31,17 @@ from asyncrl.algo import own
 from asyncrl.buffer import Buffer
 from asyncrl.config import Config, to_tree
 from asyncrl.envs.base import load_env
-from asyncrl.loop import PromptQueue, System, run
+from asyncrl.guard import StepGuard
+from asyncrl.journal import Journal, Resumed, Started
+from asyncrl.loop import LearnerHandle, System, run
 from asyncrl.metrics import Metrics, plot, verdict
 from asyncrl.model import load_tokenizer
 from asyncrl.pool import RolloutPool
+from asyncrl.prompts import PromptQueue
 from asyncrl.staleness import StalenessControl
+from asyncrl.supervisor import Supervisor
 from asyncrl.warmup import prepare
+from asyncrl.watchdog import Watchdog
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,27 +64,46 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
     env = load_env(config.env.path, tokenizer, config.env.args)
     heldout = list(islice(env.prompts("heldout", 0), config.eval.num_prompts))
     baselines = env.baselines(heldout)
-    folder = resume or new_folder(config, baselines)
-    saved = checkpoint.latest(folder / "checkpoints").absolute() if resume else None
-    cursor = checkpoint.load_cursor(saved) if saved else None
-    first_step = cursor.version if cursor else 0
+    folder = (resume or new_folder(config, baselines)).absolute()
+    buffer = make_buffer(config)
+    journal, saved = open_journal(folder, buffer, resumed=resume is not None)
+    first_step = journal.accounts.version
 
     def decode(token_ids: list[int]) -> str:
         return str(tokenizer.decode(token_ids))
 
-    with Metrics(folder, config.num_steps, first_step=first_step, quiet=quiet, config=config, decode=decode) as metrics:
+    with (
+        closing(journal),
+        Metrics(folder, config.num_steps, first_step=first_step, quiet=quiet, config=config, decode=decode) as metrics,
+    ):
         for name, score in baselines.items():
             metrics.say(f"no skill: {name!r} scores {score:.2f} on the {len(heldout)} held-out prompts")
         for reason, count in getattr(env, "skipped", {}).items():
             metrics.say(f"skipped rows of the data: {count}, {reason}")
+        if journal.torn_bytes:
+            metrics.say(f"the journal ended in {journal.torn_bytes} bytes of an incomplete record, now cut off")
         metrics.say(f"starting {config.rollout.num_actors} rollout actors and the learner")
-        async with runtime.open_actors(config, initial, saved) as (learner, actors):
-            prompts = PromptQueue(env.prompts("train", config.seed), cursor)
+        prompts = PromptQueue(
+            env.prompts("train", config.seed), journal, folder / "groups", keep_groups=config.journal.keep_groups
+        )
+        async with runtime.open_actors(config, initial, saved, folder / "groups") as (learner, actors):
             training, evaluating = actors[: config.rollout.num_actors], actors[config.rollout.num_actors :]
             pool = RolloutPool(training, config.rollout.max_attempts, metrics.timeline)
-            buffer = make_buffer(config)
+            pool.watchdog = watchdog = make_watchdog(config, folder, learner, pool, metrics.say)
+            pool.published.update(journal.accounts.published)
+            supervisor = Supervisor(
+                pool,
+                partial(runtime.start_rollout, config, initial, folder / "groups"),
+                folder,
+                target=config.rollout.num_actors,
+                first_number=len(actors),
+                max_replacements=config.rollout.max_replacements,
+                say=metrics.say,
+            )
+            guard = StepGuard(folder, config.learner.max_skipped_steps)
+            checkpoints = folder / "checkpoints"
             system = System(
-                config, prompts, heldout, pool, learner, buffer, metrics, (folder / "checkpoints").absolute()
+                config, prompts, heldout, pool, learner, buffer, metrics, checkpoints, guard, watchdog, supervisor
             )
             if evaluating:
                 for number, actor in enumerate(evaluating):
@@ -90,7 +116,8 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
                 await run(system)
             result = Result(folder, learner.version, metrics.last_accuracy, baselines)
         plot(folder, max(baselines.values()))
-        for what, counts in (("dropped groups", buffer.dropped), ("failed rollouts", pool.failures)):
+        totals = journal.accounts.totals()
+        for what, counts in (("prompts", totals), ("dropped groups", buffer.dropped), ("failures", pool.failures)):
             if counts.total():
                 metrics.say(f"{what}: {', '.join(f'{reason} {count}' for reason, count in counts.most_common())}")
         if found := verdict(folder):
@@ -120,6 +147,48 @@ def make_buffer(config: Config) -> Buffer:
     )
 
 
+def make_watchdog(
+    config: Config, folder: Path, learner: LearnerHandle, pool: RolloutPool, say: Callable[[str], None]
+) -> Watchdog:
+    runtime = load_runtime(config.runtime)
+    return Watchdog(
+        folder,
+        timeout_s=config.watchdog.timeout_s,
+        action=config.watchdog.action,
+        say=say,
+        stacks=lambda: runtime.stacks(learner, pool.actors),
+        kill=runtime.kill,
+    )
+
+
+def open_journal(folder: Path, buffer: Buffer, *, resumed: bool) -> tuple[Journal, Path | None]:
+    """The run's journal, and the newest whole checkpoint, which the accounts are now those of.
+
+    Raises `ValueError` if there is nothing to go on from, or if the journal is damaged or shorter than the checkpoint
+    knew it.
+    """
+    path = folder / "journal.bin"
+    (folder / "groups").mkdir(mode=0o700, exist_ok=True)
+    saved = checkpoint.newest(folder / "checkpoints") if resumed else None
+    if resumed and saved is None and not path.exists():
+        raise ValueError(f"{folder} has neither a checkpoint nor a journal to go on from; start a new run")
+    cursor = checkpoint.load_cursor(saved) if saved else checkpoint.Cursor(0, 0, [])
+    existed = path.exists()
+    journal = Journal(path, reuse=buffer.reuse, max_lag=buffer.max_lag)
+    if not existed:
+        open_ids = tuple(cursor.open_prompts)
+        journal.append(Started(version=cursor.version, next_id=cursor.next_prompt, open_ids=open_ids))
+    elif journal.num_bytes < cursor.journal_bytes:
+        journal.close()
+        raise ValueError(
+            f"{path} has {journal.num_bytes} whole bytes and had {cursor.journal_bytes} when the checkpoint of version "
+            f"{cursor.version} was made: delete it to go on from the checkpoint's own list of open prompts"
+        )
+    else:
+        journal.append(Resumed(version=cursor.version))
+    return journal, saved
+
+
 def new_folder(config: Config, baselines: dict[str, float]) -> Path:
     """A new run folder with its configuration and origin written down."""
     task = config.env.path.rpartition(":")[2].lower()
@@ -127,7 +196,8 @@ def new_folder(config: Config, baselines: dict[str, float]) -> Path:
     for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
         folder = Path(config.run_dir) / f"{stem}{suffix}"
         try:
-            folder.mkdir(parents=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700)  # prompts and completions are nobody else's business
             break
         except FileExistsError:
             continue

@@ -96,7 +96,7 @@ class Learner:
         return scorer
 
     def step(self, groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
-        """One optimizer step on whole groups; the version goes up by one. Every rank.
+        """One optimizer step on whole groups, on every rank. The version goes up by one if the gradient is finite.
 
         Returns the metrics of the step over all ranks, at the first one; nothing elsewhere.
         """
@@ -121,8 +121,9 @@ class Learner:
         learning_rate = settings.learning_rate * warm * factor
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = learning_rate
-        self.optimizer.step()
-        self.version += 1
+        if math.isfinite(norm):  # else the step is not taken: one such number would be in every weight for ever after
+            self.optimizer.step()
+            self.version += 1
         metrics |= {
             "gradient/norm": norm,
             "gradient/cosine": self._watch.cosine(),

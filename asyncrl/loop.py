@@ -19,22 +19,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
-from asyncrl.buffer import Buffer
+from asyncrl import checkpoint
+from asyncrl.buffer import Buffer, Ticket
 from asyncrl.checkpoint import Cursor
 from asyncrl.config import Config
 from asyncrl.evaluation import by_source, summarize
+from asyncrl.guard import REASON, StepGuard
 from asyncrl.metrics import Metrics
-from asyncrl.pool import LearnerLink, RolloutPool, ToEvaluators
+from asyncrl.pool import AllActorsDied, LearnerLink, RolloutFailed, RolloutPool, ToEvaluators
+from asyncrl.prompts import Finished, PromptQueue
 from asyncrl.staleness import StalenessControl
+from asyncrl.supervisor import Supervisor
 from asyncrl.types import Group, Prompt
+from asyncrl.watchdog import Stalled, Watchdog
 
 
 class LearnerHandle(LearnerLink, Protocol):
@@ -42,39 +45,6 @@ class LearnerHandle(LearnerLink, Protocol):
 
     async def step(self, groups: Sequence[Group]) -> dict[str, float]: ...
     async def save(self, folder: Path, cursor: Cursor) -> None: ...
-
-
-class PromptQueue:
-    """The run's prompts, each trained once or dropped with a reason.
-
-    `open` holds the prompts that were issued and not settled. A resumed run issues them again, under the same ids.
-    """
-
-    def __init__(self, source: Iterator[Prompt], cursor: Cursor | None = None) -> None:
-        self._source = source
-        self.next_id = cursor.next_prompt if cursor else 0
-        again = set(cursor.open_prompts) if cursor else set()
-        self._again = deque(prompt for prompt in islice(source, self.next_id) if prompt.id in again)
-        self.open: dict[int, Prompt] = {}
-
-    def issue(self) -> Prompt:
-        """The next prompt to play."""
-        if self._again:
-            prompt = self._again.popleft()
-        else:
-            prompt = next(self._source)
-            self.next_id = prompt.id + 1
-        self.open[prompt.id] = prompt
-        return prompt
-
-    def settle(self, prompts: Sequence[Prompt]) -> None:
-        """These were trained or dropped: they will not be issued again."""
-        for prompt in prompts:
-            self.open.pop(prompt.id, None)
-
-    def cursor(self, version: int) -> Cursor:
-        """Where a resumed run goes on."""
-        return Cursor(version, self.next_id, sorted([*self.open, *(prompt.id for prompt in self._again)]))
 
 
 @dataclass(slots=True)
@@ -89,6 +59,13 @@ class System:
     buffer: Buffer
     metrics: Metrics
     checkpoints: Path
+    guard: StepGuard
+    watchdog: Watchdog
+    supervisor: Supervisor | None = None
+    updating: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by whoever steps the learner or updates weights."""
+    failed_in_a_row: int = 0
+    """Prompts that were given up since the last one that was finished."""
     evaluated: set[int] = field(default_factory=set)
     evaluators: RolloutPool | None = None
     """Engines for evaluation alone, which hold one version still; without them the rollout actors evaluate."""
@@ -99,21 +76,34 @@ class System:
 
 async def run(system: System) -> None:
     """Trains until `num_steps`, or until the buffer is closed from outside (Ctrl-C); then evaluates and saves."""
-    await system.rollouts.update_weights(system.learner)  # every engine starts from the learner's own weights
+    await synchronize(system)  # every engine starts from the learner's own weights
+    restored = system.prompts.restore(
+        system.rollouts.published, groups_per_step=system.buffer.groups_per_step, window=system.buffer.window
+    )
+    if restored:
+        system.metrics.say(f"{restored} groups that were finished before the run stopped are used")
     try:
         async with asyncio.TaskGroup() as tasks:
             if system.config.eval.every:
                 await start_evaluation(system, tasks)  # where the curve starts
             producers = [tasks.create_task(produce(system)) for _ in range(system.buffer.capacity)]
+            helpers = [tasks.create_task(sync_journal(system)), tasks.create_task(system.watchdog.run())]
+            if system.supervisor is not None:
+                helpers.append(tasks.create_task(system.supervisor.run(system.updating, lambda: synchronize(system))))
             await learn(system, tasks)
             system.buffer.close()
-            for producer in producers:
-                producer.cancel()
+            for task in (*producers, *helpers):
+                task.cancel()
+    except* Stalled as stalls:
+        stall = stalls.exceptions[0]
+        if isinstance(stall, Stalled) and not stall.learner_hangs:
+            await save(system, last=True)
+        raise stall from None
     except* Exception as errors:
         if len(errors.exceptions) == 1:
             raise errors.exceptions[0] from None  # the one cause, without the wrapping of the task group
         raise
-    await save(system)
+    await save(system, last=True)
     if system.learner.version >= system.config.num_steps:
         if system.evaluators is not None:
             await system.evaluators.update_weights(ToEvaluators(system.learner))
@@ -123,16 +113,47 @@ async def run(system: System) -> None:
 async def produce(system: System) -> None:
     """Fills one slot after the other."""
     drop_equal = system.config.algorithm.drop_zero_variance
-    while (ticket := await system.buffer.admit()) is not None:
-        prompt = system.prompts.issue()
-        group = await system.rollouts.run(prompt)
-        if drop_equal and not group.has_variance:
+    while (ticket := await admit(system)) is not None:
+        prompt, finished = system.prompts.issue()
+        if finished is None:
+            try:
+                group = await system.rollouts.run(prompt)
+            except RolloutFailed as error:
+                give_up(system, ticket, prompt, error)
+                continue
+            system.failed_in_a_row = 0
+            system.prompts.generated(group)
+            finished = Finished(group, uses=0)
+        if drop_equal and not finished.group.has_variance:
             system.buffer.drop(ticket, "zero variance")
-            system.metrics.timeline.mark("buffer", "drop", reason="zero variance", lengths=group.lengths)
-            system.prompts.settle([prompt])
+            dropped = finished.group.lengths
+            system.metrics.timeline.mark("buffer", "drop", reason="zero variance", lengths=dropped)
+            system.prompts.drop([prompt.id], "zero variance", system.learner.version)
         else:
-            system.buffer.put(ticket, group)
+            system.buffer.put(ticket, finished.group, finished.uses)
             system.metrics.timeline.count("buffer", "ready", system.buffer.num_ready)
+
+
+async def admit(system: System) -> Ticket | None:
+    """Waits for a slot."""
+    with system.watchdog.wait("admit", "a slot of the buffer"):
+        return await system.buffer.admit()
+
+
+def give_up(system: System, ticket: Ticket, prompt: Prompt, error: RolloutFailed) -> None:
+    """Drops a prompt that used up its attempts; raises the error again once too many did, one after the other."""
+    system.failed_in_a_row += 1
+    most = system.config.rollout.max_failed_prompts
+    if isinstance(error, AllActorsDied):
+        raise error
+    if system.failed_in_a_row > most:
+        raise RolloutFailed(
+            f"{system.failed_in_a_row} prompts in a row used up their attempts (rollout.max_failed_prompts is {most}); "
+            f"failures so far: {dict(system.rollouts.failures)}; last, {error}"
+        ) from error
+    system.metrics.say(f"alarm: given up: {error}")
+    system.buffer.drop(ticket, "rollout failed")
+    system.prompts.drop([prompt.id], "rollout failed", system.learner.version)
 
 
 async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
@@ -141,23 +162,23 @@ async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
     span = partial(system.metrics.timeline.span, "learner")
     while learner.version < config.num_steps:
         clock = _Clock()
-        with span("wait for groups"):
+        with span("wait for groups"), system.watchdog.wait("take", f"{buffer.groups_per_step} finished groups"):
             groups = await buffer.take(learner.version)
         if not groups:
             return
         system.metrics.timeline.count("buffer", "ready", buffer.num_ready)
         check_digests(groups, system.rollouts.published)
         clock.lap("wait")
-        with span("step", version=learner.version + 1):
-            if config.rollout.release_memory:
-                await system.rollouts.release()
-            learnt = await learner.step(groups)
-        clock.lap("step")
-        with span("update weights", version=learner.version):
-            synced = await system.rollouts.update_weights(learner)
+        async with system.updating:
+            with span("step", version=learner.version + 1):
+                learnt = await step(system, groups)
+            if learnt is None:
+                continue
+            clock.lap("step")
+            with span("update weights", version=learner.version):
+                synced = await synchronize(system)
         clock.lap("sync")
         buffered = buffer.release()
-        system.prompts.settle([group.prompt for group in groups])
         row = measure(groups) | learnt | synced | clock.metrics() | measure_buffer(buffer, buffered)
         system.metrics.step(learner.version, row, buffer.max_lag)
         tasks.create_task(system.metrics.sample(learner.version, groups))
@@ -178,10 +199,50 @@ async def start_evaluation(system: System, tasks: asyncio.TaskGroup) -> None:
     elif system.evaluating:
         system.metrics.say(f"eval {system.learner.version} | left out, another is under way: raise eval.every")
     else:
-        with system.metrics.timeline.span("learner", "update evaluators", version=system.learner.version):
+        version = system.learner.version
+        with (
+            system.watchdog.wait("sync", f"version {version} to be live on every evaluator"),
+            system.metrics.timeline.span("learner", "update evaluators", version=version),
+        ):
             await system.evaluators.update_weights(ToEvaluators(system.learner))
         system.evaluating = True
         tasks.create_task(evaluate(system))
+
+
+async def step(system: System, groups: Sequence[Group]) -> dict[str, float] | None:
+    """One optimizer step; None if the learner refused it, which drops the groups."""
+    learner, version = system.learner, system.learner.version
+    if system.config.rollout.release_memory:
+        await system.rollouts.release()
+    system.prompts.training(groups, version + 1)
+    with system.watchdog.wait("step", f"the learner's step {version + 1}"):
+        learnt = await learner.step(groups)
+    if learner.version > version:
+        system.guard.passed()
+        return learnt | {"learner/skipped": float(system.guard.num_skipped)}
+    told = system.guard.skipped(groups, version, learnt["gradient/norm"])
+    system.metrics.say(told)
+    system.prompts.drop([group.prompt.id for group in groups], REASON, version)
+    if system.config.rollout.release_memory:
+        await synchronize(system)  # the engines get their memory back
+    system.buffer.discard(REASON)
+    return None
+
+
+async def synchronize(system: System) -> dict[str, float]:
+    """The learner's version on every engine, and in the journal."""
+    with system.watchdog.wait("sync", f"version {system.learner.version} to be live on every rollout actor"):
+        measured = await system.rollouts.update_weights(system.learner)
+    version = system.learner.version
+    system.prompts.synced(version, system.rollouts.published[version])
+    return measured
+
+
+async def sync_journal(system: System) -> None:
+    """Bounds what a power failure can take from the journal. A killed process loses nothing of it anyhow."""
+    while True:
+        await asyncio.sleep(system.config.journal.sync_s)
+        await asyncio.to_thread(system.prompts.journal.sync)
 
 
 async def evaluate(system: System) -> None:
@@ -189,17 +250,35 @@ async def evaluate(system: System) -> None:
     version = system.learner.version
     if version not in system.evaluated:
         system.evaluated.add(version)
-        with system.metrics.timeline.span("evaluation", "evaluation", version=version):
+        told = f"the held-out prompts on version {version}"
+        timeline = system.metrics.timeline
+        with timeline.span("evaluation", "evaluation", version=version), system.watchdog.wait("evaluate", told):
             groups = await (system.evaluators or system.rollouts).evaluate(system.heldout)
         system.metrics.evaluation(version, summarize(groups, version, system.config.eval.pass_reward))
     system.evaluating = False
 
 
-async def save(system: System) -> None:
-    """A checkpoint of the current version. The learner waits for it, generation does not."""
+async def save(system: System, *, last: bool = False) -> None:
+    """A checkpoint of the current version. The learner waits for it, generation does not.
+
+    A disk that refuses it is reported and the run goes on from the checkpoints before, unless this was its last chance.
+    """
     version = system.learner.version
-    with system.metrics.timeline.span("learner", "checkpoint", version=version):
-        await system.learner.save(system.checkpoints, system.prompts.cursor(version))
+    if system.prompts.is_saved(version):
+        return
+    try:
+        with (
+            system.metrics.timeline.span("learner", "checkpoint", version=version),
+            system.watchdog.wait("save", f"the checkpoint of version {version}"),
+        ):
+            await system.learner.save(system.checkpoints, system.prompts.cursor(version))
+    except OSError as error:
+        if last:
+            raise
+        system.metrics.say(f"alarm: no checkpoint of version {version}: {error}; the next try is at the next one")
+        return
+    kept = [checkpoint.version_of(folder) for folder in checkpoint.folders(system.checkpoints)]
+    system.prompts.saved(version, kept or [version])
 
 
 def check_digests(groups: Sequence[Group], published: dict[int, str]) -> None:

@@ -45,6 +45,7 @@ METRICS: dict[str, str] = {
     "gradient/norm": "gradient norm before clipping",
     "gradient/cosine": "cosine with the gradient of the step before, on a fixed random slice of coordinates",
     "gradient/learning_rate": "learning rate of the step",
+    "learner/skipped": "optimizer steps skipped so far because their gradient was not finite",
     "learner/num_tokens": "trained tokens in the batch",
     "learner/row_fill": "share of row positions that hold a token; the rest is padding",
     "learner/idle": "share of the step's time that the learner waited for groups",

@@ -1,8 +1,10 @@
 """The rollout actors of a run, as the driver sees them: who gets the next prompt, what happens to failures, and the
 weight update that reaches all of them or ends the run.
 
-A rollout that raises is tried again on another actor and counted; a prompt that used up its attempts fails the run.
-An actor that died leaves the pool; its prompts are tried elsewhere and the others form a new broadcast group.
+A rollout that raises is tried again on another actor and counted by kind; a prompt that used up its attempts raises
+`RolloutFailed`. An actor that died leaves the pool; its prompts are tried elsewhere and the others form a new broadcast
+group. An actor that was added gets its first prompt once a weight update has reached it, its digest checked; the others
+generate meanwhile. One that was retired gets no more prompts and is closed when its last one is finished.
 """
 
 from __future__ import annotations
@@ -10,18 +12,24 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 from asyncrl.rollout import UpdateReport
 from asyncrl.timeline import Timeline
 from asyncrl.transport import Audience, Rendezvous, abandon
 from asyncrl.types import Group, Prompt, Version
+from asyncrl.watchdog import Watchdog
 from asyncrl.weights import Bucket
 
 
 class RolloutFailed(RuntimeError):
     """A prompt used up its attempts."""
+
+
+class AllActorsDied(RolloutFailed):
+    """Nobody is left to generate, and nobody will come."""
 
 
 class ActorDied(RuntimeError):
@@ -91,9 +99,18 @@ class RolloutPool:
 
     def __init__(self, actors: Sequence[RolloutHandle], max_attempts: int, timeline: Timeline | None = None) -> None:
         self._timeline = timeline or Timeline()
+        self.watchdog: Watchdog | None = None
+        """Told of every prompt that is waited for."""
         self._load: dict[RolloutHandle, int] = dict.fromkeys(actors, 0)
+        self._joining: list[RolloutHandle] = []  # without weights so far
+        self._leaving: dict[RolloutHandle, int] = {}  # load of those that get no more prompts
+        self._closing: set[asyncio.Future[Any]] = set()
+        self._arrived = asyncio.Event()
+        self.replaces_dead = False
+        """Whether somebody adds actors for those that died: then the death of the last one is waited out."""
         self._max_attempts = max_attempts
         self._grouped = False
+        self._members: list[RolloutHandle] = []  # of the broadcast group
         self._where: Rendezvous
         self._reports: dict[RolloutHandle, UpdateReport] = {}
         self.failures: Counter[str] = Counter()
@@ -102,19 +119,46 @@ class RolloutPool:
 
     @property
     def actors(self) -> list[RolloutHandle]:
+        """Those that get prompts."""
         return list(self._load)
+
+    @property
+    def num_joining(self) -> int:
+        """Actors that wait for their first weights."""
+        return len(self._joining)
+
+    def add(self, actor: RolloutHandle) -> None:
+        """The actor takes part from the next weight update on."""
+        self._joining.append(actor)
+        self._grouped = False
+        self._arrived.set()
+
+    def retire(self) -> RolloutHandle:
+        """Takes the least loaded actor out of the pool; it is closed once its prompts are finished."""
+        actor = self._joining[-1] if self._joining else min(self._load, key=self._load.__getitem__)
+        if actor in self._joining:
+            self._joining.remove(actor)
+        self._leaving[actor] = self._load.pop(actor, 0)
+        self._grouped = False
+        self._close_if_done(actor)
+        return actor
+
+    def give_up_waiting(self) -> None:
+        """Nobody will be added any more: raises `AllActorsDied` where prompts wait for an actor."""
+        self.replaces_dead = False
+        self._arrived.set()
 
     async def run(self, prompt: Prompt) -> Group:
         """The prompt's group, from the least loaded actor; other actors are tried when one fails."""
         tried: set[RolloutHandle] = set()
         for attempt in range(1, self._max_attempts + 1):
-            actor = self._least_loaded(tried)
+            actor = await self._least_loaded(tried)
             try:
                 return await self._run_on(actor, prompt)
             except ActorDied as error:
                 self._remove(actor, error)
             except Exception as error:
-                self.failures[type(error).__name__] += 1
+                self.failures[getattr(error, "kind", type(error).__name__)] += 1
                 tried.add(actor)
                 if attempt == self._max_attempts:
                     raise RolloutFailed(
@@ -126,6 +170,7 @@ class RolloutPool:
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
         """Held-out attempts without their tokens, the prompts spread evenly over all actors, beside generation."""
         while True:
+            await self._least_loaded(set())  # there is one
             actors = self.actors
             shares = [prompts[index :: len(actors)] for index in range(len(actors))]
             played: list[Any] = await asyncio.gather(
@@ -155,9 +200,10 @@ class RolloutPool:
         actor: an engine on old weights would look like staleness for ever after.
         """
         while True:
+            await self._wait_while(lambda: not self._load and not self._joining)
             if not self._grouped:
                 await self._form_group(learner)
-            actors = self.actors
+            actors = list(self._members)
             begin = time.monotonic()
             await learner.prepare()  # before any engine pauses
             updates = (self._update(actor, learner) for actor in actors)
@@ -168,6 +214,7 @@ class RolloutPool:
             if isinstance(sent, BaseException):
                 raise sent
             self._check(actors, reports, sent, learner.version)
+            self._admit_joined(actors)
             return self._measure(actors, reports, time.monotonic() - begin)
 
     async def close(self) -> None:
@@ -184,16 +231,30 @@ class RolloutPool:
             await asyncio.to_thread(abandon, self._where, f"{actor.name} died")
             raise
 
-    def _least_loaded(self, tried: set[RolloutHandle]) -> RolloutHandle:
-        if not self._load:
-            raise RolloutFailed(f"every rollout actor died: {dict(self.failures)}")
+    def _admit_joined(self, actors: list[RolloutHandle]) -> None:
+        for actor in [actor for actor in self._joining if actor in actors]:
+            self._joining.remove(actor)
+            self._load[actor] = 0
+        self._arrived.set()
+
+    async def _least_loaded(self, tried: set[RolloutHandle]) -> RolloutHandle:
+        await self._wait_while(lambda: not self._load)
         fresh = [actor for actor in self._load if actor not in tried]
         return min(fresh or self._load, key=self._load.__getitem__)
 
+    async def _wait_while(self, nobody: Callable[[], bool]) -> None:
+        while nobody():
+            if not self.replaces_dead:
+                raise AllActorsDied(f"every rollout actor died: {dict(self.failures)}")
+            self._arrived.clear()
+            await self._arrived.wait()
+
     async def _run_on(self, actor: RolloutHandle, prompt: Prompt) -> Group:
         self._load[actor] += 1
+        what = f"{actor.name} to play prompt {prompt.id}"
         try:
-            with self._timeline.span(actor.name, "group", prompt=prompt.id) as facts:
+            watched = self.watchdog.wait("produce", what, actor) if self.watchdog else nullcontext()
+            with watched, self._timeline.span(actor.name, "group", prompt=prompt.id) as facts:
                 group = await actor.run(prompt)
                 facts |= {"oldest": group.oldest, "newest": group.newest, "lengths": group.lengths}
                 facts["reward"] = sum(group.rewards) / len(group.rewards)
@@ -201,17 +262,31 @@ class RolloutPool:
         finally:
             if actor in self._load:
                 self._load[actor] -= 1
+            elif actor in self._leaving:
+                self._leaving[actor] -= 1
+                self._close_if_done(actor)
+
+    def _close_if_done(self, actor: RolloutHandle) -> None:
+        if self._leaving[actor] == 0:
+            del self._leaving[actor]
+            closing = asyncio.gather(actor.close(), return_exceptions=True)
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
 
     async def _evaluate_on(self, actor: RolloutHandle, prompts: Sequence[Prompt]) -> list[Group]:
         with self._timeline.span(actor.name, "evaluation", num_prompts=len(prompts)):
             return await actor.evaluate(prompts)
 
     def _remove(self, actor: RolloutHandle, error: ActorDied) -> None:
-        if self._load.pop(actor, None) is not None:
-            self.failures["actor died"] += 1
-            self._grouped = False
-            if not self._load:
-                raise RolloutFailed(f"the last rollout actor, {actor.name}, died: {error}") from error
+        if actor in self._joining:
+            self._joining.remove(actor)
+        elif self._load.pop(actor, None) is None:
+            self._leaving.pop(actor, None)
+            return
+        self.failures["actor died"] += 1
+        self._grouped = False
+        if not self._load and not self.replaces_dead:
+            raise AllActorsDied(f"the last rollout actor, {actor.name}, died: {error}") from error
 
     def _handle_deaths(self, actors: list[RolloutHandle], results: Sequence[object]) -> bool:
         dead = [(a, r) for a, r in zip(actors, results, strict=True) if isinstance(r, ActorDied)]
@@ -220,7 +295,8 @@ class RolloutPool:
         return bool(dead)
 
     async def _form_group(self, learner: Publisher) -> None:
-        actors = self.actors
+        self._members = actors = [*self._load, *self._joining]
+        self._grouped = True  # unless somebody comes or goes from here on
         self._where = where = await learner.rendezvous(1 + sum(actor.num_ranks for actor in actors))
         joins, rank = [], 1
         for actor in actors:
@@ -228,12 +304,12 @@ class RolloutPool:
             rank += actor.num_ranks
         joined = await asyncio.gather(learner.join(), *joins, return_exceptions=True)
         if self._handle_deaths(actors, joined[1:]):
+            await self._wait_while(lambda: not self._load and not self._joining)
             await self._form_group(learner)
             return
         for name, result in zip(["the learner", *(actor.name for actor in actors)], joined, strict=True):
             if isinstance(result, BaseException):
                 raise RuntimeError(f"{name} could not join the weight broadcast: {result}") from result
-        self._grouped = True
 
     def _check(self, actors: list[RolloutHandle], reports: list[Any], sent: str, version: Version) -> None:
         for actor, report in zip(actors, reports, strict=True):

@@ -13,11 +13,14 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
+from asyncrl import groups
 from asyncrl.engine.base import Engine
 from asyncrl.envs.base import Env
+from asyncrl.envs.faults import Patience, attempt
 from asyncrl.transport import Rendezvous
 from asyncrl.types import Completion, Group, Prompt, Sampling, Trajectory, Version
 from asyncrl.weights import Bucket
@@ -56,12 +59,16 @@ class Rollout:
         seed: int,
         name: str = "rollout",
         evaluation: Attempts | None = None,
+        timeout_s: float = 300.0,
+        store: Path | None = None,
     ) -> None:
-        """`evaluation`: greedy attempts, one a prompt, unless told otherwise."""
+        """`evaluation`: greedy attempts, one a prompt, unless told otherwise. `timeout_s` bounds what an attempt takes
+        beside generation. `store`: the folder that finished groups are written to before they are handed over."""
         self._evaluation = evaluation or Attempts(replace(sampling, temperature=0.0, top_p=1.0, top_k=0))
         self.name = name
         self._engine, self._env = engine, env
         self._sampling, self._group_size, self._seed = sampling, group_size, seed
+        self._timeout_s, self._store = timeout_s, store
         self._started = time.monotonic()
         self._num_tokens = 0
 
@@ -73,9 +80,14 @@ class Rollout:
     async def run(self, prompt: Prompt) -> Group:
         """Plays the prompt G times at once. The prompt's id seeds the samples, so a second try repeats the first."""
         samples = range(self._group_size)
-        return make_group(
-            prompt, await asyncio.gather(*(self._play(prompt, sample, self._sampling) for sample in samples))
-        )
+        played = await asyncio.gather(*(self._play(prompt, sample, self._sampling) for sample in samples))
+        group = make_group(prompt, played)
+        if self._store is None:
+            return group
+        try:
+            return await asyncio.to_thread(groups.write, self._store, group)
+        except OSError:  # a full disk, or a node without this folder: the group is good all the same
+            return group
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
         """Each prompt's attempts, without their tokens."""
@@ -114,8 +126,13 @@ class Rollout:
 
     async def _play(self, prompt: Prompt, sample: int, base: Sampling) -> Trajectory:
         turn = 0
+        patience = Patience(self._timeout_s)
 
         async def generate(token_ids: Sequence[int]) -> Completion:
+            with patience.suspended():
+                return await complete(token_ids)
+
+        async def complete(token_ids: Sequence[int]) -> Completion:
             nonlocal turn
             parts: list[Completion] = []
             while not parts or parts[-1].finish == "abort":
@@ -127,7 +144,7 @@ class Rollout:
                 self._num_tokens += len(parts[-1].token_ids)
             return parts[0] if len(parts) == 1 else _joined(parts)
 
-        return await self._env.play(prompt, generate)
+        return await attempt(self._env, prompt, generate, patience)
 
 
 def _joined(parts: Sequence[Completion]) -> Completion:

@@ -108,6 +108,8 @@ class Group:
     digests: dict[Version, str]
     metrics: dict[str, float]
     trajectories: Any
+    stored: str = ""
+    """Digest of the file that holds the group in the run folder; empty if there is none."""
 
     @property
     def has_variance(self) -> bool:

@@ -24,10 +24,12 @@ from asyncrl import job, metrics
 from asyncrl.buffer import Buffer
 from asyncrl.config import Config
 from asyncrl.envs.base import load_env
-from asyncrl.loop import PromptQueue, System, run
+from asyncrl.guard import StepGuard
+from asyncrl.loop import System, run
 from asyncrl.metrics import Metrics
 from asyncrl.model import load_tokenizer
 from asyncrl.pool import RolloutPool
+from asyncrl.prompts import PromptQueue
 from asyncrl.types import Group, Version
 from asyncrl.warmup import prepare
 
@@ -54,8 +56,12 @@ async def measure(config: Config, skip: int) -> dict[str, float]:
             with Metrics(Path(folder), config.num_steps, first_step=first, quiet=True) as sink:
                 checkpoints = Path(folder) / "checkpoints"
                 buffer = job.make_buffer(config)
+                guard, last = StepGuard(Path(folder), 0), {config.num_steps}
+                watchdog = job.make_watchdog(config, Path(folder), learner, pool, print)
                 await run(
-                    System(config, prompts, [], pool, learner, buffer, sink, checkpoints, evaluated={config.num_steps})
+                    System(
+                        config, prompts, [], pool, learner, buffer, sink, checkpoints, guard, watchdog, evaluated=last
+                    )
                 )
             _, second_generation = await generate(
                 pool, prompts, learner.version, job.make_buffer(config), num_batches=num_batches, skip=skip
@@ -80,7 +86,7 @@ async def generate(
 
     async def produce() -> None:
         while (ticket := await buffer.admit()) is not None:
-            buffer.put(ticket, await pool.run(prompts.issue()))
+            buffer.put(ticket, await pool.run(prompts.issue()[0]))
 
     batches, times = [], []
     async with asyncio.TaskGroup() as tasks:

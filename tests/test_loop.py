@@ -3,19 +3,21 @@
 import asyncio
 import itertools
 import json
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import run
 
-from asyncrl import checkpoint, job, metrics
+from asyncrl import checkpoint, job, journal, metrics
 from asyncrl import config as configuration
-from asyncrl.checkpoint import Cursor
 from asyncrl.envs.base import load_env
-from asyncrl.loop import PromptQueue, check_digests
+from asyncrl.journal import Dropped
+from asyncrl.loop import check_digests
 from asyncrl.model import load_model, load_tokenizer
 from asyncrl.pool import RolloutFailed
+from asyncrl.prompts import PromptQueue
 from asyncrl.runtime.local import open_actors
 from asyncrl.types import Group, Prompt
 from asyncrl.warmup import prepare
@@ -113,20 +115,6 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):
     assert rows == [1, 2, 3, 4]
 
 
-def test_prompts_that_were_open_are_issued_again_and_none_is_skipped():
-    def prompts():
-        return (Prompt(number, (1,), "") for number in itertools.count())
-
-    queue = PromptQueue(prompts())
-    issued = [queue.issue() for _ in range(6)]
-    queue.settle([issued[0], issued[3]])
-    cursor = queue.cursor(version=1)
-    assert cursor == Cursor(1, 6, [1, 2, 4, 5])
-    again = PromptQueue(prompts(), cursor)
-    assert again.cursor(1) == cursor, "nothing issued yet: a second stop must not forget them"
-    assert [again.issue().id for _ in range(6)] == [1, 2, 4, 5, 6, 7]
-
-
 class Failing:
     """Sort digits, but some prompts raise: always, or only on the first tries."""
 
@@ -158,9 +146,74 @@ def test_a_failing_rollout_is_tried_again_and_counted(tmp_path):
 
 
 def test_a_prompt_that_always_fails_ends_the_run_and_is_named(tmp_path):
-    config = small(tmp_path, "env.path=test_loop:Failing", "env.args={bad=[3], times=1000}")
-    with pytest.raises(RolloutFailed, match=r"prompt 3 failed 3 times.*scorer cannot count.*rollout\.max_attempts"):
+    config = small(
+        tmp_path, "env.path=test_loop:Failing", "env.args={bad=[3], times=1000}", "rollout.max_failed_prompts=0"
+    )
+    with pytest.raises(
+        RolloutFailed,
+        match=r"1 prompts in a row.*env exception.*prompt 3 failed 3 times.*scorer cannot count.*rollout\.max_attempts",
+    ):
         run(job.train(config, quiet=True))
+
+
+def test_a_prompt_that_always_fails_is_given_up_and_counted(tmp_path):
+    config = small(tmp_path, "env.path=test_loop:Failing", "env.args={bad=[9], times=1000}")
+    result = run(job.train(config, quiet=True))
+    records, _, _ = journal.read(result.folder / "journal.bin")
+    assert [(r.ids, r.reason) for r in records if isinstance(r, Dropped)] == [((9,), "rollout failed")]
+    assert result.version == 4
+
+
+@pytest.mark.parametrize("num_bad", [2, 3])
+def test_a_step_without_a_finite_gradient_is_skipped_and_too_many_end_the_run(tmp_path, monkeypatch, num_bad):
+    real, calls = torch.nn.utils.clip_grad_norm_, itertools.count()
+
+    def clip(*arguments):
+        norm = real(*arguments)
+        return norm * float("nan") if 1 <= next(calls) <= num_bad else norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    config = small(tmp_path, "learner.max_skipped_steps=2")
+    if num_bad > 2:
+        with pytest.raises(RuntimeError, match=r"3 optimizer steps in a row .*max_skipped_steps is 2.*groups \["):
+            run(job.train(config, quiet=True))
+        (folder,) = [path for path in tmp_path.iterdir() if path.name != "cache"]
+    else:
+        result = run(job.train(config, quiet=True))
+        assert result.version == 4
+        folder = result.folder
+        rows = [row for row in metrics.read(folder) if "learner/skipped" in row]
+        assert [(row["version"], row["learner/skipped"]) for row in rows] == [(1, 0), (2, 2), (3, 2), (4, 2)]
+        assert rows[-1]["buffer/dropped"] == 8
+    noted = [json.loads(line) for line in (folder / "nonfinite.jsonl").read_text().splitlines()]
+    assert [len(entry["groups"]) for entry in noted] == [4] * num_bad
+    ids = {group["id"] for entry in noted for group in entry["groups"]}
+    records, _, _ = journal.read(folder / "journal.bin")
+    dropped = {number for r in records if isinstance(r, Dropped) for number in r.ids}
+    assert dropped <= ids
+    assert len(dropped) == 8
+
+
+def test_saving_does_not_pause_generation(tmp_path, monkeypatch):
+    """The save is held until prompts that were issued after it began are finished."""
+    real, begun, finished = checkpoint.write, threading.Event(), threading.Event()
+
+    def held(*arguments, **words):
+        begun.set()
+        assert finished.wait(30), "no group was finished while the checkpoint was being written"
+        return real(*arguments, **words)
+
+    generated = PromptQueue.generated
+
+    def watched(queue, group):
+        if begun.is_set():
+            finished.set()
+        generated(queue, group)
+
+    monkeypatch.setattr(checkpoint, "write", held)
+    monkeypatch.setattr(PromptQueue, "generated", watched)
+    config = small(tmp_path, "checkpoint.every=2", "num_steps=3")
+    assert run(job.train(config, quiet=True)).version == 3
 
 
 def test_zero_variance_groups_are_replaced_not_lost(tmp_path):

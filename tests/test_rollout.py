@@ -7,8 +7,9 @@ import pytest
 from helpers import run, trajectory
 
 from asyncrl.engine.base import Engine
-from asyncrl.pool import ActorDied, RolloutFailed, RolloutPool
+from asyncrl.pool import ActorDied, AllActorsDied, RolloutFailed, RolloutPool
 from asyncrl.rollout import Rollout, UpdateReport, make_group, sample_seed
+from asyncrl.supervisor import Supervisor, request
 from asyncrl.transport import Rendezvous
 from asyncrl.types import Completion, Prompt, Sampling
 
@@ -26,6 +27,7 @@ class Actor:
         self.error = None
         self.digest = "right"
         self.update_error = None
+        self.closed = asyncio.Event()
 
     async def run(self, prompt):
         self.played.append(prompt.id)
@@ -48,7 +50,7 @@ class Actor:
         return UpdateReport(self.digest, 0.01, 1.0, 0.5, 10)
 
     async def close(self):
-        pass
+        self.closed.set()
 
 
 class Learner:
@@ -125,6 +127,111 @@ def test_the_dead_leave_and_the_last_death_ends_the_run():
             await pool.run(PROMPTS[0])
 
     run(body())
+
+
+def test_a_newcomer_gets_prompts_only_after_its_weights():
+    async def body():
+        old, new = Actor("old"), Actor("new")
+        pool = RolloutPool([old], max_attempts=1)
+        await pool.update_weights(Learner())
+        pool.add(new)
+        for prompt in PROMPTS[:3]:
+            await pool.run(prompt)
+        assert new.played == []
+        measured = await pool.update_weights(Learner())
+        assert measured["rollout/num_actors"] == 2
+        assert [old.joined[-1], new.joined] == [(3, 1), [(3, 2)]]
+        for actor in (old, new):
+            actor.gate.clear()
+        plays = [asyncio.ensure_future(pool.run(prompt)) for prompt in PROMPTS[:4]]
+        await asyncio.sleep(0)
+        assert len(new.played) == 2
+        for actor in (old, new):
+            actor.gate.set()
+        await asyncio.gather(*plays)
+
+    run(body())
+
+
+def test_a_newcomer_with_other_weights_ends_the_run():
+    async def body():
+        pool = RolloutPool([Actor("old")], max_attempts=1)
+        new = Actor("new")
+        new.digest = "wrong"
+        pool.add(new)
+        with pytest.raises(RuntimeError, match="new holds other weights"):
+            await pool.update_weights(Learner())
+
+    run(body())
+
+
+def test_a_retired_actor_finishes_its_prompts_and_is_closed():
+    async def body():
+        busy, idle = Actor("busy"), Actor("idle")
+        for actor in (busy, idle):
+            actor.gate.clear()
+        pool = RolloutPool([busy, idle], max_attempts=1)
+        plays = [asyncio.ensure_future(pool.run(prompt)) for prompt in PROMPTS[:3]]
+        await asyncio.sleep(0)
+        assert pool.retire() is idle
+        assert pool.actors == [busy]
+        assert not idle.closed.is_set()
+        idle.gate.set()
+        await idle.closed.wait()
+        busy.gate.set()
+        assert [group.prompt for group in await asyncio.gather(*plays)] == PROMPTS[:3]
+        assert (await pool.update_weights(Learner()))["rollout/num_actors"] == 1
+
+    run(body())
+
+
+def test_the_dead_are_replaced_prompts_wait_and_too_many_deaths_end_the_run(tmp_path):
+    async def body():
+        first = Actor("rollout 0")
+        first.error = first.update_error = ActorDied("gone")
+        started, said = [], []
+
+        async def start(number):
+            started.append(Actor(f"rollout {number}"))
+            return started[-1]
+
+        pool = RolloutPool([first], max_attempts=3)
+        supervisor = Supervisor(pool, start, tmp_path, target=1, first_number=1, max_replacements=1, say=said.append)
+        watch = asyncio.ensure_future(supervisor.run(asyncio.Lock(), lambda: pool.update_weights(Learner())))
+        assert (await pool.run(PROMPTS[0])).prompt == PROMPTS[0]
+        (second,) = started
+        assert second.played == [0]
+        assert pool.published == {3: "right"}
+        second.error = ActorDied("gone too")
+        with pytest.raises(AllActorsDied):
+            await pool.run(PROMPTS[1])
+        watch.cancel()
+
+    run(body())
+
+
+def test_the_number_of_actors_follows_what_is_asked(tmp_path):
+    async def body():
+        async def start(number):
+            return Actor(f"rollout {number}")
+
+        pool = RolloutPool([Actor("rollout 0"), Actor("rollout 1")], max_attempts=1)
+        await pool.update_weights(Learner())
+        supervisor = Supervisor(pool, start, tmp_path, target=2, first_number=2, max_replacements=0, say=print)
+        watch = asyncio.ensure_future(supervisor.run(asyncio.Lock(), lambda: pool.update_weights(Learner())))
+        (tmp_path / "config.json").touch()
+        for wanted in (4, 1):
+            request(tmp_path, wanted)
+            while len(pool.actors) != wanted:
+                await asyncio.sleep(0.01)
+        watch.cancel()
+        assert not (tmp_path / "control.json").exists()
+
+    run(body())
+    with pytest.raises(ValueError, match="at least 1 rollout actor, got 0"):
+        request(tmp_path, 0)
+    with pytest.raises(ValueError, match="no run folder"):
+        request(tmp_path / "elsewhere", 2)
 
 
 @pytest.mark.parametrize("fault", ["digest", "error"])

@@ -32,10 +32,13 @@ LAYERS = [
         "samples",
         "sinks",
         "staleness",
+        "journal",
+        "groups",
+        "watchdog",
     },
-    {"metrics", "checkpoint", "packing", "scoring", "engine.base", "envs.digits", "envs.numbers"}
+    {"metrics", "checkpoint", "prompts", "packing", "scoring", "engine.base", "envs.digits", "envs.numbers"}
     | {"envs.data", "envs.chat", "envs.rewards", "envs.dataset", "envs.gsm8k", "envs.mixture"}
-    | {"envs.reasoning_gym", "envs.multi_turn"},
+    | {"envs.reasoning_gym", "envs.multi_turn", "envs.faults"},
     {
         "engine.kv_cache",
         "engine.sampler",
@@ -53,8 +56,9 @@ LAYERS = [
         "learner",
         "warmup",
     },
+    {"guard", "supervisor"},
     {"loop"},
-    {"runtime.placement", "runtime.parts", "runtime.local", "runtime.cluster"},
+    {"runtime.placement", "runtime.stacks", "runtime.parts", "runtime.local", "runtime.cluster"},
     {"job", "preflight"},
 ]
 

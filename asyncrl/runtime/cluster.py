@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from asyncrl import sharding
 from asyncrl.checkpoint import Cursor
@@ -28,6 +28,7 @@ from asyncrl.pool import ActorDied
 from asyncrl.rollout import UpdateReport
 from asyncrl.runtime.parts import LearnerPart, build_rollout
 from asyncrl.runtime.placement import Placement, check_resources, plan
+from asyncrl.runtime.stacks import dump_stacks, offer_stacks
 from asyncrl.sharding import join_ranks
 from asyncrl.transport import Audience, Rendezvous, open_rendezvous
 from asyncrl.types import Group, Prompt, Trajectory, Version
@@ -40,13 +41,14 @@ _MAX_CONCURRENCY = 100_000  # prompts wait in the engine, not in front of the ac
 class RolloutActor:
     """A rollout actor's process: its own event loop and its own engine."""
 
-    def __init__(self, config: Config, folder: str, placement: Placement) -> None:
+    def __init__(self, config: Config, folder: str, placement: Placement, store: Path | None) -> None:
         torch.set_num_threads(config.rollout.num_threads)
         self._arguments = config, folder, placement
+        self._store = store
 
     async def start(self) -> dict[str, Any]:
         """Builds the engine, in the actor's own event loop. Tells the ranks it takes, and facts about the process."""
-        self._rollout = await build_rollout(*self._arguments, address=_own_address())
+        self._rollout = await build_rollout(*self._arguments, address=_own_address(), store=self._store)
         loop = type(asyncio.get_running_loop()).__module__
         return {"num_ranks": self._rollout.num_ranks, "loop": loop, **_process_facts()}
 
@@ -141,7 +143,9 @@ class RemoteRollout:
         return report
 
     async def close(self) -> None:
+        """Ends the process."""
         await self._reply(self.actor.close.remote())
+        ray.kill(self.actor)
 
     async def _reply(self, reference: Any) -> Any:
         try:
@@ -191,52 +195,59 @@ class RemoteLearner:
 
 @asynccontextmanager
 async def open_actors(
-    config: Config, folder: str, resume: Path | None
+    config: Config, folder: str, resume: Path | None, store: Path | None = None
 ) -> AsyncIterator[tuple[RemoteLearner, list[RemoteRollout]]]:
     """Starts Ray, or joins the cluster, and starts the actors; on the way out nothing of them is left.
 
-    The last `eval.num_actors` of the rollout actors are the evaluators.
+    The last `eval.num_actors` of the rollout actors are the evaluators. `store` is where finished groups are written.
     """
     _start_ray(config)
     try:
         existing = ray.cluster_resources()
         placement = plan(config, int(existing.get("GPU", 0)))
         check_resources(config, existing)
-        folder = str(Path(folder).absolute()) if Path(folder).exists() else folder  # workers start elsewhere
-        yield await _start_actors(config, folder, resume, placement)
+        yield await _start_actors(config, _absolute(folder), resume, placement, store)
     finally:
         ray.shutdown()
 
 
 async def _start_actors(
-    config: Config, folder: str, resume: Path | None, placement: Placement
+    config: Config, folder: str, resume: Path | None, placement: Placement, store: Path | None
 ) -> tuple[RemoteLearner, list[RemoteRollout]]:
-    # No logical CPUs are reserved: actors share the machine's cores, each with a set number of threads.
-    environment = {"env_vars": {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}}  # SGLang's: both sides must agree
-    common: dict[str, Any] = {"num_cpus": 0, "runtime_env": environment if placement.device == "cuda" else None}
-    learners = await _place_learner(config, folder, resume, placement, common)
+    ranks = await _place_learner(config, folder, resume, placement)
+    starts = (start_rollout(config, folder, store, number) for number in range(config.num_engines))
+    learner, rollouts = await asyncio.gather(_start_learner(ranks), asyncio.gather(*starts))
+    return learner, rollouts
+
+
+async def start_rollout(config: Config, folder: str, store: Path | None, number: int) -> RemoteRollout:
+    """One rollout actor, once its engine is ready; nothing of it is left if that fails or is cancelled."""
+    placement = plan(config, int(ray.cluster_resources().get("GPU", 0)))
     rollout_class: Any = ray.remote(RolloutActor).options(
         num_gpus=placement.rollout_gpus,
         resources=config.cluster.rollout_resources,
         max_concurrency=_MAX_CONCURRENCY,
-        **common,
+        **_common(placement),
     )
-    actors = [rollout_class.remote(config, folder, placement) for _ in range(config.num_engines)]
-    learner, *facts = await asyncio.gather(_start_learner(learners), *(actor.start.remote() for actor in actors))
-    rollouts = [
-        RemoteRollout(f"rollout {number}", actor, fact)
-        for number, (actor, fact) in enumerate(zip(actors, facts, strict=True))
-    ]
-    return learner, rollouts
+    actor = rollout_class.remote(config, _absolute(folder), placement, store)
+    try:
+        async with asyncio.timeout(config.rollout.start_timeout_s):
+            return RemoteRollout(f"rollout {number}", actor, await actor.start.remote())
+    except BaseException as error:
+        ray.kill(actor)
+        if isinstance(error, TimeoutError):
+            raise RuntimeError(
+                f"rollout actor {number} did not start within {config.rollout.start_timeout_s:g} s "
+                "(rollout.start_timeout_s); has the cluster a free GPU for it?"
+            ) from error
+        raise
 
 
-async def _place_learner(
-    config: Config, folder: str, resume: Path | None, placement: Placement, common: dict[str, Any]
-) -> list[Any]:
+async def _place_learner(config: Config, folder: str, resume: Path | None, placement: Placement) -> list[Any]:
     """The actors of the learner's ranks; of several, on one node if one has room for them, before others take it."""
     num_ranks = config.learner.num_gpus
     resources = config.cluster.learner_resources
-    options = {"num_gpus": placement.learner_gpus, "resources": resources, **common}
+    options = {"num_gpus": placement.learner_gpus, "resources": resources, **_common(placement)}
     each = {"GPU": placement.learner_gpus, **resources}
     taken = {name: amount for name, amount in each.items() if amount}
     if num_ranks > 1 and taken:
@@ -254,8 +265,44 @@ async def _start_learner(ranks: Sequence[Any]) -> RemoteLearner:
     return RemoteLearner(ranks, version, buckets, [facts for _, _, facts in described])
 
 
+def _common(placement: Placement) -> dict[str, Any]:
+    # No logical CPUs are reserved: actors share the machine's cores, each with a set number of threads.
+    environment = {"env_vars": {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}}  # SGLang's: both sides must agree
+    return {"num_cpus": 0, "runtime_env": environment if placement.device == "cuda" else None}
+
+
+def _absolute(folder: str) -> str:
+    """Workers start elsewhere; a Hugging Face id stays as it is."""
+    return str(Path(folder).absolute()) if Path(folder).exists() else folder
+
+
+async def stacks(learner: RemoteLearner, rollouts: Sequence[RemoteRollout]) -> str:
+    """The Python stacks of every actor, also of one that hangs outside Python; who does not answer says so."""
+    actors = {f"learner {rank}": facts for rank, facts in enumerate(learner.facts)}
+    actors |= {rollout.name: rollout.facts for rollout in rollouts}
+    answers = await asyncio.gather(*(_stacks_of(facts) for facts in actors.values()), return_exceptions=True)
+    return "\n".join(f"{name}: {answer}" for name, answer in zip(actors, answers, strict=True))
+
+
+async def _stacks_of(facts: dict[str, Any]) -> str:
+    there = NodeAffinitySchedulingStrategy(facts["node"], soft=False)
+    task: Any = ray.remote(dump_stacks).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+    text: str = await task.remote(facts["pid"], facts["stacks"])
+    return text
+
+
+def kill(rollout: RemoteRollout) -> None:
+    """Ends the process at once; calls that wait for it raise `ActorDied`."""
+    ray.kill(rollout.actor)
+
+
 def _process_facts() -> dict[str, Any]:
-    return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id(), "address": _own_address()}
+    return {
+        "pid": os.getpid(),
+        "node": ray.get_runtime_context().get_node_id(),
+        "address": _own_address(),
+        "stacks": offer_stacks(),
+    }
 
 
 def _own_address() -> str:

@@ -52,17 +52,30 @@ class LocalLearner:
         await asyncio.to_thread(self._part.save, folder, cursor)
 
 
+async def start_rollout(config: Config, folder: str, store: Path | None, number: int) -> Rollout:
+    """One more rollout actor."""
+    return await build_rollout(config, folder, plan(config, num_gpus=0), name=f"rollout {number}", store=store)
+
+
+async def stacks(_learner: LocalLearner, _rollouts: Sequence[Rollout]) -> str:
+    """The actors' stacks are among those of this process."""
+    return "all in the driver's process"
+
+
+def kill(rollout: Rollout) -> None:
+    """Refused: an actor of this runtime has no process of its own."""
+    raise RuntimeError(f"{rollout.name} cannot be killed: it lives in this process; set runtime=cluster")
+
+
 @asynccontextmanager
 async def open_actors(
-    config: Config, folder: str, resume: Path | None
+    config: Config, folder: str, resume: Path | None, store: Path | None = None
 ) -> AsyncIterator[tuple[LocalLearner, list[Rollout]]]:
-    """The learner and the rollout actors, closed on the way out. The last `eval.num_actors` are the evaluators."""
+    """The learner and the rollout actors, closed on the way out. The last `eval.num_actors` are the evaluators. `store`
+    is where finished groups are written."""
     torch.set_num_threads(config.learner.num_threads)
-    placement = plan(config, num_gpus=0)
-    learner = LocalLearner(LearnerPart(config, folder, resume, placement))
-    rollouts = [
-        await build_rollout(config, folder, placement, name=f"rollout {number}") for number in range(config.num_engines)
-    ]
+    learner = LocalLearner(LearnerPart(config, folder, resume, plan(config, num_gpus=0)))
+    rollouts = [await start_rollout(config, folder, store, number) for number in range(config.num_engines)]
     try:
         yield learner, rollouts
     finally:

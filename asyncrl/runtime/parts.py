@@ -23,9 +23,16 @@ from asyncrl.weights import DTYPES
 
 
 async def build_rollout(
-    config: Config, folder: str, placement: Placement, *, address: str = "127.0.0.1", name: str = "rollout"
+    config: Config,
+    folder: str,
+    placement: Placement,
+    *,
+    address: str = "127.0.0.1",
+    name: str = "rollout",
+    store: Path | None = None,
 ) -> Rollout:
-    """An engine with the weights in `folder`, and its environment. `address` is this node's own."""
+    """An engine with the weights in `folder`, and its environment. `address` is this node's own; `store` is where
+    finished groups are written."""
     settings = config.rollout
     tokenizer = load_tokenizer(folder)
     env = load_env(config.env.path, tokenizer, config.env.args)
@@ -41,6 +48,8 @@ async def build_rollout(
         seed=config.seed,
         name=name,
         evaluation=Attempts(tried, config.eval.num_samples, config.eval.max_running),
+        timeout_s=config.env.timeout_s,
+        store=store,
     )
 
 
@@ -105,6 +114,7 @@ class LearnerPart:
         )
         if resume is not None:
             self.learner.load_state(checkpoint.load_optimizer(resume), checkpoint.load_cursor(resume).version)
+            checkpoint.load_random_state(resume)
 
     def save(self, root: Path, cursor: Cursor) -> None:
         """Writes a checkpoint at the first rank. Every rank."""

@@ -1,0 +1,92 @@
+"""What an environment can do wrong in one attempt, each under a name of its own: too slow, raising, garbage.
+
+A fault fails the attempt: it is counted by kind and the prompt is tried again. It never becomes a silent reward of 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from numbers import Real
+
+from asyncrl.envs.base import Env, Generate
+from asyncrl.types import Prompt, Trajectory
+
+
+class EnvFault(RuntimeError):
+    """An attempt that the environment spoilt. `kind` is the name that it is counted under."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(kind, text)  # both, so that it survives pickling
+        self.kind = kind
+        self._text = text
+
+    def __str__(self) -> str:
+        return self._text
+
+
+class Patience:
+    """A time limit that stands still while the model generates: a long queue is no fault of the environment."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._left_s = timeout_s
+        self._generating = 0
+        self._limit: asyncio.Timeout | None = None
+        self.engine_error: BaseException | None = None
+
+    def start(self, limit: asyncio.Timeout) -> None:
+        """The attempt begins, within `limit`."""
+        self._limit = limit
+        self._go_on()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """The model generates; an error in here is the engine's own."""
+        self._generating += 1
+        if self._generating == 1 and self._limit is not None:
+            self._left_s = max(0.0, (self._limit.when() or 0.0) - asyncio.get_running_loop().time())
+            self._limit.reschedule(None)
+        try:
+            yield
+        except Exception as error:
+            self.engine_error = error
+            raise
+        finally:
+            self._generating -= 1
+            if not self._generating and self._limit is not None and not self._limit.expired():
+                self._go_on()
+
+    def _go_on(self) -> None:
+        assert self._limit is not None
+        self._limit.reschedule(asyncio.get_running_loop().time() + self._left_s)
+
+
+async def attempt(env: Env, prompt: Prompt, generate: Generate, patience: Patience) -> Trajectory:
+    """One attempt, its reward a finite float. Raises `EnvFault`, or what the engine raised."""
+    try:
+        async with asyncio.timeout(None) as limit:
+            patience.start(limit)
+            trajectory = await env.play(prompt, generate)
+    except TimeoutError as error:
+        if not limit.expired():
+            raise _fault("exception", env, prompt, f"raised {error!r}") from error
+        text = f"took more than {patience.timeout_s:g} s beside generation (env.timeout_s)"
+        raise _fault("timeout", env, prompt, text) from error
+    except Exception as error:
+        if error is patience.engine_error:
+            raise
+        raise _fault("exception", env, prompt, f"raised {error!r}") from error
+    if not isinstance(trajectory, Trajectory):
+        raise _fault("garbage", env, prompt, f"gave a {type(trajectory).__name__}, not a Trajectory")
+    for name, value in {"reward": trajectory.reward, **trajectory.metrics}.items():
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise _fault("garbage", env, prompt, f"gave {name} {value!r}, not a finite number")
+    return replace(trajectory, reward=float(trajectory.reward))
+
+
+def _fault(kind: str, env: Env, prompt: Prompt, text: str) -> EnvFault:
+    return EnvFault(f"env {kind}", f"{type(env).__name__} {text} on prompt {prompt.id}")

@@ -1,0 +1,126 @@
+"""Finished groups on disk: one file a group, written by the rollout actor that made it, beside the journal.
+
+The journal holds each file's digest, so a file that is missing, torn or of an earlier try counts as not there, and its
+prompt is played again. That is why these files need no fsync. msgpack; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from asyncrl.types import Finish, Group, Prompt, Trajectory, Version
+
+_COLUMNS: dict[str, Any] = {"token_ids": np.int32, "mask": np.bool_, "logprobs": np.float32, "versions": np.int32}
+
+
+class _Trajectory(msgspec.Struct, frozen=True):
+    columns: dict[str, bytes]
+    reward: float
+    finish: Finish
+    digests: dict[Version, str]
+    metrics: dict[str, float]
+
+
+class _Group(msgspec.Struct, frozen=True):
+    id: int
+    token_ids: tuple[int, ...]
+    target: str
+    rewards: tuple[float, ...]
+    lengths: tuple[int, ...]
+    oldest: Version
+    newest: Version
+    digests: dict[Version, str]
+    metrics: dict[str, float]
+    trajectories: list[_Trajectory]
+
+
+def path_of(folder: Path, prompt_id: int) -> Path:
+    return folder / f"{prompt_id:09d}.msgpack"
+
+
+def write(folder: Path, group: Group) -> Group:
+    """Stores a group whose trajectories are at hand; returns it with the digest of its file in `stored`."""
+    payload = msgspec.msgpack.encode(_pack(group))
+    path_of(folder, group.prompt.id).write_bytes(payload)
+    return replace(group, stored=_digest(payload))
+
+
+def read(folder: Path, prompt_id: int, stored: str) -> Group | None:
+    """The group whose file has the digest `stored`; None if there is no such file."""
+    try:
+        payload = path_of(folder, prompt_id).read_bytes()
+    except FileNotFoundError:
+        return None
+    if _digest(payload) != stored:
+        return None
+    return replace(_unpack(msgspec.msgpack.decode(payload, type=_Group)), stored=stored)
+
+
+def delete(folder: Path, prompt_id: int) -> None:
+    path_of(folder, prompt_id).unlink(missing_ok=True)
+
+
+def delete_others(folder: Path, keep: set[int]) -> None:
+    """Deletes the files of all groups but these."""
+    for path in folder.glob("*.msgpack"):
+        if int(path.stem) not in keep:
+            path.unlink()
+
+
+def _digest(payload: bytes) -> str:
+    return hashlib.blake2b(payload, digest_size=16).hexdigest()
+
+
+def _pack(group: Group) -> _Group:
+    trajectories = [
+        _Trajectory(
+            {name: np.ascontiguousarray(getattr(t, name), kind).tobytes() for name, kind in _COLUMNS.items()},
+            float(t.reward),
+            t.finish,
+            t.digests,
+            {name: float(value) for name, value in t.metrics.items()},
+        )
+        for t in group.trajectories
+    ]
+    prompt = group.prompt
+    return _Group(
+        prompt.id,
+        prompt.token_ids,
+        prompt.target,
+        tuple(float(reward) for reward in group.rewards),
+        group.lengths,
+        group.oldest,
+        group.newest,
+        group.digests,
+        {name: float(value) for name, value in group.metrics.items()},
+        trajectories,
+    )
+
+
+def _unpack(stored: _Group) -> Group:
+    trajectories = [
+        Trajectory(
+            **{name: np.frombuffer(t.columns[name], kind) for name, kind in _COLUMNS.items()},
+            reward=t.reward,
+            finish=t.finish,
+            digests=t.digests,
+            metrics=t.metrics,
+        )
+        for t in stored.trajectories
+    ]
+    return Group(
+        prompt=Prompt(stored.id, stored.token_ids, stored.target),
+        rewards=stored.rewards,
+        lengths=stored.lengths,
+        oldest=stored.oldest,
+        newest=stored.newest,
+        digests=stored.digests,
+        metrics=stored.metrics,
+        trajectories=trajectories,
+    )

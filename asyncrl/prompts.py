@@ -1,0 +1,144 @@
+"""The run's prompts: drawn in order, written to the journal, each trained or dropped with a reason, none lost.
+
+issue ---> (played, or finished before a crash) ---> generated ---> trained(step)
+                                                          '-------> dropped(reason)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from asyncrl import groups as files
+from asyncrl.checkpoint import Cursor
+from asyncrl.journal import Account, Admitted, Batch, Dropped, Generated, Journal, Saved, Synced, checksum_of
+from asyncrl.types import Group, Prompt, Version
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A group that was finished before a crash, and the times that it was trained."""
+
+    group: Group
+    uses: int
+
+
+class PromptQueue:
+    """Issues prompts and keeps the journal. A resumed run first issues those that are open, under the same ids."""
+
+    def __init__(
+        self,
+        source: Iterator[Prompt],
+        journal: Journal | None = None,
+        folder: Path | None = None,
+        *,
+        keep_groups: bool = False,
+    ) -> None:
+        """`source`: the endless prompts of the run, from the first one. `folder`: where groups are stored, if they are.
+
+        Raises `ValueError` if an open prompt is no longer the one that was admitted under its id.
+        """
+        self.journal = journal or Journal(None)
+        self._accounts = self.journal.accounts
+        self._source, self._folder, self._keep_groups = source, folder, keep_groups
+        again = {account.id: account for account in self._accounts if not account.settled or account.stored}
+        drawn = islice(source, self._accounts.next_id)
+        self._again = deque(_checked(prompt, again[prompt.id]) for prompt in drawn if prompt.id in again)
+        self._finished: dict[int, Finished] = {}
+        self._stored = {account.id for account in self._accounts if account.stored}
+        if folder is not None and not keep_groups:
+            files.delete_others(folder, self._stored)
+
+    def restore(self, published: Mapping[Version, str], *, groups_per_step: int, window: int) -> int:
+        """Finds the finished groups that can still be trained; returns how many. Call it once, before the first issue.
+
+        A group qualifies if its file is whole, its tokens were made by weights that are published under the same digest
+        now, and it will be young enough even if it waits as long as the buffer's order allows. Other open prompts are
+        played again.
+        """
+        waiting: deque[Prompt] = deque()
+        for prompt in self._again:
+            account = self._accounts[prompt.id]
+            steps_to_wait = 0 if account.steps else (len(waiting) + window - 1) // groups_per_step
+            group = self._read(account, published, steps_to_wait)
+            if group is not None:
+                self._finished[prompt.id] = Finished(group, len(account.steps))
+            if group is not None or not account.settled:
+                waiting.append(prompt)
+        self._again = waiting
+        return len(self._finished)
+
+    def issue(self) -> tuple[Prompt, Finished | None]:
+        """The next prompt to play; or one that was played before the crash, with its group."""
+        prompt = self._again.popleft() if self._again else next(self._source)
+        finished = self._finished.pop(prompt.id, None)
+        if finished is None:
+            self.journal.append(Admitted(id=prompt.id, checksum=checksum_of(prompt)))
+        return prompt, finished
+
+    def generated(self, group: Group) -> None:
+        """The group is finished and about to enter the buffer."""
+        self.journal.append(
+            Generated(id=group.prompt.id, oldest=group.oldest, newest=group.newest, stored=group.stored)
+        )
+        if group.stored:
+            self._stored.add(group.prompt.id)
+
+    def training(self, groups: Sequence[Group], step: Version) -> None:
+        """The batch is about to be trained in this optimizer step."""
+        self.journal.append(Batch(step=step, ids=tuple(group.prompt.id for group in groups)))
+
+    def drop(self, ids: Sequence[int], reason: str, version: Version) -> None:
+        """These prompts are given up by a learner at `version`."""
+        self.journal.append(Dropped(ids=tuple(ids), reason=reason, version=version))
+
+    def synced(self, version: Version, digest: str) -> None:
+        """Every engine holds the version. Deletes files of groups that no resume can need any more."""
+        self.journal.append(Synced(version=version, digest=digest))
+        self._delete_unneeded()
+
+    def saved(self, version: Version, kept: Sequence[Version]) -> None:
+        """A checkpoint of `version` is complete, and `kept` are on disk."""
+        self.journal.append(Saved(version=version, kept=tuple(kept)))
+        self._delete_unneeded()
+        self._accounts.forget_settled()
+
+    def is_saved(self, version: Version) -> bool:
+        """Whether there is a checkpoint of the version; version 0 needs one only to be loaded from outside."""
+        return version > 0 and version in self._accounts.kept
+
+    def cursor(self, version: Version) -> Cursor:
+        """Where a resumed run goes on. What it says is on disk once this returns."""
+        self.journal.sync()
+        return Cursor(version, self._accounts.next_id, self._accounts.open_ids, self.journal.num_bytes)
+
+    def _read(self, account: Account, published: Mapping[Version, str], steps_to_wait: int) -> Group | None:
+        accounts = self._accounts
+        latest = accounts.version + accounts.reuse * steps_to_wait
+        too_old = latest - account.oldest > accounts.max_lag
+        if self._folder is None or not accounts.usable_at(account, accounts.version) or too_old:
+            return None
+        group = files.read(self._folder, account.id, account.stored)
+        if group is None or any(published.get(version) != digest for version, digest in group.digests.items()):
+            return None
+        return group
+
+    def _delete_unneeded(self) -> None:
+        if self._folder is None or self._keep_groups:
+            return
+        unneeded = [number for number in self._stored if not self._accounts.needs_group(number)]
+        for number in unneeded:
+            files.delete(self._folder, number)
+        self._stored.difference_update(unneeded)
+
+
+def _checked(prompt: Prompt, account: Account) -> Prompt:
+    if account.checksum is not None and account.checksum != checksum_of(prompt):
+        raise ValueError(
+            f"prompt {prompt.id} is not the one that the run admitted under this number: env.path, env.args, seed or "
+            "the data behind them have changed since; restore them, or start a new run"
+        )
+    return prompt

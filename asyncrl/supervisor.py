@@ -1,0 +1,122 @@
+"""Keeps the number of rollout actors: starts new ones for those that died, and follows `launch/scale.py`.
+
+    look, twice a second ---> too few: start one (in the background) ---> pool.add ---> weights, digest checked
+                         `--> too many: pool.retire: no more prompts, closed when its last one is finished
+The others generate all the time. A newcomer gets its weights at the learner's next update, or at once while the learner
+waits for groups.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+
+from asyncrl.pool import RolloutHandle, RolloutPool
+
+_LOOK_S = 0.5
+_CONTROL = "control.json"
+
+Start = Callable[[int], Awaitable[RolloutHandle]]
+"""Starts the rollout actor of a number that no other one ever had."""
+
+
+class Control(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a person asks of a run in progress."""
+
+    num_rollout_actors: int
+
+
+def request(folder: Path, num_rollout_actors: int) -> None:
+    """Asks the run of this folder for another number of rollout actors. Raises `ValueError` if it cannot be."""
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is no run folder: it has no config.json")
+    if num_rollout_actors < 1:
+        raise ValueError(f"a run needs at least 1 rollout actor, got {num_rollout_actors}")
+    partial = folder / f".{_CONTROL}.partial"
+    partial.write_bytes(msgspec.json.encode(Control(num_rollout_actors)))
+    partial.rename(folder / _CONTROL)
+
+
+class Supervisor:
+    """Owns the target and the actors that are being started."""
+
+    def __init__(
+        self,
+        pool: RolloutPool,
+        start: Start,
+        folder: Path,
+        *,
+        target: int,
+        first_number: int,
+        max_replacements: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self._pool, self._start, self._folder = pool, start, folder
+        self._target, self._left = target, max_replacements
+        self._say = say
+        self._next_number = first_number
+        self._starting: set[asyncio.Task[None]] = set()
+        pool.replaces_dead = max_replacements > 0
+        (folder / _CONTROL).unlink(missing_ok=True)  # asked of an earlier life
+
+    async def run(self, updating: asyncio.Lock, synchronize: Callable[[], Awaitable[object]]) -> None:
+        """Until cancelled. `updating` is held by whoever steps the learner or updates weights."""
+        try:
+            while True:
+                self._read_target()
+                self._start_missing()
+                if self._num_actors > self._target or (self._pool.num_joining and not updating.locked()):
+                    async with updating:
+                        self._retire_surplus()
+                        if self._pool.num_joining:
+                            await synchronize()
+                await asyncio.sleep(_LOOK_S)
+        finally:
+            for task in self._starting:
+                task.cancel()
+
+    @property
+    def _num_actors(self) -> int:
+        return len(self._pool.actors) + self._pool.num_joining + len(self._starting)
+
+    def _read_target(self) -> None:
+        path = self._folder / _CONTROL
+        if not path.exists():
+            return
+        try:
+            wanted = msgspec.json.decode(path.read_bytes(), type=Control).num_rollout_actors
+        except msgspec.MsgspecError as error:
+            self._say(f"alarm: {path} is ignored: {error}")
+        else:
+            self._say(f"rollout actors: {self._target} -> {wanted}")
+            self._left += max(0, wanted - self._target)
+            self._target = wanted
+            self._pool.replaces_dead = self._left > 0
+        path.unlink()
+
+    def _start_missing(self) -> None:
+        while self._num_actors < self._target and self._left > 0:
+            self._left -= 1
+            task = asyncio.create_task(self._start_one(self._next_number))
+            self._next_number += 1
+            self._starting.add(task)
+            task.add_done_callback(self._starting.discard)
+        if not self._left and not self._starting and not self._pool.num_joining:
+            self._pool.give_up_waiting()
+
+    def _retire_surplus(self) -> None:
+        while len(self._pool.actors) + self._pool.num_joining > self._target:
+            self._say(f"{self._pool.retire().name} gets no more prompts")
+
+    async def _start_one(self, number: int) -> None:
+        try:
+            actor = await self._start(number)
+        except Exception as error:  # whatever it is, the run goes on with the others
+            self._pool.failures["actor not started"] += 1
+            self._say(f"alarm: rollout actor {number} did not start: {error!r}")
+        else:
+            self._say(f"{actor.name} is ready and gets its weights at the next update")
+            self._pool.add(actor)

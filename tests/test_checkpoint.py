@@ -1,0 +1,94 @@
+"""Checkpoints: whole or not there, damage found by checksum, the one before used, the random state kept."""
+
+import pytest
+import torch
+from helpers import run
+from test_loop import small
+
+from asyncrl import checkpoint, job, metrics
+from asyncrl.checkpoint import Cursor
+
+
+def fill(folder):
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 8)
+
+
+def saved(root, *versions, keep=5):
+    return [checkpoint.write(root, Cursor(version, 0, []), fill, keep=keep) for version in versions]
+
+
+def test_the_newest_are_kept_by_number_and_not_by_name(tmp_path):
+    saved(tmp_path, 8, 999_999, 1_000_000, keep=2)
+    assert [checkpoint.version_of(folder) for folder in checkpoint.folders(tmp_path)] == [999_999, 1_000_000]
+    assert checkpoint.load_cursor(checkpoint.latest(tmp_path)).version == 1_000_000
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "cursor.json", "random.safetensors", "manifest.json"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "delete"])
+def test_a_damaged_one_is_set_aside_with_a_warning_and_the_one_before_is_used(tmp_path, name, harm):
+    first, second = saved(tmp_path, 1, 2)
+    path = second / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if harm == "delete":
+        path.unlink()
+    else:
+        path.write_bytes(content if harm == "flip" else content[:-1])
+    with pytest.warns(UserWarning, match=f"damaged .*{'' if harm == 'flip' else name}"):
+        assert checkpoint.newest(tmp_path) == first
+    assert [folder.name for folder in sorted(tmp_path.iterdir())] == ["damaged-step-000002", "step-000001"]
+
+
+def test_with_every_one_damaged_the_run_is_not_started_from_nothing(tmp_path):
+    (folder,) = saved(tmp_path, 1)
+    (folder / "cursor.json").unlink()
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(ValueError, match=r"every checkpoint .* is damaged: damaged-step-000001"),
+    ):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_save_that_fails_leaves_nothing_and_what_was_there_stays(tmp_path):
+    saved(tmp_path, 1)
+
+    def full_disk(folder):
+        fill(folder)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.write(tmp_path, Cursor(2, 0, []), full_disk, keep=1)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_the_random_state_comes_back(tmp_path):
+    torch.manual_seed(5)
+    torch.rand(3)
+    (folder,) = saved(tmp_path, 1)
+    expected = torch.rand(4)
+    torch.manual_seed(6)
+    checkpoint.load_random_state(folder)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_run_goes_on_without_a_checkpoint_that_the_disk_refused_and_from_one_before_a_damaged_one(
+    tmp_path, monkeypatch
+):
+    real, refused = checkpoint.write, [2]
+
+    def write(root, cursor, *arguments, **words):
+        if cursor.version in refused:
+            raise OSError(28, "No space left on device")
+        return real(root, cursor, *arguments, **words)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    config = small(tmp_path, "checkpoint.every=1", "checkpoint.keep=3")
+    result = run(job.train(config, quiet=True))
+    folders = checkpoint.folders(result.folder / "checkpoints")
+    assert [checkpoint.version_of(folder) for folder in folders] == [1, 3, 4]
+    (folders[-1] / "optimizer.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match="optimizer.safetensors has another checksum"):
+        again = run(job.train(config, result.folder, quiet=True))
+    assert again.version == 4
+    rows = [row["version"] for row in metrics.read(result.folder) if "reward/mean" in row]
+    assert rows == [1, 2, 3, 4, 4]

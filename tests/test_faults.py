@@ -1,0 +1,94 @@
+"""Environments that are slow, raise or give garbage: each counted under its own name, none a silent reward of 0."""
+
+import asyncio
+import math
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from helpers import run, trajectory
+
+from asyncrl.envs.faults import EnvFault
+from asyncrl.rollout import Rollout
+from asyncrl.types import Completion, Prompt, Sampling
+
+PROMPT = Prompt(4, (1, 2), "")
+
+
+class Engine:
+    num_ranks, busy_s = 1, 0.0
+
+    def __init__(self, delay_s=0.0, error=None):
+        self.delay_s, self.error = delay_s, error
+
+    async def generate(self, _token_ids, _sampling, _seed):
+        await asyncio.sleep(self.delay_s)
+        if self.error:
+            raise self.error
+        return Completion(np.array([3], np.int32), np.zeros(1, np.float32), np.zeros(1, np.int32), "stop")
+
+
+class Env:
+    def __init__(self, after):
+        self.after = after
+
+    async def play(self, prompt, generate):
+        await generate(prompt.token_ids)
+        return await self.after()
+
+
+def play(after, engine=None, timeout_s=5.0):
+    rollout = Rollout(engine or Engine(), Env(after), Sampling(4), group_size=1, seed=0, timeout_s=timeout_s)
+    return run(rollout.run(PROMPT), seconds=20)
+
+
+async def good():
+    return trajectory(2, 3, seed=0, reward=np.float32(0.5))
+
+
+async def raises():
+    raise TimeoutError("of its own")
+
+
+async def never():
+    await asyncio.Event().wait()
+
+
+def gives(value):
+    async def after():
+        return value
+
+    return after
+
+
+GOOD = trajectory(2, 3, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("after", "kind", "text"),
+    [
+        (raises, "env exception", "Env raised TimeoutError.*of its own.* on prompt 4"),
+        (never, "env timeout", r"took more than 0.1 s beside generation \(env.timeout_s\) on prompt 4"),
+        (gives(None), "env garbage", "gave a NoneType, not a Trajectory"),
+        (gives(replace(GOOD, reward=math.nan)), "env garbage", "gave reward nan"),
+        (gives(replace(GOOD, reward="1")), "env garbage", "gave reward '1'"),
+        (gives(replace(GOOD, metrics={"score": math.inf})), "env garbage", "gave score inf"),
+    ],
+)
+def test_each_fault_has_its_kind(after, kind, text):
+    with pytest.raises(EnvFault, match=text) as caught:
+        play(after, timeout_s=0.1)
+    assert caught.value.kind == kind
+    assert pickle.loads(pickle.dumps(caught.value)).kind == kind, "it travels between processes"
+
+
+def test_generation_does_not_count_against_the_time_limit():
+    group = play(good, Engine(delay_s=0.5), timeout_s=0.2)
+    assert group.rewards == (0.5,)
+    assert type(group.rewards[0]) is float
+
+
+def test_the_engines_errors_are_not_blamed_on_the_environment():
+    with pytest.raises(KeyError):
+        play(good, Engine(error=KeyError("engine")))
