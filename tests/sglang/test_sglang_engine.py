@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from array import array
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -191,6 +193,42 @@ def test_the_prefix_cache_is_kept_and_salted(world, run):
     assert found[0] == first == 0
     assert found[1] == found[2] == second == len(prompt) - 1
     assert difference(completion, exact(world.new, prompt, completion), slice(None)) < 1e-5
+
+
+def test_prefixes_of_old_weights_leave_the_cache():
+    """In parts, and none that a request still holds."""
+    from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+    from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+
+    from asyncrl.engine import sglang_scheduler
+
+    freed: list[int] = []
+    allocator = SimpleNamespace(
+        free_group_begin=lambda: None,
+        free_group_end=lambda: None,
+        free_segment=lambda slots, **_: freed.extend(slots.tolist()),
+        device=torch.device("cpu"),
+    )
+    cache = RadixCache.create_simulated(mock_allocator=allocator)
+
+    def insert(first: int, count: int, salt: str) -> RadixKey:
+        key = RadixKey(array("q", range(first, first + count)), extra_key=salt)
+        cache.insert(InsertParams(key=key, value=torch.arange(first, first + count)))
+        return key
+
+    size = sglang_scheduler._FORGET_TOKENS // 4
+    keys = [insert(number * size, size, "0") for number in range(7)]
+    cache.inc_lock_ref(cache.match_prefix(MatchPrefixParams(key=keys[2])).last_device_node)
+    scheduler = SimpleNamespace(tree_cache=cache, token_to_kv_pool_allocator=allocator)
+    scheduler._dead_tokens = cache.evictable_size()
+    insert(100 * size, size, "1")
+    sizes = []
+    for _ in range(3):
+        sglang_scheduler.SchedulerMixin._forget(scheduler)
+        sizes.append(len(freed) // size)
+    assert sizes == [4, 6, 6]
+    assert {slot // size for slot in freed} == {0, 1, 3, 4, 5, 6}
+    assert cache.total_size() == 2 * size
 
 
 def test_cancelling_a_call_ends_its_request_and_no_other(world, run):
