@@ -239,6 +239,7 @@ SURROGATES = {
     "vcpo": lambda logp, d: mean_tokens(np.minimum(whole(rho(d), np.prod), 8) * A * logp),
     "reinforce_pp": lambda logp, d: mean_tokens(on_behavior(logp, d, 0.2, 0.2)),
     "reinforce_pp_baseline": lambda logp, d: mean_tokens(on_behavior(logp, d, 0.2, 0.2)),
+    "ppo": lambda logp, d: mean_tokens(on_behavior(logp, d, 0.2, 0.2)),
     "rloo_tis2": lambda logp, d: mean_tokens(np.minimum(rho(d), 2) * A * logp),
 }
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from asyncrl.algo import own
-from asyncrl.algo.method import Loss, Outside, PolicyWeight
+from asyncrl.algo.method import Estimator, Loss, Outside, PolicyWeight
 
 _TINY = 1e-6
 """Probabilities are kept this far from 0 and 1 in the binary KL of the trust mask, whose logarithms would diverge."""
@@ -146,6 +146,13 @@ def sequence_sum(values: Tensor, columns: Columns) -> Tensor:
     return zeros.index_add(0, columns.sequence, values)
 
 
+def kl_estimate(away: Tensor, estimator: Estimator) -> Tensor:
+    """Estimate of KL(p || reference) at tokens sampled by p, in nats; `away` is log p - log reference of each."""
+    if estimator == "k1":
+        return away
+    return away.square() / 2 if estimator == "k2" else (-away).expm1() + away
+
+
 def _log_weight(current: Tensor, anchor: Tensor, columns: Columns, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
     """log c after capping, whether it was clamped, whether it drops the token: both weight slots together."""
     behavior = _at_level(anchor - columns.behavior_logprobs, loss.behavior_weight, columns)
@@ -266,7 +273,7 @@ def _kappa(current: Tensor, anchor: Tensor, columns: Columns, loss: Loss) -> Ten
     if loss.penalty:
         log_ratio = _at_level(current - anchor, loss.penalty_level, columns)
         kappa = kappa - 2.0 * loss.penalty * log_ratio
-    if loss.needs_reference:
+    if loss.reference_kl:
         away = current - _require(columns.reference_logprobs, "reference_logprobs")
         kappa = kappa - loss.reference_kl * _kl_slope(away, current - columns.behavior_logprobs, loss)
     return kappa
@@ -274,12 +281,10 @@ def _kappa(current: Tensor, anchor: Tensor, columns: Columns, loss: Loss) -> Ten
 
 def _kl_slope(away: Tensor, log_ratio: Tensor, loss: Loss) -> Tensor:
     """Derivative of the KL estimate k by the log-prob, or of ratio * k if weighted; `away` is current - reference."""
-    estimate, slope = {
-        "k1": (away, torch.ones_like(away)),
-        "k2": (away.square() / 2, away),
-        "k3": ((-away).expm1() + away, -(-away).expm1()),
-    }[loss.reference_estimator]
-    return log_ratio.exp() * (estimate + slope) if loss.reference_weighted else slope
+    slope = {"k1": torch.ones_like(away), "k2": away, "k3": -(-away).expm1()}[loss.reference_estimator]
+    if not loss.reference_weighted:
+        return slope
+    return log_ratio.exp() * (kl_estimate(away, loss.reference_estimator) + slope)
 
 
 def _log(value: float) -> float:
