@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed import TCPStore
 
 from asyncrl.algo.diagnostics import diagnose, learning_rate_factor
-from asyncrl.algo.loss import Columns, Outcome, concatenate, policy_loss
+from asyncrl.algo.loss import Columns, Outcome, concatenate, policy_loss, second_moment_bound
 from asyncrl.config import Config
 from asyncrl.critic import Critic
 from asyncrl.model import decoder_layers
@@ -66,7 +66,7 @@ class Learner:
         self._scorer = self._make_scorer(model)
         self._reference = self._make_scorer(reference) if reference is not None else None
         self._device = next(model.parameters()).device
-        self._critic = self._make_critic(critic or model) if self.loss.needs_critic else None
+        self._critic = self._make_critic(critic) if self.loss.needs_critic else None
         settings = config.learner
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
@@ -87,10 +87,15 @@ class Learner:
         device = self.ranks.mesh.device_type if self.ranks.mesh else next(model.parameters()).device.type
         return self._config.learner.dtype == "bfloat16" or (self._config.learner.dtype == "auto" and device == "cuda")
 
-    def _make_critic(self, model: nn.Module) -> Critic:
-        if model is not self.model and self._config.learner.activation_checkpointing:
+    def _make_critic(self, model: nn.Module | None) -> Critic:
+        settings = self._config.critic
+        if settings.backbone == "policy":
+            return Critic(self.model, settings, bfloat16=self._uses_bfloat16(self.model))
+        if model is None:
+            raise RuntimeError("the critic has a backbone of its own, and none was given")
+        if self._config.learner.activation_checkpointing:
             recompute_activations(decoder_layers(model))
-        return Critic(model, self._config.critic, bfloat16=self._uses_bfloat16(model))
+        return Critic(model, settings, bfloat16=self._uses_bfloat16(model))
 
     def _make_scorer(self, model: nn.Module) -> Scorer:
         settings = self._config.learner
@@ -134,8 +139,9 @@ class Learner:
             critic=self._critic,
             ranks=self.ranks,
         )
+        bound = self._m2_bound(parts) if self.loss.trust == "m2" else None
         self.optimizer.zero_grad(set_to_none=True)
-        seen = [self._backward(part) for part in parts]
+        seen = [self._backward(part, bound) for part in parts]
         norm = float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)))
         metrics = self._measure(seen, batch)
         factor = self.ranks.share(learning_rate_factor(self.loss, metrics) if self.ranks.is_first else 0.0)
@@ -224,7 +230,20 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
 
-    def _backward(self, micro_batch: MicroBatch) -> _Seen:
+    @torch.no_grad()
+    def _m2_bound(self, parts: Sequence[MicroBatch]) -> float | None:
+        """The bound of trust "m2" over the whole step and every rank, for one more forward pass; None where the loss
+        sees the whole step anyhow."""
+        if self.loss.needs_proximal or len(parts) == self.ranks.num_ranks == 1:
+            return None
+        moved = [((self.score(part)[0] - part.behavior_logprobs).cpu(), part.advantages.cpu()) for part in parts]
+        of_ranks = [pair for pairs in self.ranks.gather(moved) for pair in pairs]
+        if not self.ranks.is_first:
+            return self.ranks.share(0.0)
+        log_ratio, advantages = (torch.cat(columns) for columns in zip(*of_ranks, strict=True))
+        return self.ranks.share(second_moment_bound(log_ratio, advantages, self.loss))
+
+    def _backward(self, micro_batch: MicroBatch, m2_bound: float | None) -> _Seen:
         reference = micro_batch.reference_logprobs
         if reference is None and self._reference is not None:
             with torch.no_grad():
@@ -242,7 +261,7 @@ class Learner:
             lag=self.version - micro_batch.versions,
             num_sequences=micro_batch.num_sequences,
         )
-        loss, outcome = policy_loss(columns, self.loss)
+        loss, outcome = policy_loss(columns, self.loss, m2_bound)
         if self.loss.entropy_bonus > 0:
             loss = loss - self.loss.entropy_bonus * (micro_batch.normalizers * entropy).sum()
         loss.backward()

@@ -76,11 +76,12 @@ class Outcome:
     nonfinite: Tensor
 
 
-def policy_loss(columns: Columns, loss: Loss) -> tuple[Tensor, Outcome]:
+def policy_loss(columns: Columns, loss: Loss, m2_bound: float | None = None) -> tuple[Tensor, Outcome]:
     """The scalar to minimise for one micro-batch, and what it did to each token.
 
-    The losses of the micro-batches of a step add up to the loss of the step, except with trust "m2", whose threshold is
-    taken over the tokens it is given. RuntimeError if a column that the loss needs is missing.
+    The losses of the micro-batches of a step add up to the loss of the step. With trust "m2" that takes `m2_bound`, the
+    `second_moment_bound` of the whole step; without it the bound is that of the tokens given. RuntimeError if a column
+    that the loss needs is missing.
     """
     if loss.function:
         return _own_loss(columns, loss)
@@ -91,7 +92,7 @@ def policy_loss(columns: Columns, loss: Loss) -> tuple[Tensor, Outcome]:
     if loss.needs_proximal:
         anchor = _require(columns.proximal_logprobs, "proximal_logprobs")
     log_weight, capped, dropped = _log_weight(current, anchor, columns, loss)
-    trust_masked = dropped | _trust_mask(current, anchor, columns, loss)
+    trust_masked = dropped | _trust_mask(current, anchor, columns, loss, m2_bound)
     guard_masked = _guard_mask(log_ratio, columns, loss)
 
     # A token of advantage 0 has no gradient, whatever its ratio.
@@ -204,12 +205,14 @@ def _bound(log_ratio: Tensor, floor: float, cap: float, outside: Outside) -> tup
     return log_ratio.clamp(low, high), beyond, nowhere
 
 
-def _trust_mask(current: Tensor, anchor: Tensor, columns: Columns, loss: Loss) -> Tensor:
+def _trust_mask(current: Tensor, anchor: Tensor, columns: Columns, loss: Loss, m2_bound: float | None) -> Tensor:
     """bool[n]: the token left the trust region; if signed, on the side to which its advantage would push it further."""
     if loss.trust == "none":
         return torch.zeros_like(columns.advantages, dtype=torch.bool)
     if loss.trust == "m2":
-        return _second_moment_mask(current - anchor, columns.advantages, loss)
+        moved = current - anchor
+        bound = second_moment_bound(moved, columns.advantages, loss) if m2_bound is None else m2_bound
+        return _outward(moved, columns.advantages, loss) & (moved.square() >= bound)
     if loss.trust == "ratio":
         level = loss.policy_weight if loss.policy_weight in ("geometric", "sequence") else "token"
         moved = _at_level(current - anchor, level, columns)
@@ -233,19 +236,25 @@ def _binary_kl(before: Tensor, after: Tensor) -> Tensor:
     return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
 
 
-def _second_moment_mask(log_ratio: Tensor, advantages: Tensor, loss: Loss) -> Tensor:
-    """Remove the largest squared log-ratios until the mean of the rest is at most `trust_high` (M2PO 2510.01161).
+def second_moment_bound(log_ratio: Tensor, advantages: Tensor, loss: Loss) -> float:
+    """The square from which on log-ratios are removed so that the mean of the others is at most `trust_high` (M2PO
+    2510.01161); nan if none has to be. `log_ratio` float[n] is current - anchor.
 
     Only tokens that the gradient would push further out are candidates, if signed. Equal values go together, so the
     order of the tokens does not matter.
     """
-    candidate = log_ratio * advantages > 0 if loss.trust_signed else torch.ones_like(log_ratio, dtype=torch.bool)
-    squared = log_ratio.square()
-    ascending = squared[candidate].sort().values
+    ascending = log_ratio[_outward(log_ratio, advantages, loss)].square().sort().values
     counts = torch.arange(1, len(ascending) + 1, device=ascending.device)
-    num_kept = (ascending.cumsum(0) / counts <= loss.trust_high).sum()
-    first_removed = torch.cat([ascending, ascending.new_tensor([torch.nan])])[num_kept]  # nan: nothing to remove
-    return candidate & (squared >= first_removed)
+    num_kept = int((ascending.cumsum(0) / counts <= loss.trust_high).sum())
+    if num_kept == len(ascending):
+        return math.nan
+    removed = float(ascending[num_kept])
+    # Halfway, as log-probs that are computed once more may differ in the last digit.
+    return (float(ascending[num_kept - 1]) + removed) / 2 if num_kept else removed / 2
+
+
+def _outward(log_ratio: Tensor, advantages: Tensor, loss: Loss) -> Tensor:
+    return log_ratio * advantages > 0 if loss.trust_signed else torch.ones_like(log_ratio, dtype=torch.bool)
 
 
 def _guard_mask(log_ratio: Tensor, columns: Columns, loss: Loss) -> Tensor:

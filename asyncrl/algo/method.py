@@ -79,8 +79,8 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     trust: Trust = "none"
     """What removes a token that moved too far from the anchor: "ratio" (1 - low, 1 + high) at the level of the policy
-    weight, "tv" change of the token's probability, "kl" binary KL of it, "m2" the largest squared log-ratios until
-    their mean is at most `trust_high`."""
+    weight, "tv" change of the token's probability, "kl" binary KL of it, "m2" the largest squared log-ratios of the
+    step until their mean is at most `trust_high`: one more forward pass where a step has several micro-batches."""
     trust_low: NonNegative = 0.2
     trust_high: NonNegative = 0.2
     trust_signed: bool = True
