@@ -36,7 +36,7 @@ SMALL = {
     "preset_list": "async_default,tis2,grpo,reinforce",
     "staleness": "0,4,16",
     "learning_rates": "2e-4,5e-4",
-    "seeds": 3,
+    "seeds": 2,
     "system_staleness": "0,1,4",
     "system_seeds": 1,
     "probe_batches": 24,
