@@ -69,7 +69,8 @@ class System:
     evaluated: set[int] = field(default_factory=set)
     evaluators: RolloutPool | None = None
     """Engines for evaluation alone, which hold one version still; without them the rollout actors evaluate."""
-    evaluating: bool = False
+    evaluations: set[asyncio.Task[None]] = field(default_factory=set)
+    """Those under way."""
     control: StalenessControl | None = None
     """Moves the admitted staleness; without one it stays what the buffer was made with."""
 
@@ -91,8 +92,9 @@ async def run(system: System) -> None:
             if system.supervisor is not None:
                 helpers.append(tasks.create_task(system.supervisor.run(system.updating, lambda: synchronize(system))))
             await learn(system, tasks)
+            stopped_early = system.learner.version < system.config.num_steps
             system.buffer.close()
-            for task in (*producers, *helpers):
+            for task in (*producers, *helpers, *(system.evaluations if stopped_early else ())):
                 task.cancel()
     except* Stalled as stalls:
         stall = stalls.exceptions[0]
@@ -194,19 +196,19 @@ async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
 async def start_evaluation(system: System, tasks: asyncio.TaskGroup) -> None:
     """Evaluates the current version beside the run. Evaluators get it first; while they are busy with an older one,
     they are not waited for: the evaluation is left out, and said to be."""
-    if system.evaluators is None:
-        tasks.create_task(evaluate(system))
-    elif system.evaluating:
+    if system.evaluators is not None and system.evaluations:
         system.metrics.say(f"eval {system.learner.version} | left out, another is under way: raise eval.every")
-    else:
+        return
+    if system.evaluators is not None:
         version = system.learner.version
         with (
             system.watchdog.wait("sync", f"version {version} to be live on every evaluator"),
             system.metrics.timeline.span("learner", "update evaluators", version=version),
         ):
             await system.evaluators.update_weights(ToEvaluators(system.learner))
-        system.evaluating = True
-        tasks.create_task(evaluate(system))
+    task = tasks.create_task(evaluate(system))
+    system.evaluations.add(task)
+    task.add_done_callback(system.evaluations.discard)
 
 
 async def step(system: System, groups: Sequence[Group]) -> dict[str, float] | None:
@@ -255,7 +257,6 @@ async def evaluate(system: System) -> None:
         with timeline.span("evaluation", "evaluation", version=version), system.watchdog.wait("evaluate", told):
             groups = await (system.evaluators or system.rollouts).evaluate(system.heldout)
         system.metrics.evaluation(version, summarize(groups, version, system.config.eval.pass_reward))
-    system.evaluating = False
 
 
 async def save(system: System, *, last: bool = False) -> None:
