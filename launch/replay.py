@@ -147,9 +147,7 @@ def report(folder: Path, checkpoints: Path, words: Sequence[str]) -> bool:
     if not differs:
         schedule = read_schedule(folder / "journal.bin")
         num_groups = sum(map(len, schedule.batches.values()))
-        print(
-            f"exact: {len(schedule.batches)} steps on {num_groups} groups, every version's weights are those of the run"
-        )
+        print(f"exact: {len(schedule.batches)} steps on {num_groups} groups gave the weights of every version")
     return differs
 
 
