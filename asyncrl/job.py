@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -59,7 +60,7 @@ class Result:
 async def train(config: Config, resume: Path | None = None, *, quiet: bool = False) -> Result:
     """Runs the job to its last step, or to Ctrl-C; `resume` is the run folder of an earlier job to go on with."""
     own.check(config.loss)
-    runtime = load_runtime(config.runtime)
+    runtime = load_runtime(config)
     initial = str(prepare(config, quiet=quiet))
     tokenizer = load_tokenizer(initial)
     env = load_env(config.env.path, tokenizer, config.env.args)
@@ -121,7 +122,7 @@ def make_system(
     metrics: Metrics,
 ) -> System:
     """The parts of a run put together, around actors that were started."""
-    runtime = load_runtime(config.runtime)
+    runtime = load_runtime(config)
     training, evaluating = actors[: config.rollout.num_actors], actors[config.rollout.num_actors :]
     pool = RolloutPool(training, config.rollout.max_attempts, metrics.timeline)
     pool.watchdog = watchdog = make_watchdog(config, folder, learner, pool, metrics.say)
@@ -148,12 +149,18 @@ def make_system(
     return system
 
 
-def load_runtime(name: str) -> ModuleType:
-    """The module that starts the actors; Ray is imported only where it is used."""
-    if name == "local":
+def load_runtime(config: Config) -> ModuleType:
+    """The module that starts the actors; Ray is imported only where it is used.
+
+    A Ray of the run's own stays on loopback. Ray knows that for other systems only, and by a variable that it reads
+    when it is imported: too late if something else did so already.
+    """
+    if config.runtime == "local":
         from asyncrl.runtime import local
 
         return local
+    if config.cluster.address is None and "ray" not in sys.modules:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     from asyncrl.runtime import cluster
 
     return cluster
@@ -172,7 +179,7 @@ def make_buffer(config: Config) -> Buffer:
 def make_watchdog(
     config: Config, folder: Path, learner: LearnerHandle, pool: RolloutPool, say: Callable[[str], None]
 ) -> Watchdog:
-    runtime = load_runtime(config.runtime)
+    runtime = load_runtime(config)
     return Watchdog(
         folder,
         timeout_s=config.watchdog.timeout_s,

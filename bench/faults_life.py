@@ -78,6 +78,7 @@ def live(words: Sequence[str], resume: Path | None, fault: Fault | None, audit: 
         config = configuration.load(resume / "config.json" if resume else None, [] if resume else list(words))
         book = Audit(audit)
         book.note("life")
+        job.load_runtime(config)  # before anything imports Ray
         watch(config.runtime, book)
         if fault is not None:
             inject(fault, config.runtime, book)

@@ -6,7 +6,7 @@ from helpers import run
 from safetensors import SafetensorError
 from test_loop import small
 
-from asyncrl import checkpoint, job, metrics
+from asyncrl import checkpoint, groups, job, metrics
 from asyncrl.checkpoint import Cursor
 
 
@@ -111,4 +111,25 @@ def test_a_run_goes_on_without_a_checkpoint_that_the_disk_refused_and_from_one_b
         again = run(job.train(config, result.folder, quiet=True))
     assert again.version == 4
     rows = [row["version"] for row in metrics.read(result.folder) if "reward/mean" in row]
-    assert rows == [1, 2, 3, 4, 4]
+    assert rows == [1, 2, 3, 4]
+
+
+def test_a_run_goes_on_when_groups_cannot_be_written_and_says_so(tmp_path, monkeypatch, capsys):
+    def full_disk(_folder, _group):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(groups, "write", full_disk)
+    result = run(job.train(small(tmp_path)))
+    rows = [row["journal/unstored"] for row in metrics.read(result.folder) if "journal/unstored" in row]
+    assert len(rows) == 4
+    assert rows == sorted(rows)
+    assert rows[0] >= 4
+    assert capsys.readouterr().out.count("could not be written to groups/") == 1
+
+
+def test_rows_of_steps_that_are_made_again_and_a_torn_line_are_cut_off(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"version": 1}\n{"version": 3}\n{"version": 2, "eval/accuracy": null}\n{"versi')
+    metrics.cut(tmp_path, 2)
+    assert path.read_text() == '{"version": 1}\n{"version": 2, "eval/accuracy": null}\n'
+    assert [child.name for child in tmp_path.iterdir()] == ["metrics.jsonl"]
