@@ -67,7 +67,7 @@ class RolloutConfig(_Section, frozen=True, kw_only=True):
     max_replacements: int = 16
     """Rollout actors that may be started in place of dead ones, in one run."""
     start_timeout_s: float = 900.0
-    """Bound on the start of a rollout actor."""
+    """Bound on the start of a rollout actor, and of the learner."""
     num_threads: int = 1
     """CPU threads of each rollout actor."""
     tensor_parallel_size: int = 1

@@ -61,6 +61,7 @@ METRICS: dict[str, str] = {
     "buffer/pending": "groups being generated, after the step",
     "buffer/wait_s": "seconds from a group's completion until its batch was trained and live, mean",
     "buffer/dropped": "groups dropped so far, with or without use, all reasons",
+    "journal/unstored": "finished groups so far that could not be written to disk: a resumed run plays them again",
     "sync/total_s": "seconds of the weight update, as the driver saw it",
     "sync/pause_s": "seconds that generation stood still for it, the slowest actor",
     **WAITS,
@@ -126,8 +127,9 @@ class Metrics:
         settings = config.metrics if config else MetricsConfig(sample_trajectories=0)
         self.folder = folder
         self.timeline = Timeline(folder / "timeline.jsonl" if settings.timeline else None)
+        cut(folder, first_step)
         self._file = (folder / "metrics.jsonl").open("a", buffering=1)
-        self._board = TensorBoard(folder, config, OVERVIEW)
+        self._board = TensorBoard(folder, config, OVERVIEW, first_step)
         self._sinks: list[Sink] = [self._board]
         if settings.prometheus_port:
             self._sinks.append(Prometheus(settings.prometheus_port, METRICS))
@@ -230,6 +232,17 @@ def read(folder: Path) -> list[dict[str, float]]:
     """The rows of a run's metrics.jsonl, in the order written; the line being written to a run in progress is left."""
     *lines, _ = (folder / "metrics.jsonl").read_text().split("\n")
     return [json.loads(line) for line in lines]
+
+
+def cut(folder: Path, version: int) -> None:
+    """Takes out what a run wrote of steps after `version`, which it makes again, and the line a crash tore."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return
+    rows = [row for row in read(folder) if row["version"] <= version]
+    partial = folder / ".metrics.jsonl.partial"
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.rename(path)
 
 
 def verdict(folder: Path) -> Blame | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from asyncrl.config import Config
@@ -10,6 +11,8 @@ from asyncrl.config import Config
 def check(config: Config) -> None:
     """The rules between knobs. Raises `ValueError` with the rule, the values and the remedy."""
     _check_ranges(config)
+    _check_secrets(config.env.args, "env.args")
+    _check_secrets(config.rollout.engine_args, "rollout.engine_args")
     _check_critic(config)
     loss = config.loss
     rollout, buffer = config.rollout, config.buffer
@@ -66,6 +69,23 @@ def check(config: Config) -> None:
         )
     if rollout.temperature == 0:
         raise ValueError("rollout.temperature must be above 0: greedy samples of a group are all equal")
+
+
+_SECRET = re.compile(
+    r"(^|_)(api_?key|password|secret|credentials|(hf|hub|auth|access|api|bearer)_?token)$", re.IGNORECASE
+)
+
+
+def _check_secrets(tables: dict[str, Any], prefix: str) -> None:
+    """The configuration goes to the run folder, its command line too, and to every sink."""
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            _check_secrets(value, f"{prefix}.{key}")
+        elif value and isinstance(value, str) and _SECRET.search(key):
+            raise ValueError(
+                f"{prefix}.{key} looks like a secret, and the configuration is written to the run folder: have the "
+                "environment's code read it from an environment variable"
+            )
 
 
 def _check_critic(config: Config) -> None:
