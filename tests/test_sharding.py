@@ -26,10 +26,18 @@ SMALL = ["learner.micro_batch_tokens=70", "learner.learning_rate=1e-3", "rollout
 EVERYTHING = [  # each changes what a pass computes: a reference model, an entropy gradient, and what is computed twice
     *SMALL,
     "algorithm.loss.reference_kl=0.1",
+    "algorithm.loss.reward_kl=0.1",
     "algorithm.loss.entropy_bonus=0.05",
     "learner.activation_checkpointing=true",
     "learner.head_chunk=7",
     "algorithm.preset=vcpo",  # whose learning rate comes from all ranks' ratios
+]
+
+WHOLE_STEP = [  # advantages and a threshold that no rank can compute from its own tokens
+    *SMALL,
+    "algorithm.loss.reward_kl=0.1",
+    "algorithm.loss.reward_kl_level=sequence",
+    "algorithm.preset=m2po",
 ]
 
 
@@ -111,6 +119,7 @@ def assert_close(some, others, rtol=0.0, atol=1e-5):
         ([[3, 9, 12, 5], [1, 2, 12, 12], [7, 7, 7, 1], [12, 1, 1, 1]], SMALL),
         ([[12, 3, 1], [2, 9, 4, 12, 1, 1, 6]], EVERYTHING),  # groups of different sizes, a different share at each rank
         ([[12, 2, 1]], SMALL),  # with four ranks, one has nothing to train
+        ([[12, 3, 1], [2, 9, 4, 12, 1, 1, 6]], WHOLE_STEP),
     ],
 )
 def test_ranks_train_as_one(on_ranks, folder, num_ranks, sizes, words):
