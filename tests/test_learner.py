@@ -98,6 +98,49 @@ def test_gradients_do_not_depend_on_packing_or_on_the_order_of_groups(folder, pr
     assert torch.allclose(whole, small, atol=1e-6 * float(whole.abs().max()) + 1e-9, rtol=1e-3)
 
 
+def of_one_prompt(num_new, seed, reward=0.0):
+    item = trajectory(7, num_new, seed=seed, reward=reward)
+    prompt = np.random.default_rng(0).integers(2, VOCABULARY, len(item.token_ids)).astype(np.int32)
+    return replace(item, token_ids=np.where(item.mask, item.token_ids, prompt))
+
+
+def packed(learner, group, **options):
+    options = {"row_tokens": 64, "micro_batch_tokens": 9999, "max_new_tokens": 9} | options
+    return pack([group], learner.loss, **options)
+
+
+def test_a_shared_prompt_changes_no_logprob_and_no_gradient(folder):
+    group = [of_one_prompt(n, seed=n, reward=float(n % 2)) for n in (1, 2, 5, 9)]
+    learner, found = make_learner(folder), []
+    for share in (True, False):
+        batch = packed(learner, group, share_prompts=share)
+        assert batch.num_inputs == sum(len(item.token_ids) - 1 for item in group) - 7 * 3 * share
+        (part,) = batch.micro_batches
+        learner.model.zero_grad()
+        logprobs, _ = learner.score(part)
+        (part.advantages * part.normalizers * logprobs).sum().backward()
+        gradient = torch.cat([parameter.grad.flatten() for parameter in learner.model.parameters()])
+        found.append((sorted(logprobs.tolist()), gradient))
+    (one, gradient), (other, expected) = found
+    assert one == pytest.approx(other, abs=1e-5)
+    assert torch.allclose(gradient, expected, atol=1e-6 * float(expected.abs().max()), rtol=1e-3)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_trajectory_has_no_influence_on_others_of_its_row(folder, share):
+    group = [of_one_prompt(n, seed=n) for n in (3, 5, 8)]
+    changed = [group[0], replace(group[1], token_ids=np.where(group[1].mask, 9, group[1].token_ids)), group[2]]
+    learner, found = make_learner(folder), []
+    for one in (group, changed):
+        (part,) = packed(learner, one, share_prompts=share).micro_batches
+        assert len(part.input_ids) == 1
+        with torch.no_grad():
+            logprobs = learner.score(part)[0]
+        found.append([logprobs[part.sequence == number] for number in range(3)])
+    same = [torch.equal(*pair) for pair in zip(*found, strict=True)]
+    assert same == [True, False, True], "the middle of the row was changed, and only it may differ"
+
+
 def test_an_entropy_bonus_alone_raises_entropy(folder):
     groups = [[trajectory(4, 6, seed=i, reward=0.0) for i in range(4)]]
     learner = make_learner(folder, "algorithm.loss.entropy_bonus=1.0", "learner.learning_rate=1e-3")
