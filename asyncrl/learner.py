@@ -9,6 +9,7 @@ the same groups and trains its share; calls that say "every rank" wait for the o
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
@@ -20,12 +21,13 @@ from torch.distributed import TCPStore
 from asyncrl.algo.diagnostics import diagnose, learning_rate_factor
 from asyncrl.algo.loss import Columns, Outcome, concatenate, policy_loss
 from asyncrl.config import Config
-from asyncrl.model import decoder_layers
+from asyncrl.model import decoder_layers, use_attention
 from asyncrl.packing import Batch, MicroBatch, pack
 from asyncrl.scoring import Scorer, recompute_activations
 from asyncrl.sharding import Ranks, collect, own, own_rows, shard, split_like, whole
 from asyncrl.transport import Audience, BroadcastGroup, Rendezvous, open_rendezvous
 from asyncrl.types import Trajectory, Version
+from asyncrl.utilization import FlopCounter, peak_flops
 from asyncrl.weights import Bucket, Outgoing, make_buckets
 
 _NUM_WATCHED = 100_000
@@ -59,6 +61,7 @@ class Learner:
         self.ranks = ranks or Ranks()
         if self.loss.needs_reference and reference is None:
             raise RuntimeError("the loss has a KL term against a reference model, and none was given")
+        self._num_flops = FlopCounter(model)
         self._scorer = self._make_scorer(model)
         self._reference = self._make_scorer(reference) if reference is not None else None
         self._device = next(model.parameters()).device
@@ -82,13 +85,20 @@ class Learner:
         settings = self._config.learner
         device = self.ranks.mesh.device_type if self.ranks.mesh else next(model.parameters()).device.type
         bfloat16 = settings.dtype == "bfloat16" or (settings.dtype == "auto" and device == "cuda")
+        self.attention = use_attention(model, settings.attention, device, bfloat16=bfloat16)
+        if device == "cuda" and bfloat16:  # what is left in float32, the head, then runs on tensor cores (TF32)
+            torch.set_float32_matmul_precision("high")
         scorer = Scorer(
             model,
             temperature=self._config.rollout.temperature,
             head_chunk=settings.head_chunk,
             bfloat16=bfloat16,
             entropy=self.loss.entropy_bonus > 0,
+            varlen=self.attention == "varlen",
         )
+        if settings.compile:
+            for layer in decoder_layers(model):
+                layer.compile()
         if settings.activation_checkpointing:
             recompute_activations(decoder_layers(model))
         if self.ranks.mesh is not None:
@@ -100,11 +110,14 @@ class Learner:
 
         Returns the metrics of the step over all ranks, at the first one; nothing elsewhere.
         """
+        began, varlen = time.perf_counter(), self.attention == "varlen"
         settings = self._config.learner
         batch = pack(
             groups,
             self.loss,
-            row_tokens=self._row_tokens,
+            # Without a mask a row may be as long as the micro-batch, and hardly any place is left empty.
+            row_tokens=max(self._row_tokens, settings.micro_batch_tokens) if varlen else self._row_tokens,
+            share_prompts=not varlen,
             micro_batch_tokens=settings.micro_batch_tokens,
             max_new_tokens=self._config.rollout.max_new_tokens,
             mask_truncated=self._config.algorithm.mask_truncated,
@@ -124,9 +137,10 @@ class Learner:
         if math.isfinite(norm):  # else the step is not taken: one such number would be in every weight for ever after
             self.optimizer.step()
             self.version += 1
-        metrics |= {
+        cosine = self._watch.cosine()  # which waits for the device: the step is over
+        metrics |= self._speed(batch, time.perf_counter() - began) | {
             "gradient/norm": norm,
-            "gradient/cosine": self._watch.cosine(),
+            "gradient/cosine": cosine,
             "gradient/learning_rate": learning_rate,
         }
         if self._config.rollout.release_memory:
@@ -218,6 +232,14 @@ class Learner:
         loss.backward()
         return _Seen(columns, outcome, entropy.detach())
 
+    def _speed(self, batch: Batch, seconds: float) -> dict[str, float]:
+        """How much was trained a second, and the share of the GPUs' peak that it took. Every rank."""
+        num_flops = float(self.ranks.sum(torch.tensor(self._num_flops(batch.micro_batches), dtype=torch.float64)))
+        return {
+            "learner/tokens_per_s": batch.num_held / seconds,
+            "learner/mfu": num_flops / (seconds * self.ranks.num_ranks * peak_flops(self._device)),
+        }
+
     def _measure(self, seen: Sequence[_Seen], batch: Batch) -> dict[str, float]:
         """The diagnostics of all ranks' micro-batches together, at the first rank; nothing elsewhere."""
         of_ranks = self.ranks.gather(_join(seen) if self.ranks.mesh is not None else seen)
@@ -227,6 +249,7 @@ class Learner:
         entropy = float(torch.cat([part.entropy for part in everything]).mean())
         return diagnose([part.columns for part in everything], [part.outcome for part in everything], entropy) | {
             "learner/num_tokens": float(batch.num_tokens),
+            "learner/num_inputs": float(batch.num_inputs),
             "learner/row_fill": batch.fill,
         }
 

@@ -46,10 +46,14 @@ class MicroBatch:
     normalizers: Tensor  # float32[n]
     sequence: Tensor  # int64[n], trajectory inside this micro-batch
     num_sequences: int
+    starts: Tensor  # int32[s + 1], where runs of one segment start in the R * L places, and the end
+    longest: int  # of these runs
 
     def to(self, device: torch.device) -> MicroBatch:
         tensors: dict[str, Any] = {
-            name: value.to(device) for name in self.__slots__ if isinstance(value := getattr(self, name), Tensor)
+            name: value.to(device, non_blocking=True)
+            for name in self.__slots__
+            if isinstance(value := getattr(self, name), Tensor)
         }
         return replace(self, **tensors)
 
@@ -231,6 +235,9 @@ def _rows(rows: Sequence[_Row], length: int, advantage: Tensor, normalizer: Tens
     chosen = torch.tensor([piece.item for piece in pieces])
     row_of = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row) for row in rows]))
 
+    flat = grids[3].ravel()
+    starts = torch.tensor([0, *(np.flatnonzero(flat[1:] != flat[:-1]) + 1), len(flat)], dtype=torch.int32)
+
     def trained(name: str) -> Tensor:
         return torch.from_numpy(np.concatenate([getattr(p.trajectory, name)[p.trained] for p in pieces]))
 
@@ -248,6 +255,8 @@ def _rows(rows: Sequence[_Row], length: int, advantage: Tensor, normalizer: Tens
         normalizers=normalizer[chosen].repeat_interleave(counts),
         sequence=torch.arange(len(pieces)).repeat_interleave(counts),
         num_sequences=len(pieces),
+        starts=starts,
+        longest=int(starts.diff().max()),
     )
 
 
@@ -288,4 +297,6 @@ def _no_rows() -> MicroBatch:
         normalizers=nothing.float(),
         sequence=nothing,
         num_sequences=0,
+        starts=torch.tensor([0, 1], dtype=torch.int32),
+        longest=1,
     )

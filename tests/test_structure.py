@@ -54,6 +54,7 @@ LAYERS = [
         "rollout",
         "pool",
         "learner",
+        "utilization",
         "warmup",
     },
     {"guard", "supervisor"},
