@@ -1,8 +1,9 @@
-"""Checkpoints: a folder that `transformers` loads as it is, with the optimizer and the place in the run beside it.
+"""Checkpoints: a folder that `transformers` loads as it is, with the optimizer and the place in the run inside it.
 
     checkpoints/step-000120/   model.safetensors, config.json, tokenizer files
-                               optimizer.safetensors, random.safetensors, cursor.json
+                               learner/: optimizer.safetensors, random.safetensors, cursor.json
                                manifest.json: the BLAKE2 checksum of each of these files
+The learner's part has a folder of its own because engines take every *.safetensors beside the model's for weights.
 Written under a temporary name, synced to disk file by file and renamed when complete, so a folder of this name was
 whole once. What happened to it since is checked when a run is resumed: a damaged checkpoint is set aside with a warning
 and the one before it is used. Safetensors and JSON: nothing is unpickled. The learning rate is a function of the
@@ -22,12 +23,14 @@ from typing import Any
 
 import msgspec
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from asyncrl.types import Version
 
 _MANIFEST = "manifest.json"
+_LEARNER = "learner"
 _NUM_THREADS = 4
 """For checksums and fsync; both leave the interpreter to others."""
 
@@ -44,7 +47,7 @@ class Cursor(msgspec.Struct, frozen=True):
 
 class Manifest(msgspec.Struct, frozen=True):
     files: dict[str, str]
-    """Hexadecimal BLAKE2b checksum of each file, by name."""
+    """Hexadecimal BLAKE2b checksum of each file, by its path within the checkpoint."""
 
 
 def save(
@@ -65,32 +68,39 @@ def save(
     def fill(folder: Path) -> None:
         model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
-        save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, folder / "optimizer.safetensors")
+        state = {name: tensor.contiguous() for name, tensor in optimizer.items()}
+        save_file(state, folder / _LEARNER / "optimizer.safetensors")
 
     return write(root, cursor, fill, keep=keep)
 
 
 def write(root: Path, cursor: Cursor, fill: Callable[[Path], None], *, keep: int) -> Path:
-    """The checkpoint whose files `fill` puts into the folder it is given. Nothing is left behind if that fails."""
+    """The checkpoint whose files `fill` puts into the folder it is given. Nothing is left behind if that fails.
+
+    Raises `OSError` if the disk does not take it.
+    """
     folder = root / f"step-{cursor.version:06d}"
     partial = root / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True, mode=0o700)
+    (partial / _LEARNER).mkdir()
     try:
         fill(partial)
-        save_file(_random_state(), partial / "random.safetensors")
-        (partial / "cursor.json").write_bytes(msgspec.json.encode(cursor))
-        paths = sorted(partial.iterdir())
+        save_file(_random_state(), partial / _LEARNER / "random.safetensors")
+        (partial / _LEARNER / "cursor.json").write_bytes(msgspec.json.encode(cursor))
+        names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
         with ThreadPoolExecutor(_NUM_THREADS) as threads:
-            checksums = list(threads.map(_sync_and_sum, paths))
-        manifest = Manifest({path.name: checksum for path, checksum in zip(paths, checksums, strict=True)})
+            checksums = list(threads.map(lambda name: _sync_and_sum(partial / name), names))
+        manifest = Manifest(dict(zip(names, checksums, strict=True)))
         (partial / _MANIFEST).write_bytes(msgspec.json.encode(manifest))
-        _sync(partial / _MANIFEST)
-        _sync(partial)
+        for path in (partial / _MANIFEST, partial / _LEARNER, partial):
+            _sync(path)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # what it makes of a full disk
+            raise OSError(f"{partial} could not be written: {error}") from error
         raise
     _sync(root)
     for old in folders(root)[:-keep]:
@@ -154,16 +164,16 @@ def damage(folder: Path) -> str | None:
 
 
 def load_cursor(folder: Path) -> Cursor:
-    return msgspec.json.decode((folder / "cursor.json").read_bytes(), type=Cursor)
+    return msgspec.json.decode((folder / _LEARNER / "cursor.json").read_bytes(), type=Cursor)
 
 
 def load_optimizer(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "optimizer.safetensors")
+    return load_file(folder / _LEARNER / "optimizer.safetensors")
 
 
 def load_random_state(folder: Path) -> None:
     """Puts torch's random generators, as far as this process has them, where they were when the checkpoint was made."""
-    for name, state in load_file(folder / "random.safetensors").items():
+    for name, state in load_file(folder / _LEARNER / "random.safetensors").items():
         device, _, index = name.partition(":")
         if device == "cpu":
             torch.set_rng_state(state)

@@ -31,6 +31,7 @@ class _Group(msgspec.Struct, frozen=True):
     id: int
     token_ids: tuple[int, ...]
     target: str
+    source: str
     rewards: tuple[float, ...]
     lengths: tuple[int, ...]
     oldest: Version
@@ -60,6 +61,15 @@ def read(folder: Path, prompt_id: int, stored: str) -> Group | None:
     if _digest(payload) != stored:
         return None
     return replace(_unpack(msgspec.msgpack.decode(payload, type=_Group)), stored=stored)
+
+
+def read_any(folder: Path, prompt_id: int) -> Group:
+    """The group in a file, whatever its digest. Raises `ValueError` if it is no group."""
+    path = path_of(folder, prompt_id)
+    try:
+        return _unpack(msgspec.msgpack.decode(path.read_bytes(), type=_Group))
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def delete(folder: Path, prompt_id: int) -> None:
@@ -93,6 +103,7 @@ def _pack(group: Group) -> _Group:
         prompt.id,
         prompt.token_ids,
         prompt.target,
+        prompt.source,
         tuple(float(reward) for reward in group.rewards),
         group.lengths,
         group.oldest,
@@ -115,7 +126,7 @@ def _unpack(stored: _Group) -> Group:
         for t in stored.trajectories
     ]
     return Group(
-        prompt=Prompt(stored.id, stored.token_ids, stored.target),
+        prompt=Prompt(stored.id, stored.token_ids, stored.target, stored.source),
         rewards=stored.rewards,
         lengths=stored.lengths,
         oldest=stored.oldest,

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -36,10 +37,11 @@ from asyncrl.journal import Journal, Resumed, Started
 from asyncrl.loop import LearnerHandle, System, run
 from asyncrl.metrics import Metrics, plot, verdict
 from asyncrl.model import load_tokenizer
-from asyncrl.pool import RolloutPool
+from asyncrl.pool import RolloutHandle, RolloutPool
 from asyncrl.prompts import PromptQueue
 from asyncrl.staleness import StalenessControl
 from asyncrl.supervisor import Supervisor
+from asyncrl.types import Prompt
 from asyncrl.warmup import prepare
 from asyncrl.watchdog import Watchdog
 
@@ -58,7 +60,7 @@ class Result:
 async def train(config: Config, resume: Path | None = None, *, quiet: bool = False) -> Result:
     """Runs the job to its last step, or to Ctrl-C; `resume` is the run folder of an earlier job to go on with."""
     own.check(config.loss)
-    runtime = load_runtime(config.runtime)
+    runtime = load_runtime(config)
     initial = str(prepare(config, quiet=quiet))
     tokenizer = load_tokenizer(initial)
     env = load_env(config.env.path, tokenizer, config.env.args)
@@ -76,48 +78,29 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
         closing(journal),
         Metrics(folder, config.num_steps, first_step=first_step, quiet=quiet, config=config, decode=decode) as metrics,
     ):
-        for name, score in baselines.items():
-            metrics.say(f"no skill: {name!r} scores {score:.2f} on the {len(heldout)} held-out prompts")
-        for reason, count in getattr(env, "skipped", {}).items():
-            metrics.say(f"skipped rows of the data: {count}, {reason}")
-        if journal.torn_bytes:
-            metrics.say(f"the journal ended in {journal.torn_bytes} bytes of an incomplete record, now cut off")
-        metrics.say(f"starting {config.rollout.num_actors} rollout actors and the learner")
+        _say_how_it_begins(metrics, config, journal, baselines, getattr(env, "skipped", {}))
         prompts = PromptQueue(
             env.prompts("train", config.seed), journal, folder / "groups", keep_groups=config.journal.keep_groups
         )
         async with runtime.open_actors(config, initial, saved, folder / "groups") as (learner, actors):
-            training, evaluating = actors[: config.rollout.num_actors], actors[config.rollout.num_actors :]
-            pool = RolloutPool(training, config.rollout.max_attempts, metrics.timeline)
-            pool.watchdog = watchdog = make_watchdog(config, folder, learner, pool, metrics.say)
-            pool.published.update(journal.accounts.published)
-            supervisor = Supervisor(
-                pool,
-                partial(runtime.start_rollout, config, initial, folder / "groups"),
+            system = make_system(
+                config,
                 folder,
-                target=config.rollout.num_actors,
-                first_number=len(actors),
-                max_replacements=config.rollout.max_replacements,
-                say=metrics.say,
+                initial=initial,
+                prompts=prompts,
+                heldout=heldout,
+                learner=learner,
+                actors=actors,
+                buffer=buffer,
+                metrics=metrics,
             )
-            guard = StepGuard(folder, config.learner.max_skipped_steps)
-            checkpoints = folder / "checkpoints"
-            system = System(
-                config, prompts, heldout, pool, learner, buffer, metrics, checkpoints, guard, watchdog, supervisor
-            )
-            if evaluating:
-                for number, actor in enumerate(evaluating):
-                    actor.name = f"evaluator {number}"
-                system.evaluators = RolloutPool(evaluating, config.rollout.max_attempts, metrics.timeline)
-            if config.buffer.max_staleness == "auto":
-                system.control = StalenessControl(*config.buffer.staleness_bounds)
-                buffer.allow(system.control.staleness)
+            system.rollouts.published.update(journal.accounts.published)
             with _stop_on_ctrl_c(buffer, metrics):
                 await run(system)
             result = Result(folder, learner.version, metrics.last_accuracy, baselines)
         plot(folder, max(baselines.values()))
-        totals = journal.accounts.totals()
-        for what, counts in (("prompts", totals), ("dropped groups", buffer.dropped), ("failures", pool.failures)):
+        totals, failures = journal.accounts.totals(), system.rollouts.failures
+        for what, counts in (("prompts", totals), ("dropped groups", buffer.dropped), ("failures", failures)):
             if counts.total():
                 metrics.say(f"{what}: {', '.join(f'{reason} {count}' for reason, count in counts.most_common())}")
         if found := verdict(folder):
@@ -126,12 +109,58 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
     return result
 
 
-def load_runtime(name: str) -> ModuleType:
-    """The module that starts the actors; Ray is imported only where it is used."""
-    if name == "local":
+def make_system(
+    config: Config,
+    folder: Path,
+    *,
+    initial: str,
+    prompts: PromptQueue,
+    heldout: Sequence[Prompt],
+    learner: LearnerHandle,
+    actors: Sequence[RolloutHandle],
+    buffer: Buffer,
+    metrics: Metrics,
+) -> System:
+    """The parts of a run put together, around actors that were started."""
+    runtime = load_runtime(config)
+    training, evaluating = actors[: config.rollout.num_actors], actors[config.rollout.num_actors :]
+    pool = RolloutPool(training, config.rollout.max_attempts, metrics.timeline)
+    pool.watchdog = watchdog = make_watchdog(config, folder, learner, pool, metrics.say)
+    supervisor = Supervisor(
+        pool,
+        partial(runtime.start_rollout, config, initial, folder / "groups"),
+        folder,
+        target=config.rollout.num_actors,
+        first_number=len(actors),
+        max_replacements=config.rollout.max_replacements,
+        say=metrics.say,
+    )
+    guard = StepGuard(folder, config.learner.max_skipped_steps)
+    system = System(
+        config, prompts, heldout, pool, learner, buffer, metrics, folder / "checkpoints", guard, watchdog, supervisor
+    )
+    if evaluating:
+        for number, actor in enumerate(evaluating):
+            actor.name = f"evaluator {number}"
+        system.evaluators = RolloutPool(evaluating, config.rollout.max_attempts, metrics.timeline)
+    if config.buffer.max_staleness == "auto":
+        system.control = StalenessControl(*config.buffer.staleness_bounds)
+        buffer.allow(system.control.staleness)
+    return system
+
+
+def load_runtime(config: Config) -> ModuleType:
+    """The module that starts the actors; Ray is imported only where it is used.
+
+    A Ray of the run's own stays on loopback. Ray knows that for other systems only, and by a variable that it reads
+    when it is imported: too late if something else did so already.
+    """
+    if config.runtime == "local":
         from asyncrl.runtime import local
 
         return local
+    if config.cluster.address is None and "ray" not in sys.modules:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     from asyncrl.runtime import cluster
 
     return cluster
@@ -150,7 +179,7 @@ def make_buffer(config: Config) -> Buffer:
 def make_watchdog(
     config: Config, folder: Path, learner: LearnerHandle, pool: RolloutPool, say: Callable[[str], None]
 ) -> Watchdog:
-    runtime = load_runtime(config.runtime)
+    runtime = load_runtime(config)
     return Watchdog(
         folder,
         timeout_s=config.watchdog.timeout_s,
@@ -205,6 +234,18 @@ def new_folder(config: Config, baselines: dict[str, float]) -> Path:
     origin = {"commit": _commit(), "command": sys.argv, "no_skill": baselines, "python": sys.version.split()[0]}
     (folder / "run.json").write_text(json.dumps(origin, indent=2) + "\n")
     return folder
+
+
+def _say_how_it_begins(
+    metrics: Metrics, config: Config, journal: Journal, baselines: Mapping[str, float], skipped: Mapping[str, int]
+) -> None:
+    for name, score in baselines.items():
+        metrics.say(f"no skill: {name!r} scores {score:.2f} on the held-out prompts")
+    for reason, count in skipped.items():
+        metrics.say(f"skipped rows of the data: {count}, {reason}")
+    if journal.torn_bytes:
+        metrics.say(f"the journal ended in {journal.torn_bytes} bytes of an incomplete record, now cut off")
+    metrics.say(f"starting {config.rollout.num_actors} rollout actors and the learner")
 
 
 def report(result: Result, num_steps: int) -> str:

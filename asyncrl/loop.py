@@ -39,6 +39,10 @@ from asyncrl.supervisor import Supervisor
 from asyncrl.types import Group, Prompt
 from asyncrl.watchdog import Stalled, Watchdog
 
+_UNSTORED = (
+    "the group of prompt {} could not be written to groups/ (is the disk full?); after a crash it is played again"
+)
+
 
 class LearnerHandle(LearnerLink, Protocol):
     """The learner as the driver sees it; both runtimes have one."""
@@ -69,30 +73,28 @@ class System:
     evaluated: set[int] = field(default_factory=set)
     evaluators: RolloutPool | None = None
     """Engines for evaluation alone, which hold one version still; without them the rollout actors evaluate."""
-    evaluating: bool = False
+    evaluations: set[asyncio.Task[None]] = field(default_factory=set)
+    """Those under way."""
     control: StalenessControl | None = None
     """Moves the admitted staleness; without one it stays what the buffer was made with."""
 
 
 async def run(system: System) -> None:
     """Trains until `num_steps`, or until the buffer is closed from outside (Ctrl-C); then evaluates and saves."""
-    await synchronize(system)  # every engine starts from the learner's own weights
-    restored = system.prompts.restore(
-        system.rollouts.published, groups_per_step=system.buffer.groups_per_step, window=system.buffer.window
-    )
-    if restored:
-        system.metrics.say(f"{restored} groups that were finished before the run stopped are used")
     try:
         async with asyncio.TaskGroup() as tasks:
+            helpers = [tasks.create_task(system.watchdog.run()), tasks.create_task(sync_journal(system))]
+            await synchronize(system)  # every engine starts from the learner's own weights
+            restore(system)
             if system.config.eval.every:
                 await start_evaluation(system, tasks)  # where the curve starts
             producers = [tasks.create_task(produce(system)) for _ in range(system.buffer.capacity)]
-            helpers = [tasks.create_task(sync_journal(system)), tasks.create_task(system.watchdog.run())]
             if system.supervisor is not None:
                 helpers.append(tasks.create_task(system.supervisor.run(system.updating, lambda: synchronize(system))))
             await learn(system, tasks)
+            stopped_early = system.learner.version < system.config.num_steps
             system.buffer.close()
-            for task in (*producers, *helpers):
+            for task in (*producers, *helpers, *(system.evaluations if stopped_early else ())):
                 task.cancel()
     except* Stalled as stalls:
         stall = stalls.exceptions[0]
@@ -110,6 +112,15 @@ async def run(system: System) -> None:
         await evaluate(system)
 
 
+def restore(system: System) -> None:
+    """Takes up the groups that were finished before the run stopped, those that can still be trained."""
+    restored = system.prompts.restore(
+        system.rollouts.published, groups_per_step=system.buffer.groups_per_step, window=system.buffer.window
+    )
+    if restored:
+        system.metrics.say(f"{restored} groups that were finished before the run stopped are used")
+
+
 async def produce(system: System) -> None:
     """Fills one slot after the other."""
     drop_equal = system.config.algorithm.drop_zero_variance
@@ -122,7 +133,8 @@ async def produce(system: System) -> None:
                 give_up(system, ticket, prompt, error)
                 continue
             system.failed_in_a_row = 0
-            system.prompts.generated(group)
+            if not system.prompts.generated(group) and system.prompts.num_unstored == 1:
+                system.metrics.say(f"alarm: {_UNSTORED.format(prompt.id)}")
             finished = Finished(group, uses=0)
         if drop_equal and not finished.group.has_variance:
             system.buffer.drop(ticket, "zero variance")
@@ -180,6 +192,7 @@ async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
         clock.lap("sync")
         buffered = buffer.release()
         row = measure(groups) | learnt | synced | clock.metrics() | measure_buffer(buffer, buffered)
+        row["journal/unstored"] = float(system.prompts.num_unstored)
         system.metrics.step(learner.version, row, buffer.max_lag)
         tasks.create_task(system.metrics.sample(learner.version, groups))
         if system.control is not None and (decision := system.control.decide(row)) is not None:
@@ -194,26 +207,27 @@ async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
 async def start_evaluation(system: System, tasks: asyncio.TaskGroup) -> None:
     """Evaluates the current version beside the run. Evaluators get it first; while they are busy with an older one,
     they are not waited for: the evaluation is left out, and said to be."""
-    if system.evaluators is None:
-        tasks.create_task(evaluate(system))
-    elif system.evaluating:
+    if system.evaluators is not None and system.evaluations:
         system.metrics.say(f"eval {system.learner.version} | left out, another is under way: raise eval.every")
-    else:
+        return
+    if system.evaluators is not None:
         version = system.learner.version
         with (
             system.watchdog.wait("sync", f"version {version} to be live on every evaluator"),
             system.metrics.timeline.span("learner", "update evaluators", version=version),
         ):
             await system.evaluators.update_weights(ToEvaluators(system.learner))
-        system.evaluating = True
-        tasks.create_task(evaluate(system))
+    task = tasks.create_task(evaluate(system))
+    system.evaluations.add(task)
+    task.add_done_callback(system.evaluations.discard)
 
 
 async def step(system: System, groups: Sequence[Group]) -> dict[str, float] | None:
     """One optimizer step; None if the learner refused it, which drops the groups."""
     learner, version = system.learner, system.learner.version
     if system.config.rollout.release_memory:
-        await system.rollouts.release()
+        with system.watchdog.wait("release", "every rollout actor to give its memory to the learner"):
+            await system.rollouts.release()
     system.prompts.training(groups, version + 1)
     with system.watchdog.wait("step", f"the learner's step {version + 1}"):
         learnt = await learner.step(groups)
@@ -255,7 +269,6 @@ async def evaluate(system: System) -> None:
         with timeline.span("evaluation", "evaluation", version=version), system.watchdog.wait("evaluate", told):
             groups = await (system.evaluators or system.rollouts).evaluate(system.heldout)
         system.metrics.evaluation(version, summarize(groups, version, system.config.eval.pass_reward))
-    system.evaluating = False
 
 
 async def save(system: System, *, last: bool = False) -> None:

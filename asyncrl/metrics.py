@@ -22,6 +22,7 @@ from asyncrl.blame import METRICS as WAITS
 from asyncrl.blame import Blame, blame, longest, waits
 from asyncrl.config import Config, MetricsConfig
 from asyncrl.samples import Samples
+from asyncrl.shaping import METRICS as SHAPING
 from asyncrl.sinks import Prometheus, Sink, TensorBoard, WeightsAndBiases
 from asyncrl.timeline import Timeline
 from asyncrl.types import Group
@@ -63,6 +64,7 @@ METRICS: dict[str, str] = {
     "buffer/pending": "groups being generated, after the step",
     "buffer/wait_s": "seconds from a group's completion until its batch was trained and live, mean",
     "buffer/dropped": "groups dropped so far, with or without use, all reasons",
+    "journal/unstored": "finished groups so far that could not be written to disk: a resumed run plays them again",
     "sync/total_s": "seconds of the weight update, as the driver saw it",
     "sync/pause_s": "seconds that generation stood still for it, the slowest actor",
     **WAITS,
@@ -71,8 +73,11 @@ METRICS: dict[str, str] = {
     "time/sync_s": "seconds of the step spent in the weight update",
     "time/total_s": "seconds of the step",
 }
-"""Every metric that a run logs, with its meaning. `completion/` also holds what an environment reports itself, and
-`reward/NAME` and `eval/NAME` are the mean rewards of each environment of a mixture."""
+"""Every metric that any run logs, with its meaning; `ONLY_WITH` has more. `completion/` also holds what an
+environment reports itself, and `reward/NAME` and `eval/NAME` are the mean rewards of each environment of a mixture."""
+
+ONLY_WITH = SHAPING
+"""Metrics of runs that use what they measure."""
 
 OVERVIEW: dict[str, dict[str, list[str]]] = {
     "learning": {
@@ -102,7 +107,8 @@ def page() -> str:
         "Logged at every learner step unless said otherwise, to `metrics.jsonl` and TensorBoard.",
         "",
     ]
-    lines += ["| metric | meaning |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in METRICS.items())]
+    rows = [f"| `{name}` | {text} |" for name, text in (METRICS | ONLY_WITH).items()]
+    lines += ["| metric | meaning |", "|---|---|", *rows]
     return "\n".join(lines) + "\n"
 
 
@@ -124,8 +130,9 @@ class Metrics:
         settings = config.metrics if config else MetricsConfig(sample_trajectories=0)
         self.folder = folder
         self.timeline = Timeline(folder / "timeline.jsonl" if settings.timeline else None)
+        cut(folder, first_step)
         self._file = (folder / "metrics.jsonl").open("a", buffering=1)
-        self._board = TensorBoard(folder, config, OVERVIEW)
+        self._board = TensorBoard(folder, config, OVERVIEW, first_step)
         self._sinks: list[Sink] = [self._board]
         if settings.prometheus_port:
             self._sinks.append(Prometheus(settings.prometheus_port, METRICS))
@@ -228,6 +235,17 @@ def read(folder: Path) -> list[dict[str, float]]:
     """The rows of a run's metrics.jsonl, in the order written; the line being written to a run in progress is left."""
     *lines, _ = (folder / "metrics.jsonl").read_text().split("\n")
     return [json.loads(line) for line in lines]
+
+
+def cut(folder: Path, version: int) -> None:
+    """Takes out what a run wrote of steps after `version`, which it makes again, and the line a crash tore."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return
+    rows = [row for row in read(folder) if row["version"] <= version]
+    partial = folder / ".metrics.jsonl.partial"
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.rename(path)
 
 
 def verdict(folder: Path) -> Blame | None:

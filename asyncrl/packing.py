@@ -48,6 +48,8 @@ class MicroBatch:
     num_sequences: int
     starts: Tensor  # int32[s + 1], where runs of one segment start in the R * L places, and the end
     longest: int  # of these runs
+    members: Tensor  # int64[num_sequences], trajectory inside the batch
+    reference_logprobs: Tensor | None = None  # float32[n], once they have been scored
 
     def to(self, device: torch.device) -> MicroBatch:
         tensors: dict[str, Any] = {
@@ -74,6 +76,9 @@ class Batch:
 
     micro_batches: tuple[MicroBatch, ...]  # of one rank; what follows is of all ranks
     advantages: Tensor  # float32[N], per trajectory
+    rewards: Tensor  # float32[N], with the overlong punishment
+    groups: Tensor  # int64[N], equal for trajectories of one prompt
+    kept: Tensor  # bool[N]: not masked for being truncated
     num_tokens: int  # trained tokens
     num_held: int  # tokens of all trajectories, prompts included
     num_inputs: int  # tokens that go through the model: a shared prompt counts once
@@ -107,9 +112,8 @@ def pack(
     if overlong_tail:
         rewards = rewards + overlong_punishment(lengths, max_new_tokens, overlong_tail)
     advantage = estimate(rewards, index, loss)
-    if mask_truncated:
-        kept = torch.tensor([trajectory.finish != "length" for trajectory in trajectories])
-        advantage = torch.where(kept, advantage, 0.0)
+    kept = torch.tensor([not mask_truncated or trajectory.finish != "length" for trajectory in trajectories])
+    advantage = torch.where(kept, advantage, 0.0)
     normalizer = normalizers(loss.aggregate, lengths, index, max_new_tokens)
     pieces = _pieces(groups, share_prompts)
     longest = max(len(trajectory.token_ids) for trajectory in trajectories)
@@ -129,6 +133,9 @@ def pack(
     return Batch(
         micro_batches,
         advantage,
+        rewards,
+        index,
+        kept,
         num_tokens=int(lengths.sum()),
         num_held=sum(len(trajectory.token_ids) for trajectory in trajectories),
         num_inputs=num_inputs,
@@ -257,6 +264,7 @@ def _rows(rows: Sequence[_Row], length: int, advantage: Tensor, normalizer: Tens
         num_sequences=len(pieces),
         starts=starts,
         longest=int(starts.diff().max()),
+        members=chosen,
     )
 
 
@@ -299,4 +307,5 @@ def _no_rows() -> MicroBatch:
         num_sequences=0,
         starts=torch.tensor([0, 1], dtype=torch.int32),
         longest=1,
+        members=nothing,
     )

@@ -48,6 +48,8 @@ class PromptQueue:
         drawn = islice(source, self._accounts.next_id)
         self._again = deque(_checked(prompt, again[prompt.id]) for prompt in drawn if prompt.id in again)
         self._finished: dict[int, Finished] = {}
+        self.num_unstored = 0
+        """Groups that could not be written to disk."""
         self._stored = {account.id for account in self._accounts if account.stored}
         if folder is not None and not keep_groups:
             files.delete_others(folder, self._stored)
@@ -79,13 +81,17 @@ class PromptQueue:
             self.journal.append(Admitted(id=prompt.id, checksum=checksum_of(prompt)))
         return prompt, finished
 
-    def generated(self, group: Group) -> None:
-        """The group is finished and about to enter the buffer."""
+    def generated(self, group: Group) -> bool:
+        """The group is finished and about to enter the buffer; whether its tokens are on disk, or need not be."""
         self.journal.append(
             Generated(id=group.prompt.id, oldest=group.oldest, newest=group.newest, stored=group.stored)
         )
         if group.stored:
             self._stored.add(group.prompt.id)
+        elif self._folder is not None:
+            self.num_unstored += 1
+            return False
+        return True
 
     def training(self, groups: Sequence[Group], step: Version) -> None:
         """The batch is about to be trained in this optimizer step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from asyncrl.config import Config
@@ -10,6 +11,9 @@ from asyncrl.config import Config
 def check(config: Config) -> None:
     """The rules between knobs. Raises `ValueError` with the rule, the values and the remedy."""
     _check_ranges(config)
+    _check_secrets(config.env.args, "env.args")
+    _check_secrets(config.rollout.engine_args, "rollout.engine_args")
+    _check_critic(config)
     loss = config.loss
     rollout, buffer = config.rollout, config.buffer
     if not loss.is_corrected and not config.algorithm.allow_uncorrected:
@@ -25,7 +29,7 @@ def check(config: Config) -> None:
                 f"truncated sampling needs a corrected loss: rollout.top_p is {rollout.top_p}, rollout.top_k is "
                 f"{rollout.top_k} and preset {config.algorithm.preset!r} has no importance correction; {remedy}"
             )
-    if rollout.group_size < 2 and loss.center != "none":
+    if rollout.group_size < 2 and loss.center in ("mean", "loo"):
         raise ValueError(
             f"a group baseline needs at least two samples: rollout.group_size is {rollout.group_size} and the preset's "
             f"center is {loss.center!r}; raise rollout.group_size or set algorithm.loss.center=none"
@@ -67,6 +71,43 @@ def check(config: Config) -> None:
         raise ValueError("rollout.temperature must be above 0: greedy samples of a group are all equal")
 
 
+_SECRET = re.compile(
+    r"(^|_)(api_?key|password|secret|credentials|(hf|hub|auth|access|api|bearer)_?token)$", re.IGNORECASE
+)
+
+
+def _check_secrets(tables: dict[str, Any], prefix: str) -> None:
+    """The configuration goes to the run folder, its command line too, and to every sink."""
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            _check_secrets(value, f"{prefix}.{key}")
+        elif value and isinstance(value, str) and _SECRET.search(key):
+            raise ValueError(
+                f"{prefix}.{key} looks like a secret, and the configuration is written to the run folder: have the "
+                "environment's code read it from an environment variable"
+            )
+
+
+def _check_critic(config: Config) -> None:
+    if not config.loss.needs_critic:
+        return
+    if config.learner.num_gpus > 1:
+        raise ValueError(
+            f"a critic is not split between learner ranks: learner.num_gpus is {config.learner.num_gpus}; set "
+            "learner.num_gpus=1, or choose a preset without a critic"
+        )
+    if config.critic.path and config.critic.backbone == "policy":
+        raise ValueError(
+            f"critic.path {config.critic.path!r} is the model of a critic of its own and critic.backbone is 'policy': "
+            "set critic.backbone=own, or leave critic.path empty"
+        )
+    if config.algorithm.drop_zero_variance:
+        raise ValueError(
+            "algorithm.drop_zero_variance drops groups that teach nothing, and with a critic equal rewards do teach: "
+            "set algorithm.drop_zero_variance=false"
+        )
+
+
 _AT_LEAST = {
     "num_steps": 1,
     "model.num_layers": 1,
@@ -97,6 +138,11 @@ _AT_LEAST = {
     "learner.micro_batch_tokens": 1,
     "learner.head_chunk": 1,
     "learner.num_threads": 1,
+    "critic.learning_rate": 0,
+    "critic.num_updates": 1,
+    "critic.warmup_steps": 0,
+    "critic.clip": 0,
+    "critic.max_grad_norm": 0,
     "eval.every": 0,
     "eval.num_prompts": 1,
     "eval.num_samples": 1,
@@ -125,6 +171,9 @@ def _check_ranges(config: Config) -> None:
         raise ValueError(
             f"rollout.gpu_memory_utilization must be above 0 and below 1, got {config.rollout.gpu_memory_utilization}"
         )
+    for name, discount in (("gamma", config.critic.gamma), ("lam", config.critic.lam)):
+        if not 0 <= discount <= 1:
+            raise ValueError(f"critic.{name} must be from 0 to 1, got {discount}")
     for name, top_p in (("rollout", config.rollout.top_p), ("eval", config.eval.top_p)):
         if not 0 < top_p <= 1:
             raise ValueError(f"{name}.top_p must be above 0 and at most 1, got {top_p}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from asyncrl.model import takes_segments
 from asyncrl.packing import MicroBatch
 
 
@@ -28,15 +29,14 @@ class Scorer(nn.Module):
         head_chunk: int,
         bfloat16: bool = False,
         entropy: bool = False,
-        varlen: bool = False,
     ) -> None:
         """`temperature`: of sampling. `head_chunk`: positions whose logits exist at a time. `entropy`: give the entropy
-        a gradient. `varlen`: the model's attention takes segments instead of a mask, so prompts cannot be shared.
+        a gradient.
         """
         super().__init__()
         self.model = model
         self._temperature, self._head_chunk = temperature, head_chunk
-        self._bfloat16, self._entropy, self._varlen = bfloat16, entropy, varlen
+        self._bfloat16, self._entropy = bfloat16, entropy
 
     def forward(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of each trained token, float32[n] and float32[n].
@@ -48,7 +48,7 @@ class Scorer(nn.Module):
                 input_ids=micro_batch.input_ids,
                 position_ids=micro_batch.positions,
                 use_cache=False,
-                **self._attention(micro_batch),
+                **attention_inputs(self.model, micro_batch),
             ).last_hidden_state
         weight = self.model.get_output_embeddings().weight.float()  # type: ignore[operator]
         wanted = hidden[micro_batch.rows, micro_batch.columns].float().split(self._head_chunk)
@@ -58,11 +58,6 @@ class Scorer(nn.Module):
         logprobs, entropies = zip(*parts, strict=True)
         return torch.cat(logprobs), torch.cat(entropies)
 
-    def _attention(self, micro_batch: MicroBatch) -> dict[str, Any]:
-        if self._varlen:
-            return {"cu_seq_lens_q": micro_batch.starts, "max_length_q": micro_batch.longest}
-        return {"attention_mask": micro_batch.attention_mask()}
-
     def _head(self, hidden: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         logits = nn.functional.linear(hidden, weight)
         if self._temperature != 1:
@@ -71,6 +66,13 @@ class Scorer(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._entropy):
             entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+
+def attention_inputs(model: nn.Module, micro_batch: MicroBatch) -> dict[str, Any]:
+    """What a model needs to keep the segments of packed rows apart, by the attention that it uses."""
+    if takes_segments(model):
+        return {"cu_seq_lens_q": micro_batch.starts, "max_length_q": micro_batch.longest}
+    return {"attention_mask": micro_batch.attention_mask()}
 
 
 def recompute_activations(layers: Iterable[nn.Module]) -> None:

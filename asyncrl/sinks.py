@@ -26,12 +26,17 @@ class TensorBoard:
     """Event files in `tensorboard/`: scalars in sections by area, an overview, hyper-parameters and text samples."""
 
     def __init__(
-        self, folder: Path, config: Config | None, overview: Mapping[str, Mapping[str, Sequence[str]]]
+        self,
+        folder: Path,
+        config: Config | None,
+        overview: Mapping[str, Mapping[str, Sequence[str]]],
+        first_step: int = 0,
     ) -> None:
+        """What an earlier life of the run logged after `first_step` is no longer shown."""
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
         self._writer.add_custom_scalars(
             {section: {title: ["Multiline", names] for title, names in charts.items()}
              for section, charts in overview.items()}

@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import os
 import pickle
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -49,9 +50,18 @@ class Rendezvous:
 
 
 def open_rendezvous(host: str, world_size: int, timeout_s: float, backend: str = "gloo") -> tuple[Rendezvous, TCPStore]:
-    """A new meeting point on this node, on a free port; the store must be kept until all members have joined."""
-    timeout = timedelta(seconds=timeout_s)
-    store = TCPStore(host, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+    """A new meeting point at this node's address alone, on a free port; keep the store until all have joined."""
+    family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    listener = socket.create_server(address[:2], family=family)  # of its own accord a store listens on all addresses
+    store = TCPStore(
+        host,
+        listener.getsockname()[1],
+        world_size,
+        is_master=True,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),  # the store closes it
+    )
     name = f"asyncrl-{store.port}-{next(_group_numbers)}"
     return Rendezvous(host, store.port, world_size, name, backend, timeout_s), store
 

@@ -43,7 +43,7 @@ async def measure(config: Config, skip: int) -> dict[str, float]:
     prompts = PromptQueue(env.prompts("train", config.seed))
     batch, num_batches = config.learner.groups_per_step, config.num_steps + skip
     with tempfile.TemporaryDirectory() as folder:
-        async with job.load_runtime(config.runtime).open_actors(config, initial, None) as (learner, actors):
+        async with job.load_runtime(config).open_actors(config, initial, None) as (learner, actors):
             pool = RolloutPool(actors, config.rollout.max_attempts)
             await pool.update_weights(learner)
             batches, first_generation = await generate(

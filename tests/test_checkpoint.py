@@ -3,9 +3,10 @@
 import pytest
 import torch
 from helpers import run
+from safetensors import SafetensorError
 from test_loop import small
 
-from asyncrl import checkpoint, job, metrics
+from asyncrl import checkpoint, groups, job, metrics
 from asyncrl.checkpoint import Cursor
 
 
@@ -23,7 +24,9 @@ def test_the_newest_are_kept_by_number_and_not_by_name(tmp_path):
     assert checkpoint.load_cursor(checkpoint.latest(tmp_path)).version == 1_000_000
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "cursor.json", "random.safetensors", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "learner/cursor.json", "learner/random.safetensors", "manifest.json"]
+)
 @pytest.mark.parametrize("harm", ["flip", "cut", "delete"])
 def test_a_damaged_one_is_set_aside_with_a_warning_and_the_one_before_is_used(tmp_path, name, harm):
     first, second = saved(tmp_path, 1, 2)
@@ -41,7 +44,7 @@ def test_a_damaged_one_is_set_aside_with_a_warning_and_the_one_before_is_used(tm
 
 def test_with_every_one_damaged_the_run_is_not_started_from_nothing(tmp_path):
     (folder,) = saved(tmp_path, 1)
-    (folder / "cursor.json").unlink()
+    (folder / "learner" / "cursor.json").unlink()
     with (
         pytest.warns(UserWarning, match="is damaged"),
         pytest.raises(ValueError, match=r"every checkpoint .* is damaged: damaged-step-000001"),
@@ -59,6 +62,23 @@ def test_a_save_that_fails_leaves_nothing_and_what_was_there_stays(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         checkpoint.write(tmp_path, Cursor(2, 0, []), full_disk, keep=1)
     assert [folder.name for folder in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_a_file_that_is_cut_short_by_the_disk_is_an_error_of_the_disk(tmp_path):
+    """safetensors has an error of its own for it, which would end a run that can go on without this checkpoint."""
+
+    def cut(_folder):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match=r"could not be written: .*No space left"):
+        checkpoint.write(tmp_path, Cursor(1, 0, []), cut, keep=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_weights_of_the_folder_are_the_models_alone(tmp_path):
+    """Engines load every *.safetensors that lies beside the model's."""
+    (folder,) = saved(tmp_path, 1)
+    assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
 
 
 def test_the_random_state_comes_back(tmp_path):
@@ -86,9 +106,30 @@ def test_a_run_goes_on_without_a_checkpoint_that_the_disk_refused_and_from_one_b
     result = run(job.train(config, quiet=True))
     folders = checkpoint.folders(result.folder / "checkpoints")
     assert [checkpoint.version_of(folder) for folder in folders] == [1, 3, 4]
-    (folders[-1] / "optimizer.safetensors").write_bytes(b"")
+    (folders[-1] / "learner" / "optimizer.safetensors").write_bytes(b"")
     with pytest.warns(UserWarning, match="optimizer.safetensors has another checksum"):
         again = run(job.train(config, result.folder, quiet=True))
     assert again.version == 4
     rows = [row["version"] for row in metrics.read(result.folder) if "reward/mean" in row]
-    assert rows == [1, 2, 3, 4, 4]
+    assert rows == [1, 2, 3, 4]
+
+
+def test_a_run_goes_on_when_groups_cannot_be_written_and_says_so(tmp_path, monkeypatch, capsys):
+    def full_disk(_folder, _group):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(groups, "write", full_disk)
+    result = run(job.train(small(tmp_path)))
+    rows = [row["journal/unstored"] for row in metrics.read(result.folder) if "journal/unstored" in row]
+    assert len(rows) == 4
+    assert rows == sorted(rows)
+    assert rows[0] >= 4
+    assert capsys.readouterr().out.count("could not be written to groups/") == 1
+
+
+def test_rows_of_steps_that_are_made_again_and_a_torn_line_are_cut_off(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"version": 1}\n{"version": 3}\n{"version": 2, "eval/accuracy": null}\n{"versi')
+    metrics.cut(tmp_path, 2)
+    assert path.read_text() == '{"version": 1}\n{"version": 2, "eval/accuracy": null}\n'
+    assert [child.name for child in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -36,11 +36,12 @@ UNLEARNT = [
 ]
 
 
-def test_four_rollout_actors_train_and_evaluate(tmp_path):
-    config = configuration.load(
-        None, [*SMALL, f"run_dir={tmp_path}", "rollout.num_actors=4", "eval.num_actors=1", "num_steps=4"]
-    )
-    result = run(job.train(config, quiet=True), seconds=110)
+@pytest.mark.timeout(300)
+def test_four_learner_ranks_four_rollout_actors_and_an_evaluator(tmp_path):
+    """What eight GPUs run, on a process each."""
+    words = ["learner.num_gpus=4", "rollout.num_actors=4", "eval.num_actors=1", "num_steps=4"]
+    config = configuration.load(None, [*SMALL, f"run_dir={tmp_path}", *words])
+    result = run(job.train(config, quiet=True), seconds=280)
     rows = [row for row in metrics.read(result.folder) if "lag/max" in row]
     assert [row["rollout/num_actors"] for row in rows] == [4] * 4
     assert max(row["lag/max"] for row in rows) <= job.make_buffer(config).max_lag

@@ -3,6 +3,8 @@
 import asyncio
 import itertools
 import json
+import os
+import signal
 import threading
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from helpers import run
 
-from asyncrl import checkpoint, job, journal, metrics
+from asyncrl import checkpoint, job, journal, loop, metrics
 from asyncrl import config as configuration
 from asyncrl.envs.base import load_env
 from asyncrl.journal import Dropped
@@ -100,6 +102,24 @@ def test_a_run_folder_holds_everything_it_promises(tmp_path):
     assert load_tokenizer(folder).encode("s12=") == load_tokenizer(str(prepare(config))).encode("s12=")
     evaluated = {row["version"] for row in metrics.read(result.folder) if "eval/accuracy" in row}
     assert {0, 4} <= evaluated <= {0, 2, 4}, "2 is left out where the evaluation of 0 still runs"
+
+
+def test_ctrl_c_does_not_wait_for_an_evaluation(tmp_path, monkeypatch):
+    async def endless(_system):
+        await asyncio.Event().wait()
+
+    plain = metrics.Metrics.step
+
+    def step(sink, version, row, max_lag):
+        plain(sink, version, row, max_lag)
+        if version == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop, "evaluate", endless)
+    monkeypatch.setattr(metrics.Metrics, "step", step)
+    result = run(job.train(small(tmp_path, "num_steps=50", "eval.every=1"), quiet=True))
+    assert 2 <= result.version < 50
+    assert checkpoint.load_cursor(checkpoint.newest(result.folder / "checkpoints")).version == result.version
 
 
 def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):

@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import torch
@@ -34,6 +34,7 @@ from asyncrl.transport import Audience, Rendezvous, open_rendezvous
 from asyncrl.types import Group, Prompt, Trajectory, Version
 from asyncrl.weights import Bucket
 
+_Started = TypeVar("_Started")
 _STORE_BYTES = 512 * 2**20
 _MAX_CONCURRENCY = 100_000  # prompts wait in the engine, not in front of the actor
 
@@ -216,7 +217,8 @@ async def _start_actors(
 ) -> tuple[RemoteLearner, list[RemoteRollout]]:
     ranks = await _place_learner(config, folder, resume, placement)
     starts = (start_rollout(config, folder, store, number) for number in range(config.num_engines))
-    learner, rollouts = await asyncio.gather(_start_learner(ranks), asyncio.gather(*starts))
+    bounded = _in_time(_start_learner(ranks), config.rollout.start_timeout_s, "the learner")
+    learner, rollouts = await asyncio.gather(bounded, asyncio.gather(*starts))
     return learner, rollouts
 
 
@@ -231,16 +233,21 @@ async def start_rollout(config: Config, folder: str, store: Path | None, number:
     )
     actor = rollout_class.remote(config, _absolute(folder), placement, store)
     try:
-        async with asyncio.timeout(config.rollout.start_timeout_s):
-            return RemoteRollout(f"rollout {number}", actor, await actor.start.remote())
-    except BaseException as error:
+        started = _in_time(actor.start.remote(), config.rollout.start_timeout_s, f"rollout actor {number}")
+        return RemoteRollout(f"rollout {number}", actor, await started)
+    except BaseException:
         ray.kill(actor)
-        if isinstance(error, TimeoutError):
-            raise RuntimeError(
-                f"rollout actor {number} did not start within {config.rollout.start_timeout_s:g} s "
-                "(rollout.start_timeout_s); has the cluster a free GPU for it?"
-            ) from error
         raise
+
+
+async def _in_time(start: Awaitable[_Started], timeout_s: float, who: str) -> _Started:
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await start
+    except TimeoutError as error:
+        raise RuntimeError(
+            f"{who} did not start within {timeout_s:g} s (rollout.start_timeout_s); has the cluster a free GPU for it?"
+        ) from error
 
 
 async def _place_learner(config: Config, folder: str, resume: Path | None, placement: Placement) -> list[Any]:
