@@ -86,9 +86,12 @@ class Learner:
         self._outgoing: Outgoing | None = None
         self._watch = _GradientWatch(model, self.ranks)
 
+    def _device_type(self, model: nn.Module) -> str:
+        return self.ranks.mesh.device_type if self.ranks.mesh else next(model.parameters()).device.type
+
     def _uses_bfloat16(self, model: nn.Module) -> bool:
-        device = self.ranks.mesh.device_type if self.ranks.mesh else next(model.parameters()).device.type
-        return self._config.learner.dtype == "bfloat16" or (self._config.learner.dtype == "auto" and device == "cuda")
+        wanted = self._config.learner.dtype
+        return wanted == "bfloat16" or (wanted == "auto" and self._device_type(model) == "cuda")
 
     def _ready_attention(self, model: nn.Module) -> str:
         device = self.ranks.mesh.device_type if self.ranks.mesh else next(model.parameters()).device.type
@@ -100,18 +103,28 @@ class Learner:
     def _make_critic(self, model: nn.Module | None) -> Critic:
         settings = self._config.critic
         if settings.backbone == "policy":
-            return Critic(self.model, settings, bfloat16=self._uses_bfloat16(self.model))
-        if model is None:
+            model = self.model
+        elif model is None:
             raise RuntimeError("the critic has a backbone of its own, and none was given")
-        self._ready_attention(model)
-        if self._config.learner.activation_checkpointing:
-            recompute_activations(decoder_layers(model))
-        return Critic(model, settings, bfloat16=self._uses_bfloat16(model))
+        else:
+            self._use_attention(model)
+            if self._config.learner.activation_checkpointing:
+                recompute_activations(decoder_layers(model))
+        varlen = self.attention == "varlen"
+        return Critic(model, settings, bfloat16=self._uses_bfloat16(model), varlen=varlen)
+
+    def _use_attention(self, model: nn.Module) -> str:
+        wanted = self._config.learner.attention
+        return use_attention(model, wanted, self._device_type(model), bfloat16=self._uses_bfloat16(model))
 
     def _make_scorer(self, model: nn.Module) -> Scorer:
         settings = self._config.learner
         bfloat16 = self._uses_bfloat16(model)
-        self.attention = self._ready_attention(model)
+        self.attention = self._use_attention(model)
+        if (
+            self._device_type(model) == "cuda" and bfloat16
+        ):  # what is left in float32, the head, then runs on tensor cores (TF32)
+            torch.set_float32_matmul_precision("high")
         scorer = Scorer(
             model,
             temperature=self._config.rollout.temperature,

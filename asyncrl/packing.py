@@ -46,9 +46,9 @@ class MicroBatch:
     normalizers: Tensor  # float32[n]
     sequence: Tensor  # int64[n], trajectory inside this micro-batch
     num_sequences: int
+    members: Tensor  # int64[num_sequences], trajectory inside the batch
     starts: Tensor  # int32[s + 1], where runs of one segment start in the R * L places, and the end
     longest: int  # of these runs
-    members: Tensor  # int64[num_sequences], trajectory inside the batch
     reference_logprobs: Tensor | None = None  # float32[n], once they have been scored
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -262,9 +262,9 @@ def _rows(rows: Sequence[_Row], length: int, advantage: Tensor, normalizer: Tens
         normalizers=normalizer[chosen].repeat_interleave(counts),
         sequence=torch.arange(len(pieces)).repeat_interleave(counts),
         num_sequences=len(pieces),
+        members=chosen,
         starts=starts,
         longest=int(starts.diff().max()),
-        members=chosen,
     )
 
 
@@ -305,7 +305,7 @@ def _no_rows() -> MicroBatch:
         normalizers=nothing.float(),
         sequence=nothing,
         num_sequences=0,
+        members=nothing,
         starts=torch.tensor([0, 1], dtype=torch.int32),
         longest=1,
-        members=nothing,
     )

@@ -48,7 +48,7 @@ class Scorer(nn.Module):
                 input_ids=micro_batch.input_ids,
                 position_ids=micro_batch.positions,
                 use_cache=False,
-                **attention_inputs(self.model, micro_batch),
+                **attention_inputs(micro_batch, varlen=self._varlen),
             ).last_hidden_state
         weight = self.model.get_output_embeddings().weight.float()  # type: ignore[operator]
         wanted = hidden[micro_batch.rows, micro_batch.columns].float().split(self._head_chunk)
@@ -68,9 +68,9 @@ class Scorer(nn.Module):
         return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
 
 
-def attention_inputs(model: nn.Module, micro_batch: MicroBatch) -> dict[str, Any]:
-    """What a model needs to keep the segments of packed rows apart, by the attention that it uses."""
-    if takes_segments(model):
+def attention_inputs(micro_batch: MicroBatch, *, varlen: bool) -> dict[str, Any]:
+    """What keeps trajectories apart, as keyword arguments of a model: segments, or a mask."""
+    if varlen:
         return {"cu_seq_lens_q": micro_batch.starts, "max_length_q": micro_batch.longest}
     return {"attention_mask": micro_batch.attention_mask()}
 
