@@ -93,13 +93,6 @@ class Learner:
         wanted = self._config.learner.dtype
         return wanted == "bfloat16" or (wanted == "auto" and self._device_type(model) == "cuda")
 
-    def _ready_attention(self, model: nn.Module) -> str:
-        device = self.ranks.mesh.device_type if self.ranks.mesh else next(model.parameters()).device.type
-        bfloat16 = self._uses_bfloat16(model)
-        if device == "cuda" and bfloat16:  # what is left in float32, the head, then runs on tensor cores (TF32)
-            torch.set_float32_matmul_precision("high")
-        return use_attention(model, self._config.learner.attention, device, bfloat16=bfloat16)
-
     def _make_critic(self, model: nn.Module | None) -> Critic:
         settings = self._config.critic
         if settings.backbone == "policy":
@@ -121,9 +114,8 @@ class Learner:
         settings = self._config.learner
         bfloat16 = self._uses_bfloat16(model)
         self.attention = self._use_attention(model)
-        if (
-            self._device_type(model) == "cuda" and bfloat16
-        ):  # what is left in float32, the head, then runs on tensor cores (TF32)
+        if bfloat16 and self._device_type(model) == "cuda":
+            # What is left in float32, the head, then runs on tensor cores (TF32).
             torch.set_float32_matmul_precision("high")
         scorer = Scorer(
             model,
@@ -131,6 +123,7 @@ class Learner:
             head_chunk=settings.head_chunk,
             bfloat16=bfloat16,
             entropy=self.loss.entropy_bonus > 0,
+            varlen=self.attention == "varlen",
         )
         if settings.compile:
             for layer in decoder_layers(model):

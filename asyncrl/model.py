@@ -156,11 +156,6 @@ def use_attention(model: nn.Module, wanted: str, device: str, *, bfloat16: bool)
     return "varlen"
 
 
-def takes_segments(model: nn.Module) -> bool:
-    """Whether the model's attention is "varlen"; prompts cannot be shared then."""
-    return getattr(model.config, "_attn_implementation", None) == _VARLEN
-
-
 def _no_varlen(model: nn.Module, device: str, bfloat16: bool) -> str:
     """Why attention over segments cannot be used, or nothing."""
     if device != "cuda":

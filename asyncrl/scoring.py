@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from asyncrl.model import takes_segments
 from asyncrl.packing import MicroBatch
 
 
@@ -29,14 +28,15 @@ class Scorer(nn.Module):
         head_chunk: int,
         bfloat16: bool = False,
         entropy: bool = False,
+        varlen: bool = False,
     ) -> None:
         """`temperature`: of sampling. `head_chunk`: positions whose logits exist at a time. `entropy`: give the entropy
-        a gradient.
+        a gradient. `varlen`: the model's attention takes segments instead of a mask, so prompts cannot be shared.
         """
         super().__init__()
         self.model = model
         self._temperature, self._head_chunk = temperature, head_chunk
-        self._bfloat16, self._entropy = bfloat16, entropy
+        self._bfloat16, self._entropy, self._varlen = bfloat16, entropy, varlen
 
     def forward(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of each trained token, float32[n] and float32[n].

@@ -173,7 +173,7 @@ def test_a_critic_of_other_settings_is_refused_on_resume(folder):  # noqa: F811
 def saved(result):
     """Everything that the learner of a run ended with."""
     folder = checkpoint.latest(result.folder / "checkpoints")  # noqa: F811
-    return load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
+    return load_file(folder / "model.safetensors") | load_file(folder / "learner" / "optimizer.safetensors")
 
 
 def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):
