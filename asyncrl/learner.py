@@ -114,9 +114,8 @@ class Learner:
         settings = self._config.learner
         bfloat16 = self._uses_bfloat16(model)
         self.attention = self._use_attention(model)
-        if (
-            self._device_type(model) == "cuda" and bfloat16
-        ):  # what is left in float32, the head, then runs on tensor cores (TF32)
+        if bfloat16 and self._device_type(model) == "cuda":
+            # What is left in float32, the head, then runs on tensor cores (TF32).
             torch.set_float32_matmul_precision("high")
         scorer = Scorer(
             model,
