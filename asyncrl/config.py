@@ -143,6 +143,28 @@ class AlgorithmConfig(_Section, frozen=True, kw_only=True):
     """Permit off-policy training without an importance correction."""
 
 
+class CriticConfig(_Section, frozen=True, kw_only=True):
+    """The value function of a preset with `center = "critic"`."""
+
+    backbone: Literal["own", "policy"] = "own"
+    """A model of its own with a value head, or a value head on the policy's last hidden states, which it leaves as they
+    are: cheaper in memory, and it learns less."""
+    path: str = ""
+    """Model that a backbone of its own starts from; empty is the one that the policy starts from."""
+    learning_rate: float = 1e-3
+    num_updates: int = 2
+    """Optimizer steps of the critic on each batch; the clip of the value loss acts from the second on."""
+    warmup_steps: int = 0
+    """Steps at the beginning in which the critic learns alone and the policy stays as it is."""
+    clip: float = 0.2
+    """How far a value may move on one batch, in the units of the reward; 0 is no limit."""
+    max_grad_norm: float = 1.0
+    gamma: float = 1.0
+    """Discount per sampled token."""
+    lam: float = 0.95
+    """GAE: 0 trusts the critic after one token, 1 uses the rewards alone."""
+
+
 class EvalConfig(_Section, frozen=True, kw_only=True):
     every: int = 20
     """Steps between held-out evaluations; 0 is never. The last step is always evaluated."""
@@ -229,6 +251,7 @@ class Config(_Section, frozen=True, kw_only=True):
     buffer: BufferConfig = BufferConfig()
     learner: LearnerConfig = LearnerConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    critic: CriticConfig = CriticConfig()
     eval: EvalConfig = EvalConfig()
     weights: WeightsConfig = WeightsConfig()
     cluster: ClusterConfig = ClusterConfig()

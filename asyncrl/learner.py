@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.distributed import TCPStore
 
 from asyncrl.algo.diagnostics import diagnose, learning_rate_factor
-from asyncrl.algo.loss import Columns, Outcome, concatenate, policy_loss
+from asyncrl.algo.loss import Columns, Outcome, concatenate, policy_loss, second_moment_bound
 from asyncrl.config import Config
+from asyncrl.critic import Critic
 from asyncrl.model import decoder_layers
 from asyncrl.packing import Batch, MicroBatch, pack
 from asyncrl.scoring import Scorer, recompute_activations
+from asyncrl.shaping import shape
 from asyncrl.sharding import Ranks, collect, own, own_rows, shard, split_like, whole
 from asyncrl.transport import Audience, BroadcastGroup, Rendezvous, open_rendezvous
 from asyncrl.types import Trajectory, Version
@@ -41,14 +43,16 @@ class Learner:
         row_tokens: int,
         *,
         reference: nn.Module | None = None,
+        critic: nn.Module | None = None,
         address: str = "127.0.0.1",
         backend: str = "gloo",
         ranks: Ranks | None = None,
     ) -> None:
         """`row_tokens`: length of a packed row, at least that of the longest trajectory that can occur. `reference`:
-        the frozen model that a KL term is taken against; `address` and `backend`: this node's own, for the broadcast
-        group, and what that group runs on. `ranks`: this rank among the learner's; of several, the first
-        gives the whole models and the others at least empty ones, and each keeps its part on the ranks' device.
+        the frozen model that a KL term is taken against; `critic`: the model of a critic of its own; `address` and
+        `backend`: this node's own, for the broadcast group, and what that group runs on. `ranks`: this rank among the
+        learner's; of several, the first gives the whole models and the others at least empty ones, and each keeps its
+        part on the ranks' device.
         """
         self.version: Version = 0
         self.model = model
@@ -62,6 +66,7 @@ class Learner:
         self._scorer = self._make_scorer(model)
         self._reference = self._make_scorer(reference) if reference is not None else None
         self._device = next(model.parameters()).device
+        self._critic = self._make_critic(critic) if self.loss.needs_critic else None
         settings = config.learner
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
@@ -78,10 +83,23 @@ class Learner:
         self._outgoing: Outgoing | None = None
         self._watch = _GradientWatch(model, self.ranks)
 
+    def _uses_bfloat16(self, model: nn.Module) -> bool:
+        device = self.ranks.mesh.device_type if self.ranks.mesh else next(model.parameters()).device.type
+        return self._config.learner.dtype == "bfloat16" or (self._config.learner.dtype == "auto" and device == "cuda")
+
+    def _make_critic(self, model: nn.Module | None) -> Critic:
+        settings = self._config.critic
+        if settings.backbone == "policy":
+            return Critic(self.model, settings, bfloat16=self._uses_bfloat16(self.model))
+        if model is None:
+            raise RuntimeError("the critic has a backbone of its own, and none was given")
+        if self._config.learner.activation_checkpointing:
+            recompute_activations(decoder_layers(model))
+        return Critic(model, settings, bfloat16=self._uses_bfloat16(model))
+
     def _make_scorer(self, model: nn.Module) -> Scorer:
         settings = self._config.learner
-        device = self.ranks.mesh.device_type if self.ranks.mesh else next(model.parameters()).device.type
-        bfloat16 = settings.dtype == "bfloat16" or (settings.dtype == "auto" and device == "cuda")
+        bfloat16 = self._uses_bfloat16(model)
         scorer = Scorer(
             model,
             temperature=self._config.rollout.temperature,
@@ -112,19 +130,28 @@ class Learner:
             num_ranks=self.ranks.num_ranks,
             overlong_tail=self._config.algorithm.overlong_tail,
         )
-        warm = min(1.0, (self.version + 1) / max(settings.warmup_steps, 1))
+        parts, shaped = shape(
+            batch,
+            [micro_batch.to(self._device) for micro_batch in batch.micro_batches],
+            self.loss,
+            self._config.critic,
+            reference=self._reference,
+            critic=self._critic,
+            ranks=self.ranks,
+        )
+        bound = self._m2_bound(parts) if self.loss.trust == "m2" else None
         self.optimizer.zero_grad(set_to_none=True)
-        seen = [self._backward(micro_batch.to(self._device)) for micro_batch in batch.micro_batches]
+        seen = [self._backward(part, bound) for part in parts]
         norm = float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)))
         metrics = self._measure(seen, batch)
         factor = self.ranks.share(learning_rate_factor(self.loss, metrics) if self.ranks.is_first else 0.0)
-        learning_rate = settings.learning_rate * warm * factor
+        learning_rate = settings.learning_rate * self._warm() * factor
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = learning_rate
         if math.isfinite(norm):  # else the step is not taken: one such number would be in every weight for ever after
             self.optimizer.step()
             self.version += 1
-        metrics |= {
+        metrics |= shaped | {
             "gradient/norm": norm,
             "gradient/cosine": self._watch.cosine(),
             "gradient/learning_rate": learning_rate,
@@ -132,6 +159,11 @@ class Learner:
         if self._config.rollout.release_memory:
             self._make_room()
         return metrics if self.ranks.is_first else {}
+
+    def _warm(self) -> float:
+        """Share of the learning rate: 0 while a critic learns alone, then rising in a line to 1."""
+        before = self._config.critic.warmup_steps if self._critic else 0
+        return min(1.0, max(0, self.version + 1 - before) / max(self._config.learner.warmup_steps, 1))
 
     def score(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of each trained token, float32[n] and float32[n], at the sampling temperature."""
@@ -174,11 +206,12 @@ class Learner:
         return collect(list(once.values()), self.ranks)
 
     def state(self) -> dict[str, Tensor]:
-        """Optimizer state as named tensors, for a checkpoint, at the first rank. Every rank."""
+        """Optimizer state and critic as named tensors, for a checkpoint, at the first rank. Every rank."""
         names = [name for name, _ in self.model.named_parameters()]
         states = self.optimizer.state_dict()["state"]
         named = [(f"{names[index]}.{key}", value) for index, values in states.items() for key, value in values.items()]
-        return collect(named, self.ranks)
+        critic = self._critic.state() if self._critic else {}
+        return collect(named, self.ranks) | {f"critic.{name}": tensor for name, tensor in critic.items()}
 
     def load_state(self, tensors: dict[str, Tensor], version: Version) -> None:
         """The inverse of `state`, from the full tensors, whatever number of ranks saved them."""
@@ -187,6 +220,9 @@ class Learner:
             moments = {key: split_like(tensors[f"{name}.{key}"], parameter) for key in ("exp_avg", "exp_avg_sq")}
             state[index] = moments | {"step": tensors[f"{name}.step"]}
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        if self._critic:
+            start = "critic."
+            self._critic.load_state({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
         self.version = version
 
     def _make_room(self) -> None:
@@ -194,9 +230,22 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
 
-    def _backward(self, micro_batch: MicroBatch) -> _Seen:
-        reference = None
-        if self._reference is not None:
+    @torch.no_grad()
+    def _m2_bound(self, parts: Sequence[MicroBatch]) -> float | None:
+        """The bound of trust "m2" over the whole step and every rank, for one more forward pass; None where the loss
+        sees the whole step anyhow."""
+        if self.loss.needs_proximal or len(parts) == self.ranks.num_ranks == 1:
+            return None
+        moved = [((self.score(part)[0] - part.behavior_logprobs).cpu(), part.advantages.cpu()) for part in parts]
+        of_ranks = [pair for pairs in self.ranks.gather(moved) for pair in pairs]
+        if not self.ranks.is_first:
+            return self.ranks.share(0.0)
+        log_ratio, advantages = (torch.cat(columns) for columns in zip(*of_ranks, strict=True))
+        return self.ranks.share(second_moment_bound(log_ratio, advantages, self.loss))
+
+    def _backward(self, micro_batch: MicroBatch, m2_bound: float | None) -> _Seen:
+        reference = micro_batch.reference_logprobs
+        if reference is None and self._reference is not None:
             with torch.no_grad():
                 reference = self._reference(micro_batch)[0]
         logprobs, entropy = self.score(micro_batch)
@@ -212,7 +261,7 @@ class Learner:
             lag=self.version - micro_batch.versions,
             num_sequences=micro_batch.num_sequences,
         )
-        loss, outcome = policy_loss(columns, self.loss)
+        loss, outcome = policy_loss(columns, self.loss, m2_bound)
         if self.loss.entropy_bonus > 0:
             loss = loss - self.loss.entropy_bonus * (micro_batch.normalizers * entropy).sum()
         loss.backward()

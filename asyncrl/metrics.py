@@ -22,6 +22,7 @@ from asyncrl.blame import METRICS as WAITS
 from asyncrl.blame import Blame, blame, longest, waits
 from asyncrl.config import Config, MetricsConfig
 from asyncrl.samples import Samples
+from asyncrl.shaping import METRICS as SHAPING
 from asyncrl.sinks import Prometheus, Sink, TensorBoard, WeightsAndBiases
 from asyncrl.timeline import Timeline
 from asyncrl.types import Group
@@ -69,8 +70,11 @@ METRICS: dict[str, str] = {
     "time/sync_s": "seconds of the step spent in the weight update",
     "time/total_s": "seconds of the step",
 }
-"""Every metric that a run logs, with its meaning. `completion/` also holds what an environment reports itself, and
-`reward/NAME` and `eval/NAME` are the mean rewards of each environment of a mixture."""
+"""Every metric that any run logs, with its meaning; `ONLY_WITH` has more. `completion/` also holds what an
+environment reports itself, and `reward/NAME` and `eval/NAME` are the mean rewards of each environment of a mixture."""
+
+ONLY_WITH = SHAPING
+"""Metrics of runs that use what they measure."""
 
 OVERVIEW: dict[str, dict[str, list[str]]] = {
     "learning": {
@@ -100,7 +104,8 @@ def page() -> str:
         "Logged at every learner step unless said otherwise, to `metrics.jsonl` and TensorBoard.",
         "",
     ]
-    lines += ["| metric | meaning |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in METRICS.items())]
+    rows = [f"| `{name}` | {text} |" for name, text in (METRICS | ONLY_WITH).items()]
+    lines += ["| metric | meaning |", "|---|---|", *rows]
     return "\n".join(lines) + "\n"
 
 

@@ -38,6 +38,8 @@ class MicroBatch:
     normalizers: Tensor  # float32[n]
     sequence: Tensor  # int64[n], trajectory inside this micro-batch
     num_sequences: int
+    members: Tensor  # int64[num_sequences], trajectory inside the batch
+    reference_logprobs: Tensor | None = None  # float32[n], once they have been scored
 
     def to(self, device: torch.device) -> MicroBatch:
         tensors: dict[str, Any] = {
@@ -59,6 +61,9 @@ class Batch:
 
     micro_batches: tuple[MicroBatch, ...]  # of one rank; what follows is of all ranks
     advantages: Tensor  # float32[N], per trajectory
+    rewards: Tensor  # float32[N], with the overlong punishment
+    groups: Tensor  # int64[N], equal for trajectories of one prompt
+    kept: Tensor  # bool[N]: not masked for being truncated
     num_tokens: int  # trained tokens
     fill: float  # share of row positions that hold a token
 
@@ -88,9 +93,8 @@ def pack(
     if overlong_tail:
         rewards = rewards + overlong_punishment(lengths, max_new_tokens, overlong_tail)
     advantage = estimate(rewards, index, loss)
-    if mask_truncated:
-        kept = torch.tensor([trajectory.finish != "length" for trajectory in trajectories])
-        advantage = torch.where(kept, advantage, 0.0)
+    kept = torch.tensor([not mask_truncated or trajectory.finish != "length" for trajectory in trajectories])
+    advantage = torch.where(kept, advantage, 0.0)
     normalizer = normalizers(loss.aggregate, lengths, index, max_new_tokens)
     num_held = [len(trajectory.token_ids) for trajectory in trajectories]
     bins = [_first_fit(share, num_held, row_tokens) for share in _shares(num_held, num_ranks)]
@@ -102,7 +106,8 @@ def pack(
         for members in _even_parts(bins[rank], num_passes)
     )
     num_rows = sum(len(rows) for rows in bins)
-    return Batch(micro_batches, advantage, int(lengths.sum()), sum(num_held) / (num_rows * length))
+    fill = sum(num_held) / (num_rows * length)
+    return Batch(micro_batches, advantage, rewards, index, kept, int(lengths.sum()), fill)
 
 
 def _shares(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
@@ -188,6 +193,7 @@ def _rows(
         normalizers=normalizer[chosen].repeat_interleave(counts),
         sequence=torch.arange(len(members)).repeat_interleave(counts),
         num_sequences=len(members),
+        members=chosen,
     )
 
 
@@ -207,4 +213,5 @@ def _no_rows() -> MicroBatch:
         normalizers=nothing.float(),
         sequence=nothing,
         num_sequences=0,
+        members=nothing,
     )

@@ -134,8 +134,9 @@ def compare(name: str, need: float, have: float, remedy: str) -> Check:
 
 
 def model_gb(config: Config, parameters: int) -> tuple[float, float]:
-    """Of the learner (float32 weights, gradients, two moments, the reference if any) and of one engine's weights."""
-    learner = parameters * (20 if config.loss.needs_reference else 16) / 1e9
+    """Of the learner (float32 weights, gradients, two moments; reference, critic) and of one engine's weights."""
+    critic = 16 if config.loss.needs_critic and config.critic.backbone == "own" else 0
+    learner = parameters * ((20 if config.loss.needs_reference else 16) + critic) / 1e9
     return learner, parameters * BYTES[config.rollout.dtype] / 1e9 / config.rollout.tensor_parallel_size
 
 

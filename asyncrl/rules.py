@@ -13,6 +13,7 @@ def check(config: Config) -> None:
     _check_ranges(config)
     _check_secrets(config.env.args, "env.args")
     _check_secrets(config.rollout.engine_args, "rollout.engine_args")
+    _check_critic(config)
     loss = config.loss
     rollout, buffer = config.rollout, config.buffer
     if not loss.is_corrected and not config.algorithm.allow_uncorrected:
@@ -28,7 +29,7 @@ def check(config: Config) -> None:
                 f"truncated sampling needs a corrected loss: rollout.top_p is {rollout.top_p}, rollout.top_k is "
                 f"{rollout.top_k} and preset {config.algorithm.preset!r} has no importance correction; {remedy}"
             )
-    if rollout.group_size < 2 and loss.center != "none":
+    if rollout.group_size < 2 and loss.center in ("mean", "loo"):
         raise ValueError(
             f"a group baseline needs at least two samples: rollout.group_size is {rollout.group_size} and the preset's "
             f"center is {loss.center!r}; raise rollout.group_size or set algorithm.loss.center=none"
@@ -87,6 +88,26 @@ def _check_secrets(tables: dict[str, Any], prefix: str) -> None:
             )
 
 
+def _check_critic(config: Config) -> None:
+    if not config.loss.needs_critic:
+        return
+    if config.learner.num_gpus > 1:
+        raise ValueError(
+            f"a critic is not split between learner ranks: learner.num_gpus is {config.learner.num_gpus}; set "
+            "learner.num_gpus=1, or choose a preset without a critic"
+        )
+    if config.critic.path and config.critic.backbone == "policy":
+        raise ValueError(
+            f"critic.path {config.critic.path!r} is the model of a critic of its own and critic.backbone is 'policy': "
+            "set critic.backbone=own, or leave critic.path empty"
+        )
+    if config.algorithm.drop_zero_variance:
+        raise ValueError(
+            "algorithm.drop_zero_variance drops groups that teach nothing, and with a critic equal rewards do teach: "
+            "set algorithm.drop_zero_variance=false"
+        )
+
+
 _AT_LEAST = {
     "num_steps": 1,
     "model.num_layers": 1,
@@ -117,6 +138,11 @@ _AT_LEAST = {
     "learner.micro_batch_tokens": 1,
     "learner.head_chunk": 1,
     "learner.num_threads": 1,
+    "critic.learning_rate": 0,
+    "critic.num_updates": 1,
+    "critic.warmup_steps": 0,
+    "critic.clip": 0,
+    "critic.max_grad_norm": 0,
     "eval.every": 0,
     "eval.num_prompts": 1,
     "eval.num_samples": 1,
@@ -145,6 +171,9 @@ def _check_ranges(config: Config) -> None:
         raise ValueError(
             f"rollout.gpu_memory_utilization must be above 0 and below 1, got {config.rollout.gpu_memory_utilization}"
         )
+    for name, discount in (("gamma", config.critic.gamma), ("lam", config.critic.lam)):
+        if not 0 <= discount <= 1:
+            raise ValueError(f"critic.{name} must be from 0 to 1, got {discount}")
     for name, top_p in (("rollout", config.rollout.top_p), ("eval", config.eval.top_p)):
         if not 0 < top_p <= 1:
             raise ValueError(f"{name}.top_p must be above 0 and at most 1, got {top_p}")

@@ -87,10 +87,13 @@ class Samples:
 
 
 def _advantages(groups: Sequence[Group], loss: Loss) -> list[list[float]]:
-    """Of every trajectory of the batch, as the learner computes them."""
+    """Of every trajectory of the batch, as the learner computes them; nan if that takes a model."""
     rewards = torch.tensor([reward for group in groups for reward in group.rewards], dtype=torch.float32)
     index = torch.tensor([number for number, group in enumerate(groups) for _ in group.rewards])
-    flat = iter(advantages(rewards, index, loss.center, loss.scale).tolist())
+    values = advantages(rewards, index, loss.center, loss.scale)
+    if loss.needs_critic or loss.reward_kl:
+        values = torch.full_like(values, torch.nan)
+    flat = iter(values.tolist())
     return [[next(flat) for _ in group.rewards] for group in groups]
 
 

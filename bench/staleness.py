@@ -13,6 +13,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -91,6 +92,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", default="probe,a,b", help="which of probe, a and b to measure")
     parser.add_argument("--system-staleness", help="bounds of layer B")
     parser.add_argument("--system-presets", default="async_default")
+    parser.add_argument("--system-orders", default="window", help="orders of the buffer for layer B")
     parser.add_argument("--system-seeds", type=int)
     parser.add_argument("--probe-batches", type=int)
     parser.add_argument("--probe-steps", default="16,40", help="learner steps whose weights are probed")
@@ -107,6 +109,7 @@ def parse() -> argparse.Namespace:
         "preset_list": str,
         "system_presets": str,
         "layers": str,
+        "system_orders": str,
         "learning_rates": float,
         "staleness": int,
         "system_staleness": int,
@@ -191,7 +194,7 @@ def system_cells(options: argparse.Namespace) -> list[Cell]:
     rate = min(options.learning_rates)
     return [
         Cell(
-            {"layer": "b", "preset": preset, "lag": bound, "learning_rate": rate, "seed": seed},
+            {"layer": "b", "preset": preset, "lag": bound, "learning_rate": rate, "seed": seed, "order": order},
             run_job,
             (
                 [
@@ -200,6 +203,7 @@ def system_cells(options: argparse.Namespace) -> list[Cell]:
                     f"learner.learning_rate={rate}",
                     f"seed={seed}",
                     f"buffer.max_staleness={bound}",
+                    f"buffer.order={order}",
                 ],
                 options.config,
                 options.target,
@@ -207,6 +211,7 @@ def system_cells(options: argparse.Namespace) -> list[Cell]:
         )
         for seed in range(options.system_seeds)
         for bound in options.system_staleness
+        for order in options.system_orders
         for preset in options.system_presets
     ]
 
@@ -220,18 +225,30 @@ def measure(cells: Sequence[Cell], folder: Path, workers: int) -> None:
         return
     began = time.monotonic()
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures: dict[Future[Any], Cell] = {pool.submit(cell.call, *cell.arguments): cell for cell in missing}
+        futures: dict[Future[Any], Cell] = {pool.submit(timed, cell.call, *cell.arguments): cell for cell in missing}
         for count, future in enumerate(as_completed(futures), 1):
             cell = futures[future]
             try:
-                result = future.result()
+                result, cpu_s = future.result()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-            store(folder / "cells" / f"{cell.name}.json", cell.key | {"result": result})
+            store(folder / "cells" / f"{cell.name}.json", cell.key | {"result": result, "cpu_s": cpu_s})
             spent = time.monotonic() - began
             left = spent / count * (len(missing) - count)
             print(f"[{count}/{len(missing)}] {cell.name} | {spent:.0f} s, about {left:.0f} s left", flush=True)
+
+
+def timed(call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    """What `call` returns, and the CPU seconds that it took, those of the processes that it waited for included."""
+
+    def spent() -> float:
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(one.ru_utime + one.ru_stime for one in used)
+
+    before = spent()
+    result = call(*arguments)
+    return result, spent() - before
 
 
 def store(path: Path, value: dict[str, Any]) -> None:

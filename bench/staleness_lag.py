@@ -76,7 +76,9 @@ class Lab:
     def make_learner(self, config: Config) -> Learner:
         """A learner of the lab's model."""
         reference = self._load() if config.loss.needs_reference else None
-        return Learner(config, self.model, row_length(config, self.env.max_prompt_tokens), reference=reference)
+        critic = self._load() if config.loss.needs_critic and config.critic.backbone == "own" else None
+        row_tokens = row_length(config, self.env.max_prompt_tokens)
+        return Learner(config, self.model, row_tokens, reference=reference, critic=critic)
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the learner's weights."""

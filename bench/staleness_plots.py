@@ -29,6 +29,8 @@ def draw(probes: Rows, grid: Any, system: Rows, folder: Path) -> None:
         _save(folder / "gradients.png", lambda: _gradients(grid))
     if system:
         _save(folder / "system.png", lambda: _system(system))
+        _save(folder / "lags.png", lambda: _lags(system))
+        _save(folder / "timeline.png", lambda: _timeline(system))
 
 
 def _save(path: Path, plot: Callable[[], Any]) -> None:
@@ -215,4 +217,39 @@ def _system(cells: Rows) -> Any:
     idle.set_xticks(range(len(bounds)), bounds)
     for axis in (curves, lags):
         axis.legend(fontsize=7)
+    return figure
+
+
+def _lags(cells: Rows) -> Any:
+    """Measured lags by order of the buffer, one panel a bound."""
+    bounds, orders = sorted({cell["lag"] for cell in cells}), list(dict.fromkeys(cell["order"] for cell in cells))
+    shares = ["0", "1", "2", "3", "4", "more"]
+    figure, axes = _panels(len(bounds), 3.4, sharey=True)
+    for axis, bound in zip(axes, bounds, strict=True):
+        for index, order in enumerate(orders):
+            runs = [c["result"]["lag_shares"] for c in cells if (c["lag"], c["order"]) == (bound, order)]
+            places = np.arange(len(shares)) + 0.8 * index / len(orders)
+            axis.bar(places, np.mean(runs, axis=0), 0.8 / len(orders), label=order)
+        axis.set(title=f"layer B, bound S = {bound}", xlabel="lag", ylabel="share of tokens")
+        axis.set_xticks(range(len(shares)), shares)
+        axis.legend(fontsize=7)
+    return figure
+
+
+def _timeline(cells: Rows) -> Any:
+    """Who works when, over the middle steps of the first run of each bound."""
+    colors = {"step": "C0", "group": "C1", "update weights": "C3", "update": "C3", "evaluation": "C4"}
+    first = {cell["lag"]: cell["result"]["busy"] for cell in reversed(cells)}
+    figure, axes = _panels(len(first), 5)
+    for axis, bound in zip(axes, sorted(first), strict=True):
+        lanes = sorted({lane for lane, *_ in first[bound]})
+        for lane, name, begin, end in first[bound]:
+            if name in colors:  # the rest is waiting
+                axis.barh(lanes.index(lane), end - begin, 0.7, begin, color=colors[name], alpha=0.6)
+        axis.set(title=f"layer B, bound S = {bound}", xlabel="seconds")
+        axis.set_yticks(range(len(lanes)), lanes)
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
+    names = ["step", "generate a group", "update weights", "", "evaluation"]
+    shown = [(handle, name) for handle, name in zip(handles, names, strict=True) if name]
+    axes[-1].legend(*zip(*shown, strict=True), fontsize=7)
     return figure

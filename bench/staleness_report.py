@@ -1,5 +1,7 @@
 """Tables of the staleness ablation: bootstrap intervals over paired seeds, learning rates chosen two ways, collapses.
 
+Differences are called by bootstrap p-values with Holm's correction over all comparisons of the table.
+
 The learning rate of a (preset, lag) is the one with the best mean over all seeds but the one being scored, so that a
 cell is never chosen by its own luck; with one seed it is chosen on that seed. "Kept" is the best rate at lag 0.
 """
@@ -20,6 +22,7 @@ import staleness_plots
 
 Cell = dict[str, Any]
 _RESAMPLES = 4000
+_LEVEL = 0.05
 _FEWEST_SEEDS = 5
 """A bootstrap over fewer seeds than this has intervals far too narrow to call anything by."""
 
@@ -66,13 +69,29 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def p_value(values: np.ndarray) -> float:
+    """Two-sided bootstrap p-value of a mean of 0, over seeds; at least 1 / resamples."""
+    picks = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
+    means = values[picks].mean(1)
+    return float(min(1.0, max(1 / _RESAMPLES, 2 * min((means <= 0).mean(), (means >= 0).mean()))))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values (1979): those below 0.05 are wrong together in at most 5 % of all such tables."""
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
 def write(cells: Sequence[Cell], settings: dict[str, Any], folder: Path) -> str:
     """Writes staleness.json, staleness.md and the plots; returns the Markdown."""
     probes = [row for cell in cells if cell["layer"] == "probe" for row in cell["result"]]
     lag_cells = [cell for cell in cells if cell["layer"] == "a"]
     system = [cell for cell in cells if cell["layer"] == "b"]
     grid = Grid(lag_cells) if lag_cells else None
-    parts = [_head(settings)]
+    parts = [_head(settings, cells)]
     if probes:
         parts.append(_probe_table(probes))
     if grid:
@@ -86,11 +105,11 @@ def write(cells: Sequence[Cell], settings: dict[str, Any], folder: Path) -> str:
     return text
 
 
-def _head(settings: dict[str, Any]) -> str:
+def _head(settings: dict[str, Any], cells: Sequence[Cell]) -> str:
     words = " ".join(word for word in settings["words"] if not word.startswith("run_dir="))
     return (
         f"Measured {time.strftime('%Y-%m-%d')} on {os.cpu_count()} {platform.machine()} cores, {settings['config']} "
-        f"with `{words}`."
+        f"with `{words}`. {len(cells)} cells, {sum(cell['cpu_s'] for cell in cells):.0f} CPU seconds."
     )
 
 
@@ -144,14 +163,16 @@ def _difference_table(grid: Grid) -> str:
     """Each preset against the first, seed by seed."""
     first = grid.presets[0]
     body = []
-    for preset, lag in product(grid.presets[1:], grid.lags):
-        difference = grid.tuned(preset, lag) - grid.tuned(first, lag)
+    places = list(product(grid.presets[1:], grid.lags))
+    differences = [grid.tuned(preset, lag) - grid.tuned(first, lag) for preset, lag in places]
+    adjusted = holm([p_value(difference) for difference in differences])
+    for (preset, lag), difference, p in zip(places, differences, adjusted, strict=True):
         low, high = interval(difference)
-        resolved = "above" if low > 0 else "below" if high < 0 else "not resolved"
+        resolved = "not resolved" if p >= _LEVEL else "above" if difference.mean() > 0 else "below"
         verdict = resolved if len(grid.seeds) >= _FEWEST_SEEDS else "too few seeds"
-        body.append([preset, str(lag), f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]", verdict])
+        body.append([preset, str(lag), f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]", f"{p:.3f}", verdict])
     return f"**Against {first}**, paired by seed, final accuracy\n\n" + _table(
-        ["preset", "lag S", "difference, 95 % interval", "verdict"], body
+        ["preset", "lag S", "difference, 95 % interval", "p (Holm)", "verdict"], body
     )
 
 
@@ -172,11 +193,11 @@ def _drift_table(grid: Grid) -> str:
 
 
 def _system_table(cells: Sequence[Cell], target: float) -> str:
-    groups: dict[tuple[str, int], list[Cell]] = {}
+    groups: dict[tuple[str, str, int], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell["preset"], cell["lag"]), []).append(cell["result"])
+        groups.setdefault((cell["preset"], cell["order"], cell["lag"]), []).append(cell["result"])
     body = []
-    for (preset, bound), runs in sorted(groups.items()):
+    for (preset, order, bound), runs in sorted(groups.items()):
         times = sorted(run["to_target_s"] for run in runs if run["to_target_s"] is not None)
 
         def mean(name: str, runs: list[Cell] = runs) -> float:
@@ -186,6 +207,7 @@ def _system_table(cells: Sequence[Cell], target: float) -> str:
         body.append(
             [
                 preset,
+                order,
                 str(bound),
                 f"{mean('lag_mean'):.2f} / {max(run['lag_max'] for run in runs):.0f}",
                 f"{mean('final'):.3f}",
@@ -197,6 +219,15 @@ def _system_table(cells: Sequence[Cell], target: float) -> str:
                 f"{mean('sync_s'):.3f}",
             ]
         )
-    head = ["preset", "bound S", "lag mean / max", "final", f"median s to {target:g} (reached)", "loop s", "tokens/s"]
+    head = [
+        "preset",
+        "order",
+        "bound S",
+        "lag mean / max",
+        "final",
+        f"median s to {target:g} (reached)",
+        "loop s",
+        "tokens/s",
+    ]
     head += ["tokens/s x ESS", "idle learner / rollout", "update s"]
     return "**Layer B: the asynchronous system**\n\n" + _table(head, body)

@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from asyncrl import metrics
+from asyncrl import metrics, timeline
 
 ROOT = Path(__file__).parent.parent
+_NUM_SHOWN = 4
 
 
 def run_job(words: list[str], config_path: Path, target: float) -> dict[str, Any]:
@@ -26,7 +27,20 @@ def run_job(words: list[str], config_path: Path, target: float) -> dict[str, Any
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     folder = Path(re.findall(r"run folder: (\S+)", done.stdout)[-1])
-    return summary(metrics.read(folder), target)
+    return summary(metrics.read(folder), target) | {"busy": busy(timeline.read(folder / "timeline.jsonl")[0])}
+
+
+def busy(spans: list[timeline.Span]) -> list[tuple[str, str, float, float]]:
+    """What learner and rollout actors did in the middle `_NUM_SHOWN` steps: lane, name, begin and end in seconds."""
+    steps = [span for span in spans if (span.lane, span.name) == ("learner", "step")]
+    middle = max(0, (len(steps) - _NUM_SHOWN) // 2)
+    shown = steps[middle : middle + _NUM_SHOWN]
+    begin, end = shown[0].begin_s, shown[-1].end_s
+    return [
+        (span.lane, span.name, max(span.begin_s, begin) - begin, min(span.end_s, end) - begin)
+        for span in spans
+        if span.lane.startswith(("learner", "rollout")) and span.begin_s < end and span.end_s > begin
+    ]
 
 
 def summary(rows: list[dict[str, Any]], target: float) -> dict[str, Any]:

@@ -21,6 +21,7 @@ LAYERS = [
     {
         "evaluation",
         "algo.advantage",
+        "algo.gae",
         "algo.loss",
         "algo.diagnostics",
         "buffer",
@@ -36,7 +37,8 @@ LAYERS = [
         "groups",
         "watchdog",
     },
-    {"metrics", "checkpoint", "prompts", "packing", "scoring", "engine.base", "envs.digits", "envs.numbers"}
+    {"metrics", "checkpoint", "prompts", "packing", "critic", "shaping", "scoring", "engine.base"}
+    | {"envs.digits", "envs.numbers"}
     | {"envs.data", "envs.chat", "envs.rewards", "envs.dataset", "envs.gsm8k", "envs.mixture"}
     | {"envs.reasoning_gym", "envs.multi_turn", "envs.faults"},
     {

@@ -46,8 +46,8 @@ def advantages(rewards: Tensor, groups: Tensor, center: Center, scale: Scale) ->
     `rewards` float[N]; `groups` int64[N], equal for trajectories of one prompt. `center`: "mean" subtracts the group
     mean (GRPO 2402.03300), "loo" the mean of the others of the group (RLOO 2402.14740), "batch" the mean of all rewards
     (REINFORCE++ 2501.03262). `scale` divides by the population standard deviation of the group's rewards, or of all
-    centered rewards of the batch (ScaleRL 2510.13786). Equal rewards of what is centered get exactly 0. ValueError if
-    "loo" meets a group of one.
+    centered rewards of the batch (ScaleRL 2510.13786). With "none" and "critic" nothing is subtracted here. Equal
+    rewards of what is centered get exactly 0. ValueError if "loo" meets a group of one.
     """
     _, index, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
     exact = rewards.double()
@@ -58,7 +58,7 @@ def advantages(rewards: Tensor, groups: Tensor, center: Center, scale: Scale) ->
     above = exact - low[index]
     deviation = above - _group_mean(above, index, sizes)
     centered = deviation
-    if center == "none":
+    if center in ("none", "critic"):
         centered = exact
     elif center == "loo":
         if bool((sizes == 1).any()):

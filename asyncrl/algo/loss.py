@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from asyncrl.algo import own
-from asyncrl.algo.method import Loss, Outside, PolicyWeight
+from asyncrl.algo.method import Estimator, Loss, Outside, PolicyWeight
 
 _TINY = 1e-6
 """Probabilities are kept this far from 0 and 1 in the binary KL of the trust mask, whose logarithms would diverge."""
@@ -76,11 +76,12 @@ class Outcome:
     nonfinite: Tensor
 
 
-def policy_loss(columns: Columns, loss: Loss) -> tuple[Tensor, Outcome]:
+def policy_loss(columns: Columns, loss: Loss, m2_bound: float | None = None) -> tuple[Tensor, Outcome]:
     """The scalar to minimise for one micro-batch, and what it did to each token.
 
-    The losses of the micro-batches of a step add up to the loss of the step, except with trust "m2", whose threshold is
-    taken over the tokens it is given. RuntimeError if a column that the loss needs is missing.
+    The losses of the micro-batches of a step add up to the loss of the step. With trust "m2" that takes `m2_bound`, the
+    `second_moment_bound` of the whole step; without it the bound is that of the tokens given. RuntimeError if a column
+    that the loss needs is missing.
     """
     if loss.function:
         return _own_loss(columns, loss)
@@ -91,7 +92,7 @@ def policy_loss(columns: Columns, loss: Loss) -> tuple[Tensor, Outcome]:
     if loss.needs_proximal:
         anchor = _require(columns.proximal_logprobs, "proximal_logprobs")
     log_weight, capped, dropped = _log_weight(current, anchor, columns, loss)
-    trust_masked = dropped | _trust_mask(current, anchor, columns, loss)
+    trust_masked = dropped | _trust_mask(current, anchor, columns, loss, m2_bound)
     guard_masked = _guard_mask(log_ratio, columns, loss)
 
     # A token of advantage 0 has no gradient, whatever its ratio.
@@ -146,6 +147,13 @@ def sequence_sum(values: Tensor, columns: Columns) -> Tensor:
     return zeros.index_add(0, columns.sequence, values)
 
 
+def kl_estimate(away: Tensor, estimator: Estimator) -> Tensor:
+    """Estimate of KL(p || reference) at tokens sampled by p, in nats; `away` is log p - log reference of each."""
+    if estimator == "k1":
+        return away
+    return away.square() / 2 if estimator == "k2" else (-away).expm1() + away
+
+
 def _log_weight(current: Tensor, anchor: Tensor, columns: Columns, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
     """log c after capping, whether it was clamped, whether it drops the token: both weight slots together."""
     behavior = _at_level(anchor - columns.behavior_logprobs, loss.behavior_weight, columns)
@@ -197,12 +205,14 @@ def _bound(log_ratio: Tensor, floor: float, cap: float, outside: Outside) -> tup
     return log_ratio.clamp(low, high), beyond, nowhere
 
 
-def _trust_mask(current: Tensor, anchor: Tensor, columns: Columns, loss: Loss) -> Tensor:
+def _trust_mask(current: Tensor, anchor: Tensor, columns: Columns, loss: Loss, m2_bound: float | None) -> Tensor:
     """bool[n]: the token left the trust region; if signed, on the side to which its advantage would push it further."""
     if loss.trust == "none":
         return torch.zeros_like(columns.advantages, dtype=torch.bool)
     if loss.trust == "m2":
-        return _second_moment_mask(current - anchor, columns.advantages, loss)
+        moved = current - anchor
+        bound = second_moment_bound(moved, columns.advantages, loss) if m2_bound is None else m2_bound
+        return _outward(moved, columns.advantages, loss) & (moved.square() >= bound)
     if loss.trust == "ratio":
         level = loss.policy_weight if loss.policy_weight in ("geometric", "sequence") else "token"
         moved = _at_level(current - anchor, level, columns)
@@ -226,19 +236,25 @@ def _binary_kl(before: Tensor, after: Tensor) -> Tensor:
     return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
 
 
-def _second_moment_mask(log_ratio: Tensor, advantages: Tensor, loss: Loss) -> Tensor:
-    """Remove the largest squared log-ratios until the mean of the rest is at most `trust_high` (M2PO 2510.01161).
+def second_moment_bound(log_ratio: Tensor, advantages: Tensor, loss: Loss) -> float:
+    """The square from which on log-ratios are removed so that the mean of the others is at most `trust_high` (M2PO
+    2510.01161); nan if none has to be. `log_ratio` float[n] is current - anchor.
 
     Only tokens that the gradient would push further out are candidates, if signed. Equal values go together, so the
     order of the tokens does not matter.
     """
-    candidate = log_ratio * advantages > 0 if loss.trust_signed else torch.ones_like(log_ratio, dtype=torch.bool)
-    squared = log_ratio.square()
-    ascending = squared[candidate].sort().values
+    ascending = log_ratio[_outward(log_ratio, advantages, loss)].square().sort().values
     counts = torch.arange(1, len(ascending) + 1, device=ascending.device)
-    num_kept = (ascending.cumsum(0) / counts <= loss.trust_high).sum()
-    first_removed = torch.cat([ascending, ascending.new_tensor([torch.nan])])[num_kept]  # nan: nothing to remove
-    return candidate & (squared >= first_removed)
+    num_kept = int((ascending.cumsum(0) / counts <= loss.trust_high).sum())
+    if num_kept == len(ascending):
+        return math.nan
+    removed = float(ascending[num_kept])
+    # Halfway, as log-probs that are computed once more may differ in the last digit.
+    return (float(ascending[num_kept - 1]) + removed) / 2 if num_kept else removed / 2
+
+
+def _outward(log_ratio: Tensor, advantages: Tensor, loss: Loss) -> Tensor:
+    return log_ratio * advantages > 0 if loss.trust_signed else torch.ones_like(log_ratio, dtype=torch.bool)
 
 
 def _guard_mask(log_ratio: Tensor, columns: Columns, loss: Loss) -> Tensor:
@@ -266,7 +282,7 @@ def _kappa(current: Tensor, anchor: Tensor, columns: Columns, loss: Loss) -> Ten
     if loss.penalty:
         log_ratio = _at_level(current - anchor, loss.penalty_level, columns)
         kappa = kappa - 2.0 * loss.penalty * log_ratio
-    if loss.needs_reference:
+    if loss.reference_kl:
         away = current - _require(columns.reference_logprobs, "reference_logprobs")
         kappa = kappa - loss.reference_kl * _kl_slope(away, current - columns.behavior_logprobs, loss)
     return kappa
@@ -274,12 +290,10 @@ def _kappa(current: Tensor, anchor: Tensor, columns: Columns, loss: Loss) -> Ten
 
 def _kl_slope(away: Tensor, log_ratio: Tensor, loss: Loss) -> Tensor:
     """Derivative of the KL estimate k by the log-prob, or of ratio * k if weighted; `away` is current - reference."""
-    estimate, slope = {
-        "k1": (away, torch.ones_like(away)),
-        "k2": (away.square() / 2, away),
-        "k3": ((-away).expm1() + away, -(-away).expm1()),
-    }[loss.reference_estimator]
-    return log_ratio.exp() * (estimate + slope) if loss.reference_weighted else slope
+    slope = {"k1": torch.ones_like(away), "k2": away, "k3": -(-away).expm1()}[loss.reference_estimator]
+    if not loss.reference_weighted:
+        return slope
+    return log_ratio.exp() * (kl_estimate(away, loss.reference_estimator) + slope)
 
 
 def _log(value: float) -> float:

@@ -16,7 +16,8 @@ from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
-Center: TypeAlias = Literal["mean", "loo", "batch", "none"]
+Center: TypeAlias = Literal["mean", "loo", "batch", "critic", "none"]
+Estimator: TypeAlias = Literal["k1", "k2", "k3"]
 Scale: TypeAlias = Literal["none", "group_std", "batch_std"]
 Aggregate: TypeAlias = Literal["token", "seq_mean", "seq_sum", "prompt", "constant"]
 Anchor: TypeAlias = Literal["behavior", "proximal", "loglinear"]
@@ -49,6 +50,8 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     group of each trajectory, int64[N], to float[N]."""
 
     center: Center = "mean"
+    """What the reward is compared with: the mean of its group, of the others of the group, of the batch, or what a
+    critic expected token by token (PPO; `[critic]` has its settings)."""
     scale: Scale = "none"
     aggregate: Aggregate = "token"
 
@@ -76,8 +79,8 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     trust: Trust = "none"
     """What removes a token that moved too far from the anchor: "ratio" (1 - low, 1 + high) at the level of the policy
-    weight, "tv" change of the token's probability, "kl" binary KL of it, "m2" the largest squared log-ratios until
-    their mean is at most `trust_high`."""
+    weight, "tv" change of the token's probability, "kl" binary KL of it, "m2" the largest squared log-ratios of the
+    step until their mean is at most `trust_high`: one more forward pass where a step has several micro-batches."""
     trust_low: NonNegative = 0.2
     trust_high: NonNegative = 0.2
     trust_signed: bool = True
@@ -94,11 +97,18 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     penalty_level: Literal["token", "sequence"] = "token"
     reference_kl: NonNegative = 0.0
     """Coefficient of an estimate of KL(current || reference) in the loss; masks do not apply."""
-    reference_estimator: Literal["k1", "k2", "k3"] = "k3"
+    reference_estimator: Estimator = "k3"
     """With x = current - reference: "k1" x, "k2" x^2 / 2, "k3" exp(-x) - 1 + x. Without `reference_weighted` the
     gradient of "k1" is noise of mean 0 at lag 0, and that of "k2" is the unbiased one."""
     reference_weighted: bool = False
     """Multiply the estimate by the ratio to the behavior policy, and differentiate both (DeepSeek-V3.2)."""
+    reward_kl: NonNegative = 0.0
+    """Coefficient of an estimate of KL(behavior || reference) that is taken off the rewards, before advantages."""
+    reward_kl_estimator: Estimator = "k1"
+    """The same formulas, with x = behavior - reference: in a reward "k1" and "k3" are unbiased."""
+    reward_kl_level: Literal["token", "sequence"] = "token"
+    """"token": each token is charged for itself, and its advantage has what follows; "sequence": the reward of the
+    trajectory is charged with the sum."""
     entropy_bonus: NonNegative = 0.0
     """Coefficient of the entropy of the policy; the learner, which holds the logits, adds the term."""
     learning_rate_scale: Literal["none", "sqrt_ess"] = "none"
@@ -121,6 +131,11 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             )
         if self.center == "batch" and self.scale == "group_std":
             raise ValueError('center = "batch" knows no groups: set scale = "batch_std" or "none", got "group_std"')
+        if self.center == "critic" and (self.scale == "group_std" or self.advantage):
+            raise ValueError(
+                f'center = "critic" gives each token an advantage of its own: scale is {self.scale!r} and advantage is '
+                f'{self.advantage!r}; set scale = "batch_std" or "none", and no advantage'
+            )
         if self.anchor == "loglinear" and self.trust != "ratio":
             raise ValueError(
                 f'anchor = "loglinear" only widens trust = "ratio", got "{self.trust}"; set trust = "ratio"'
@@ -171,7 +186,12 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     @property
     def needs_reference(self) -> bool:
         """Whether the batch must be scored under the frozen reference model."""
-        return self.reference_kl > 0
+        return self.reference_kl > 0 or self.reward_kl > 0
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether advantages come from a value function."""
+        return self.center == "critic"
 
     @property
     def is_corrected(self) -> bool:

@@ -106,6 +106,8 @@ PRESETS: dict[str, Loss] = {
     "reinforce_pp": Loss(center="batch", scale="batch_std", policy_weight="token", trust="ratio"),
     # The same with the group mean as baseline.
     "reinforce_pp_baseline": Loss(scale="batch_std", policy_weight="token", trust="ratio"),
+    # PPO 1707.06347 with a critic and GAE, anchored on the behavior policy; advantages whitened over the tokens.
+    "ppo": Loss(center="critic", scale="batch_std", policy_weight="token", trust="ratio"),
     # RLOO 2402.14740 with the correction of `tis2`.
     "rloo_tis2": Loss(center="loo", policy_weight="token", policy_cap=2.0),
     # Kimi k1.5 2501.12599, which writes half of tau = 0.1 times the squared log-ratio of the sequence.
@@ -119,6 +121,7 @@ _SWITCHES: dict[str, str] = {
     **{f"guard_{field}": "guard" for field in ("low", "high")},
     "penalty_level": "penalty",
     **{f"reference_{field}": "reference_kl" for field in ("estimator", "weighted")},
+    **{f"reward_kl_{field}": "reward_kl" for field in ("estimator", "level")},
 }
 """Field -> the field that turns it on: setting the first while the second is off would do nothing."""
 

@@ -103,11 +103,15 @@ class LearnerPart:
         reference = None
         if config.loss.needs_reference:  # a resumed run keeps the reference of its beginning
             reference = _learner_model(folder, placement, ranks)
+        critic = None
+        if config.loss.needs_critic and config.critic.backbone == "own":
+            critic = _learner_model(config.critic.path or folder, placement, ranks)
         self.learner = Learner(
             config,
             model,
             row_length(config, env.max_prompt_tokens),
             reference=reference,
+            critic=critic,
             address=address,
             backend=placement.backend,
             ranks=ranks,
