@@ -117,6 +117,11 @@ class LearnerConfig(_Section, frozen=True, kw_only=True):
     """Length of a packed row; raised to the longest trajectory that can occur."""
     micro_batch_tokens: int = 16384
     """Tokens (padding included) that go through the model at once, on each rank."""
+    attention: Literal["auto", "sdpa", "varlen"] = "auto"
+    """ "sdpa" takes any device and computes the prompt of a group once in each row; "varlen" needs a GPU and bfloat16
+    and no mask of row_tokens x row_tokens. "auto" is varlen where it can be."""
+    compile: bool = False
+    """Compile each decoder layer with torch.compile, at the first steps."""
     head_chunk: int = 2048
     """Trained tokens whose logits exist at once; of a micro-batch with more, logits are computed twice."""
     activation_checkpointing: bool = False

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from asyncrl.algo.gae import value_losses
 from asyncrl.config import CriticConfig
 from asyncrl.packing import MicroBatch
+from asyncrl.scoring import attention_inputs
 
 METRICS = {
     "critic/loss": "value loss before the first update on the batch, half a mean squared error over tokens",
@@ -33,9 +34,10 @@ METRICS = {
 class Critic:
     """Values of trained tokens, and the updates that fit them to returns. On one learner rank."""
 
-    def __init__(self, model: nn.Module, settings: CriticConfig, *, bfloat16: bool) -> None:
-        """`model`: the causal language model whose backbone this is, the policy itself for `backbone = "policy"`."""
-        self._settings, self._bfloat16 = settings, bfloat16
+    def __init__(self, model: nn.Module, settings: CriticConfig, *, bfloat16: bool, varlen: bool = False) -> None:
+        """`model`: the causal language model whose backbone this is, the policy itself for `backbone = "policy"`;
+        `varlen` as in `Scorer`."""
+        self._settings, self._bfloat16, self._varlen = settings, bfloat16, varlen
         self._backbone: nn.Module = model.base_model  # type: ignore[assignment]
         output: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
         self._head = nn.Linear(output.shape[1], 1, device=output.device)
@@ -54,8 +56,8 @@ class Critic:
             hidden = self._backbone(
                 input_ids=micro_batch.input_ids,
                 position_ids=micro_batch.positions,
-                attention_mask=micro_batch.attention_mask(),
                 use_cache=False,
+                **attention_inputs(micro_batch, varlen=self._varlen),
             ).last_hidden_state
         values: Tensor = self._head(hidden[micro_batch.rows, micro_batch.columns].float()).squeeze(-1)
         return values

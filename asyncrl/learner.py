@@ -9,6 +9,7 @@ the same groups and trains its share; calls that say "every rank" wait for the o
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
@@ -21,13 +22,14 @@ from asyncrl.algo.diagnostics import diagnose, learning_rate_factor
 from asyncrl.algo.loss import Columns, Outcome, concatenate, policy_loss, second_moment_bound
 from asyncrl.config import Config
 from asyncrl.critic import Critic
-from asyncrl.model import decoder_layers
+from asyncrl.model import decoder_layers, use_attention
 from asyncrl.packing import Batch, MicroBatch, pack
 from asyncrl.scoring import Scorer, recompute_activations
 from asyncrl.shaping import shape
 from asyncrl.sharding import Ranks, collect, own, own_rows, shard, split_like, whole
 from asyncrl.transport import Audience, BroadcastGroup, Rendezvous, open_rendezvous
 from asyncrl.types import Trajectory, Version
+from asyncrl.utilization import FlopCounter, peak_flops
 from asyncrl.weights import Bucket, Outgoing, make_buckets
 
 _NUM_WATCHED = 100_000
@@ -63,6 +65,7 @@ class Learner:
         self.ranks = ranks or Ranks()
         if self.loss.needs_reference and reference is None:
             raise RuntimeError("the loss has a KL term against a reference model, and none was given")
+        self._num_flops = FlopCounter(model)
         self._scorer = self._make_scorer(model)
         self._reference = self._make_scorer(reference) if reference is not None else None
         self._device = next(model.parameters()).device
@@ -83,30 +86,49 @@ class Learner:
         self._outgoing: Outgoing | None = None
         self._watch = _GradientWatch(model, self.ranks)
 
+    def _device_type(self, model: nn.Module) -> str:
+        return self.ranks.mesh.device_type if self.ranks.mesh else next(model.parameters()).device.type
+
     def _uses_bfloat16(self, model: nn.Module) -> bool:
-        device = self.ranks.mesh.device_type if self.ranks.mesh else next(model.parameters()).device.type
-        return self._config.learner.dtype == "bfloat16" or (self._config.learner.dtype == "auto" and device == "cuda")
+        wanted = self._config.learner.dtype
+        return wanted == "bfloat16" or (wanted == "auto" and self._device_type(model) == "cuda")
 
     def _make_critic(self, model: nn.Module | None) -> Critic:
         settings = self._config.critic
         if settings.backbone == "policy":
-            return Critic(self.model, settings, bfloat16=self._uses_bfloat16(self.model))
-        if model is None:
+            model = self.model
+        elif model is None:
             raise RuntimeError("the critic has a backbone of its own, and none was given")
-        if self._config.learner.activation_checkpointing:
-            recompute_activations(decoder_layers(model))
-        return Critic(model, settings, bfloat16=self._uses_bfloat16(model))
+        else:
+            self._use_attention(model)
+            if self._config.learner.activation_checkpointing:
+                recompute_activations(decoder_layers(model))
+        varlen = self.attention == "varlen"
+        return Critic(model, settings, bfloat16=self._uses_bfloat16(model), varlen=varlen)
+
+    def _use_attention(self, model: nn.Module) -> str:
+        wanted = self._config.learner.attention
+        return use_attention(model, wanted, self._device_type(model), bfloat16=self._uses_bfloat16(model))
 
     def _make_scorer(self, model: nn.Module) -> Scorer:
         settings = self._config.learner
         bfloat16 = self._uses_bfloat16(model)
+        self.attention = self._use_attention(model)
+        if (
+            self._device_type(model) == "cuda" and bfloat16
+        ):  # what is left in float32, the head, then runs on tensor cores (TF32)
+            torch.set_float32_matmul_precision("high")
         scorer = Scorer(
             model,
             temperature=self._config.rollout.temperature,
             head_chunk=settings.head_chunk,
             bfloat16=bfloat16,
             entropy=self.loss.entropy_bonus > 0,
+            varlen=self.attention == "varlen",
         )
+        if settings.compile:
+            for layer in decoder_layers(model):
+                layer.compile()
         if settings.activation_checkpointing:
             recompute_activations(decoder_layers(model))
         if self.ranks.mesh is not None:
@@ -118,11 +140,14 @@ class Learner:
 
         Returns the metrics of the step over all ranks, at the first one; nothing elsewhere.
         """
+        began, varlen = time.perf_counter(), self.attention == "varlen"
         settings = self._config.learner
         batch = pack(
             groups,
             self.loss,
-            row_tokens=self._row_tokens,
+            # Without a mask a row may be as long as the micro-batch, and hardly any place is left empty.
+            row_tokens=max(self._row_tokens, settings.micro_batch_tokens) if varlen else self._row_tokens,
+            share_prompts=not varlen,
             micro_batch_tokens=settings.micro_batch_tokens,
             max_new_tokens=self._config.rollout.max_new_tokens,
             mask_truncated=self._config.algorithm.mask_truncated,
@@ -151,11 +176,16 @@ class Learner:
         if math.isfinite(norm):  # else the step is not taken: one such number would be in every weight for ever after
             self.optimizer.step()
             self.version += 1
-        metrics |= shaped | {
-            "gradient/norm": norm,
-            "gradient/cosine": self._watch.cosine(),
-            "gradient/learning_rate": learning_rate,
-        }
+        cosine = self._watch.cosine()  # which waits for the device: the step is over
+        metrics |= (
+            shaped
+            | self._speed(batch, time.perf_counter() - began)
+            | {
+                "gradient/norm": norm,
+                "gradient/cosine": cosine,
+                "gradient/learning_rate": learning_rate,
+            }
+        )
         if self._config.rollout.release_memory:
             self._make_room()
         return metrics if self.ranks.is_first else {}
@@ -267,6 +297,14 @@ class Learner:
         loss.backward()
         return _Seen(columns, outcome, entropy.detach())
 
+    def _speed(self, batch: Batch, seconds: float) -> dict[str, float]:
+        """How much was trained a second, and the share of the GPUs' peak that it took. Every rank."""
+        num_flops = float(self.ranks.sum(torch.tensor(self._num_flops(batch.micro_batches), dtype=torch.float64)))
+        return {
+            "learner/tokens_per_s": batch.num_held / seconds,
+            "learner/mfu": num_flops / (seconds * self.ranks.num_ranks * peak_flops(self._device)),
+        }
+
     def _measure(self, seen: Sequence[_Seen], batch: Batch) -> dict[str, float]:
         """The diagnostics of all ranks' micro-batches together, at the first rank; nothing elsewhere."""
         of_ranks = self.ranks.gather(_join(seen) if self.ranks.mesh is not None else seen)
@@ -276,6 +314,7 @@ class Learner:
         entropy = float(torch.cat([part.entropy for part in everything]).mean())
         return diagnose([part.columns for part in everything], [part.outcome for part in everything], entropy) | {
             "learner/num_tokens": float(batch.num_tokens),
+            "learner/num_inputs": float(batch.num_inputs),
             "learner/row_fill": batch.fill,
         }
 

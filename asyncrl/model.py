@@ -6,12 +6,14 @@ and a tokenizer of 25 single characters, or of bytes, saved as an ordinary folde
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +25,15 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+try:
+    from torch.nn.attention import varlen
+except ImportError:  # before torch 2.10
+    varlen = None  # type: ignore[assignment]
+
+_VARLEN = "segments"
+"""The name under which the library knows `_varlen_attention`."""
 
 TINY = "tiny"
 TINY_BYTES = "tiny-bytes"
@@ -46,16 +57,18 @@ def build_tiny(
     num_heads: int = 4,
     num_kv_heads: int = 2,
     init_std: float = 0.05,
+    vocab_size: int | None = None,
     seed: int,
 ) -> None:
     """Writes a random float32 model and its tokenizer to `folder`; 0.40 M parameters with the defaults.
 
-    The same arguments give the same weights. The caller's random state is left as it was.
+    `vocab_size` above the tokenizer's is for measurements. The same arguments give the same weights. The caller's
+    random state is left as it was.
     """
     _quiet()
     tokenizer = _byte_tokenizer() if name == TINY_BYTES else _character_tokenizer()
     config = Qwen2Config(
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size or len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_hidden_layers=num_layers,
@@ -125,6 +138,66 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
             "learner.activation_checkpointing=false"
         )
     return layers
+
+
+def use_attention(model: nn.Module, wanted: str, device: str, *, bfloat16: bool) -> str:
+    """Readies a model for packed rows with `wanted` attention: "sdpa" (a dense mask), "varlen" (segments end to end,
+    no mask), or "auto", which is varlen where it can be. Returns which of the two it is.
+
+    Raises `ValueError` if "varlen" is wanted and cannot be.
+    """
+    reason = _no_varlen(model, device, bfloat16)
+    if wanted == "varlen" and reason:
+        raise ValueError(f"learner.attention is 'varlen', which {reason}: set learner.attention=auto")
+    if wanted == "sdpa" or reason:
+        return "sdpa"
+    ALL_ATTENTION_FUNCTIONS.register(_VARLEN, _varlen_attention)
+    model.set_attn_implementation(_VARLEN)  # type: ignore[operator]
+    return "varlen"
+
+
+def _no_varlen(model: nn.Module, device: str, bfloat16: bool) -> str:
+    """Why attention over segments cannot be used, or nothing."""
+    if device != "cuda":
+        return f"needs a GPU, and the learner is on {device!r}"
+    if not bfloat16:
+        return "needs bfloat16, and learner.dtype is float32"
+    if varlen is None or "window_size" not in inspect.signature(varlen.varlen_attn).parameters:
+        return f"needs torch 2.11 or later, and this is {torch.__version__}"
+    if getattr(model.config, "attn_logit_softcapping", None):
+        return "has no cap on attention scores, and the model needs one (attn_logit_softcapping)"
+    return ""
+
+
+def _varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each of the segments that lie end to end in the rows.
+
+    `query` [R, H, L, D], `key` and `value` [R, K, L, D]; `cu_seq_lens_q` int32[s + 1]: where segments start in the
+    R * L places, and the end; `max_length_q`: length of the longest. Returns [R, L, H, D].
+    """
+    del module, attention_mask
+    rows, heads, length, size = query.shape
+    flat = [x.transpose(1, 2).reshape(rows * length, -1, size).to(torch.bfloat16) for x in (query, key, value)]
+    # Not every release of the kernel's wrapper takes fewer key heads than query heads.
+    queries, keys, values = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in flat)
+    starts, longest = cu_seq_lens_q, max_length_q
+    window = (sliding_window - 1 if sliding_window else -1, 0)
+    seen: Any = varlen.varlen_attn(
+        queries, keys, values, starts, starts, longest, longest, scale=scaling, window_size=window
+    )
+    return seen.view(rows, length, heads, size), None
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

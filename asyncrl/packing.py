@@ -1,17 +1,24 @@
 """Groups -> padding-free rows for the learner. The only place where tokens are shifted against their predictions.
 
-Several trajectories share a row; `segments` keeps their attention apart and `positions` start at 0 in each. None is
-ever cut or dropped. Each learner rank gets its share of the trajectories, balanced by tokens, in as many micro-batches
-as every other rank. Trained tokens are flat columns: entry k says that the model's output at
-(`rows[k]`, `columns[k]`), which has seen everything up to the token before, predicts `targets[k]`.
+    row      prompt | completion | completion | completion | prompt | completion | ...
+    groups      0   |     0      |     0      |     0      |    1   |     1      |
+    segments   -1   |     0      |     1      |     2      |   -1   |     3      |
+
+Several groups share a row, and the trajectories of a group that are in the same row share the prompt, which goes
+through the model once for all of them (the idea of Prefix Grouper, 2506.05433): log-probs and gradients are those of
+separate rows. `groups` and `segments` keep attention apart and `positions` go on from the prompt in each trajectory.
+None is ever cut or dropped; only the last trained token of each is no input, as nothing is predicted from it. Each
+learner rank gets its share of the trajectories, balanced by tokens, in as many micro-batches as every other rank.
+Trained tokens are flat columns: entry k says that the model's output at (`rows[k]`, `columns[k]`), which has seen
+everything up to the token before, predicts `targets[k]`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -28,7 +35,8 @@ class MicroBatch:
 
     input_ids: Tensor  # int64[R, L]
     positions: Tensor  # int64[R, L]
-    segments: Tensor  # int64[R, L], -1 where the row is empty
+    groups: Tensor  # int64[R, L], group inside the batch, -1 where the row is empty
+    segments: Tensor  # int64[R, L], trajectory inside this micro-batch, -1 where the row is empty or a prompt is shared
     rows: Tensor  # int64[n]
     columns: Tensor  # int64[n]
     targets: Tensor  # int64[n]
@@ -39,20 +47,27 @@ class MicroBatch:
     sequence: Tensor  # int64[n], trajectory inside this micro-batch
     num_sequences: int
     members: Tensor  # int64[num_sequences], trajectory inside the batch
+    starts: Tensor  # int32[s + 1], where runs of one segment start in the R * L places, and the end
+    longest: int  # of these runs
     reference_logprobs: Tensor | None = None  # float32[n], once they have been scored
 
     def to(self, device: torch.device) -> MicroBatch:
         tensors: dict[str, Any] = {
-            name: value.to(device) for name in self.__slots__ if isinstance(value := getattr(self, name), Tensor)
+            name: value.to(device, non_blocking=True)
+            for name in self.__slots__
+            if isinstance(value := getattr(self, name), Tensor)
         }
         return replace(self, **tensors)
 
     def attention_mask(self) -> Tensor:
-        """bool[R, 1, L, L]: True where a token may see another, itself and earlier ones of its own trajectory."""
+        """bool[R, 1, L, L]: True where a token may see another: itself and earlier ones of its own trajectory, the
+        prompt that it shares with others included.
+        """
         length = self.segments.shape[1]
-        same = self.segments[:, :, None] == self.segments[:, None, :]
+        same_group = self.groups[:, :, None] == self.groups[:, None, :]
+        same = (self.segments[:, :, None] == self.segments[:, None, :]) | (self.segments[:, None, :] < 0)
         causal = torch.ones(length, length, dtype=torch.bool, device=same.device).tril()
-        return (same & causal)[:, None]
+        return (same_group & same & causal)[:, None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +80,8 @@ class Batch:
     groups: Tensor  # int64[N], equal for trajectories of one prompt
     kept: Tensor  # bool[N]: not masked for being truncated
     num_tokens: int  # trained tokens
+    num_held: int  # tokens of all trajectories, prompts included
+    num_inputs: int  # tokens that go through the model: a shared prompt counts once
     fill: float  # share of row positions that hold a token
 
 
@@ -79,10 +96,12 @@ def pack(
     rank: int = 0,
     num_ranks: int = 1,
     overlong_tail: int = 0,
+    share_prompts: bool = True,
 ) -> Batch:
     """Packs whole groups into rows of at most `row_tokens`, first-fit decreasing, and returns those of `rank`.
 
-    Every rank packs the same groups and finds the same shares, so nothing has to be sent between them.
+    Without `share_prompts` every trajectory has its prompt to itself: no segment then sees another. Every rank packs
+    the same groups and finds the same shares, so nothing has to be sent between them.
 
     Raises `RuntimeError` for a trajectory longer than a row: the configuration sizes rows so that it cannot happen.
     """
@@ -96,36 +115,89 @@ def pack(
     kept = torch.tensor([not mask_truncated or trajectory.finish != "length" for trajectory in trajectories])
     advantage = torch.where(kept, advantage, 0.0)
     normalizer = normalizers(loss.aggregate, lengths, index, max_new_tokens)
-    num_held = [len(trajectory.token_ids) for trajectory in trajectories]
-    bins = [_first_fit(share, num_held, row_tokens) for share in _shares(num_held, num_ranks)]
-    length = max(sum(num_held[i] for i in members) for rows in bins for members in rows)
+    pieces = _pieces(groups, share_prompts)
+    longest = max(len(trajectory.token_ids) for trajectory in trajectories)
+    if longest > row_tokens:
+        raise RuntimeError(f"a trajectory of {longest} tokens does not fit a row of {row_tokens}")
+    shares = _shares([piece.num_inputs for piece in pieces], num_ranks)
+    bins = [_first_fit([pieces[i] for i in share], row_tokens) for share in shares]
+    sizes = [[_num_inputs(row) for row in rows] for rows in bins]
+    length = max(size for rows in sizes for size in rows)
     # A rank that made fewer passes than another would leave it waiting in a collective.
     num_passes = max(math.ceil(len(rows) / max(1, micro_batch_tokens // length)) for rows in bins)
     micro_batches = tuple(
-        _rows(members, length, trajectories, advantage, normalizer) if members else _no_rows()
-        for members in _even_parts(bins[rank], num_passes)
+        _rows(rows, length, advantage, normalizer) if rows else _no_rows()
+        for rows in _even_parts(bins[rank], num_passes)
     )
-    num_rows = sum(len(rows) for rows in bins)
-    fill = sum(num_held) / (num_rows * length)
-    return Batch(micro_batches, advantage, rewards, index, kept, int(lengths.sum()), fill)
+    num_inputs = sum(map(sum, sizes))
+    return Batch(
+        micro_batches,
+        advantage,
+        rewards,
+        index,
+        kept,
+        num_tokens=int(lengths.sum()),
+        num_held=sum(len(trajectory.token_ids) for trajectory in trajectories),
+        num_inputs=num_inputs,
+        fill=num_inputs / (sum(map(len, sizes)) * length),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Piece:
+    """A trajectory as it is packed: `shared` tokens that it has in common with its group, and what follows."""
+
+    item: int
+    group: int
+    shared: int
+    num_inputs: int  # what is shared included
+    trained: np.ndarray  # where its trained tokens are
+    trajectory: Trajectory
+
+    @property
+    def num_own(self) -> int:
+        return self.num_inputs - self.shared
+
+
+_Row: TypeAlias = list[_Piece]
+
+
+def _pieces(groups: Sequence[Sequence[Trajectory]], share_prompts: bool) -> list[_Piece]:
+    pieces: list[_Piece] = []
+    for number, group in enumerate(groups):
+        trained = [np.flatnonzero(trajectory.mask) for trajectory in group]
+        prompts = [trajectory.token_ids[: where[0]] for trajectory, where in zip(group, trained, strict=True)]
+        shared = _num_common(prompts) if share_prompts else 0
+        for trajectory, where in zip(group, trained, strict=True):
+            pieces.append(_Piece(len(pieces), number, shared, int(where[-1]), where, trajectory))
+    return pieces
+
+
+def _num_common(prompts: Sequence[np.ndarray]) -> int:
+    """Leading tokens that all have in common."""
+    shortest = min(map(len, prompts))
+    block = np.stack([prompt[:shortest] for prompt in prompts])
+    same = (block == block[0]).all(axis=0)
+    return shortest if same.all() else int(same.argmin())
+
+
+def _num_inputs(row: _Row) -> int:
+    shared = {piece.group: piece.shared for piece in row}
+    return sum(shared.values()) + sum(piece.num_own for piece in row)
 
 
 def _shares(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
     """Items of each rank: the longest first, always to the rank that has the fewest tokens so far."""
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
     loads = [0] * num_ranks
-    for item in _longest_first(range(len(lengths)), lengths):
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         rank = loads.index(min(loads))
         shares[rank].append(item)
         loads[rank] += lengths[item]
     return shares
 
 
-def _longest_first(items: Iterable[int], lengths: Sequence[int]) -> list[int]:
-    return sorted(items, key=lambda i: -lengths[i])
-
-
-def _even_parts(rows: list[list[int]], num_parts: int) -> Iterator[list[list[int]]]:
+def _even_parts(rows: list[_Row], num_parts: int) -> Iterator[list[_Row]]:
     """`num_parts` runs of consecutive rows whose counts differ by one at most; some are empty if there are more parts
     than rows.
     """
@@ -133,68 +205,87 @@ def _even_parts(rows: list[list[int]], num_parts: int) -> Iterator[list[list[int
         yield rows[len(rows) * part // num_parts : len(rows) * (part + 1) // num_parts]
 
 
-def _first_fit(items: Iterable[int], lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
-    bins: list[list[int]] = []
+def _first_fit(pieces: Sequence[_Piece], row_tokens: int) -> list[_Row]:
+    """Group after group, those with the longest trajectory first; a row that has the prompt is preferred."""
+    longest: dict[int, int] = {}
+    for piece in pieces:
+        longest[piece.group] = max(longest.get(piece.group, 0), piece.num_inputs)
+    rows: list[_Row] = []
     space: list[int] = []
-    for item in _longest_first(items, lengths):
-        if lengths[item] > row_tokens:
-            raise RuntimeError(f"a trajectory of {lengths[item]} tokens does not fit a row of {row_tokens}")
-        place = next((at for at, free in enumerate(space) if free >= lengths[item]), None)
+    group, of_group = -1, list[int]()
+    for piece in sorted(pieces, key=lambda piece: (-longest[piece.group], piece.group, -piece.num_inputs)):
+        if piece.group != group:
+            group, of_group = piece.group, []
+        taken = piece.num_own
+        place = next((at for at in of_group if space[at] >= taken), None)
         if place is None:
-            bins.append([])
+            taken = piece.num_inputs
+            place = next((at for at, left in enumerate(space) if left >= taken), len(rows))
+            of_group.append(place)
+        if place == len(rows):
+            rows.append([])
             space.append(row_tokens)
-            place = len(bins) - 1
-        bins[place].append(item)
-        space[place] -= lengths[item]
-    return bins
+        rows[place].append(piece)
+        space[place] -= taken
+    return rows
 
 
-def _rows(
-    bins: Sequence[Sequence[int]],
-    length: int,
-    trajectories: Sequence[Trajectory],
-    advantage: Tensor,
-    normalizer: Tensor,
-) -> MicroBatch:
-    shape = (len(bins), length)
-    input_ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    segments = np.full(shape, -1, np.int64)
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("row", "column", "target", "logprob", "version")}
-    members: list[int] = []
-    for row, bin_members in enumerate(bins):
-        start = 0
-        for item in bin_members:
-            trajectory = trajectories[item]
-            end = start + len(trajectory.token_ids)
-            input_ids[row, start:end] = trajectory.token_ids
-            positions[row, start:end] = np.arange(end - start)
-            segments[row, start:end] = len(members)
-            trained = np.flatnonzero(trajectory.mask)
-            columns["row"].append(np.full(len(trained), row))
-            columns["column"].append(start + trained - 1)  # the shift: the output before a token predicts it
-            columns["target"].append(trajectory.token_ids[trained])
-            columns["logprob"].append(trajectory.logprobs[trained])
-            columns["version"].append(trajectory.versions[trained])
-            members.append(item)
-            start = end
-    flat = {name: torch.from_numpy(np.concatenate(parts)) for name, parts in columns.items()}
-    counts = torch.tensor([len(part) for part in columns["row"]])
-    chosen = torch.tensor(members)
+def _rows(rows: Sequence[_Row], length: int, advantage: Tensor, normalizer: Tensor) -> MicroBatch:
+    grids = np.zeros((4, len(rows), length), np.int64)  # input ids, positions, groups, segments
+    grids[2:] = -1
+    pieces = [piece for row in rows for piece in row]
+    columns: list[np.ndarray] = []
+    for at, row in enumerate(rows):
+        columns += _lay_out(row, grids[:, at], len(columns))
+    input_ids, positions, groups, segments = map(torch.from_numpy, grids)
+    counts = torch.tensor([len(piece.trained) for piece in pieces])
+    chosen = torch.tensor([piece.item for piece in pieces])
+    row_of = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row) for row in rows]))
+
+    flat = grids[3].ravel()
+    starts = torch.tensor([0, *(np.flatnonzero(flat[1:] != flat[:-1]) + 1), len(flat)], dtype=torch.int32)
+
+    def trained(name: str) -> Tensor:
+        return torch.from_numpy(np.concatenate([getattr(p.trajectory, name)[p.trained] for p in pieces]))
+
     return MicroBatch(
-        input_ids=torch.from_numpy(input_ids),
-        positions=torch.from_numpy(positions),
-        segments=torch.from_numpy(segments),
-        rows=flat["row"].long(),
-        columns=flat["column"].long(),
-        targets=flat["target"].long(),
-        behavior_logprobs=flat["logprob"].float(),
-        versions=flat["version"].long(),
+        input_ids=input_ids,
+        positions=positions,
+        groups=groups,
+        segments=segments,
+        rows=row_of.repeat_interleave(counts),
+        columns=torch.from_numpy(np.concatenate(columns)),
+        targets=trained("token_ids").long(),
+        behavior_logprobs=trained("logprobs").float(),
+        versions=trained("versions").long(),
         advantages=advantage[chosen].repeat_interleave(counts),
         normalizers=normalizer[chosen].repeat_interleave(counts),
-        sequence=torch.arange(len(members)).repeat_interleave(counts),
-        num_sequences=len(members),
+        sequence=torch.arange(len(pieces)).repeat_interleave(counts),
+        num_sequences=len(pieces),
         members=chosen,
+        starts=starts,
+        longest=int(starts.diff().max()),
     )
+
+
+def _lay_out(row: _Row, grid: np.ndarray, first: int) -> list[np.ndarray]:
+    """Writes a row to `grid` [4, L], its pieces numbered from `first` on; the columns that predict what each trains."""
+    columns, group, prompt, end = [], -1, 0, 0
+    for number, piece in enumerate(row, first):
+        shared = piece.shared
+        if piece.group != group:
+            group, prompt, end = piece.group, end, end + shared
+            _write(grid[:, prompt:end], piece.trajectory.token_ids[:shared], 0, group, -1)
+        start, end = end, end + piece.num_own
+        _write(grid[:, start:end], piece.trajectory.token_ids[shared : piece.num_inputs], shared, group, number)
+        source = piece.trained - 1  # the shift: the output before a token predicts it
+        columns.append(source + np.where(source < shared, prompt, start - shared))
+    return columns
+
+
+def _write(grid: np.ndarray, token_ids: np.ndarray, position: int, group: int, segment: int) -> None:
+    grid[0], grid[1] = token_ids, np.arange(position, position + len(token_ids))
+    grid[2], grid[3] = group, segment
 
 
 def _no_rows() -> MicroBatch:
@@ -203,6 +294,7 @@ def _no_rows() -> MicroBatch:
     return MicroBatch(
         input_ids=place,
         positions=place,
+        groups=place - 1,
         segments=place - 1,
         rows=nothing,
         columns=nothing,
@@ -214,4 +306,6 @@ def _no_rows() -> MicroBatch:
         sequence=nothing,
         num_sequences=0,
         members=nothing,
+        starts=torch.tensor([0, 1], dtype=torch.int32),
+        longest=1,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +21,22 @@ class Scorer(nn.Module):
     """A causal language model of Hugging Face's interface, seen as a function from packed rows to log-probs."""
 
     def __init__(
-        self, model: nn.Module, *, temperature: float, head_chunk: int, bfloat16: bool = False, entropy: bool = False
+        self,
+        model: nn.Module,
+        *,
+        temperature: float,
+        head_chunk: int,
+        bfloat16: bool = False,
+        entropy: bool = False,
+        varlen: bool = False,
     ) -> None:
         """`temperature`: of sampling. `head_chunk`: positions whose logits exist at a time. `entropy`: give the entropy
-        a gradient.
+        a gradient. `varlen`: the model's attention takes segments instead of a mask, so prompts cannot be shared.
         """
         super().__init__()
         self.model = model
         self._temperature, self._head_chunk = temperature, head_chunk
-        self._bfloat16, self._entropy = bfloat16, entropy
+        self._bfloat16, self._entropy, self._varlen = bfloat16, entropy, varlen
 
     def forward(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of each trained token, float32[n] and float32[n].
@@ -39,8 +47,8 @@ class Scorer(nn.Module):
             hidden = self.model.base_model(  # type: ignore[operator]
                 input_ids=micro_batch.input_ids,
                 position_ids=micro_batch.positions,
-                attention_mask=micro_batch.attention_mask(),
                 use_cache=False,
+                **attention_inputs(micro_batch, varlen=self._varlen),
             ).last_hidden_state
         weight = self.model.get_output_embeddings().weight.float()  # type: ignore[operator]
         wanted = hidden[micro_batch.rows, micro_batch.columns].float().split(self._head_chunk)
@@ -51,10 +59,20 @@ class Scorer(nn.Module):
         return torch.cat(logprobs), torch.cat(entropies)
 
     def _head(self, hidden: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs = (nn.functional.linear(hidden, weight) / self._temperature).log_softmax(-1)
+        logits = nn.functional.linear(hidden, weight)
+        if self._temperature != 1:
+            logits = logits / self._temperature
+        logprobs = logits.log_softmax(-1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._entropy):
             entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+
+def attention_inputs(micro_batch: MicroBatch, *, varlen: bool) -> dict[str, Any]:
+    """What keeps trajectories apart, as keyword arguments of a model: segments, or a mask."""
+    if varlen:
+        return {"cu_seq_lens_q": micro_batch.starts, "max_length_q": micro_batch.longest}
+    return {"attention_mask": micro_batch.attention_mask()}
 
 
 def recompute_activations(layers: Iterable[nn.Module]) -> None:

@@ -12,6 +12,7 @@ from helpers import run, trajectory
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from asyncrl import config as configuration
+from asyncrl import model as model_file
 from asyncrl.algo.presets import PRESETS
 from asyncrl.engine.embedded import EmbeddedEngine
 from asyncrl.envs.base import load_env
@@ -20,6 +21,7 @@ from asyncrl.model import build_tiny, load_model, load_tokenizer, stop_token_ids
 from asyncrl.packing import pack
 from asyncrl.rollout import Rollout
 from asyncrl.types import Sampling
+from asyncrl.utilization import FlopCounter
 
 VOCABULARY, HIDDEN = 25, 128
 
@@ -97,6 +99,49 @@ def test_gradients_do_not_depend_on_packing_or_on_the_order_of_groups(folder, pr
     assert torch.allclose(whole, small, atol=1e-6 * float(whole.abs().max()) + 1e-9, rtol=1e-3)
 
 
+def of_one_prompt(num_new, seed, reward=0.0):
+    item = trajectory(7, num_new, seed=seed, reward=reward)
+    prompt = np.random.default_rng(0).integers(2, VOCABULARY, len(item.token_ids)).astype(np.int32)
+    return replace(item, token_ids=np.where(item.mask, item.token_ids, prompt))
+
+
+def packed(learner, group, **options):
+    options = {"row_tokens": 64, "micro_batch_tokens": 9999, "max_new_tokens": 9} | options
+    return pack([group], learner.loss, **options)
+
+
+def test_a_shared_prompt_changes_no_logprob_and_no_gradient(folder):
+    group = [of_one_prompt(n, seed=n, reward=float(n % 2)) for n in (1, 2, 5, 9)]
+    learner, found = make_learner(folder), []
+    for share in (True, False):
+        batch = packed(learner, group, share_prompts=share)
+        assert batch.num_inputs == sum(len(item.token_ids) - 1 for item in group) - 7 * 3 * share
+        (part,) = batch.micro_batches
+        learner.model.zero_grad()
+        logprobs, _ = learner.score(part)
+        (part.advantages * part.normalizers * logprobs).sum().backward()
+        gradient = torch.cat([parameter.grad.flatten() for parameter in learner.model.parameters()])
+        found.append((sorted(logprobs.tolist()), gradient))
+    (one, gradient), (other, expected) = found
+    assert one == pytest.approx(other, abs=1e-5)
+    assert torch.allclose(gradient, expected, atol=1e-6 * float(expected.abs().max()), rtol=1e-3)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_trajectory_has_no_influence_on_others_of_its_row(folder, share):
+    group = [of_one_prompt(n, seed=n) for n in (3, 5, 8)]
+    changed = [group[0], replace(group[1], token_ids=np.where(group[1].mask, 9, group[1].token_ids)), group[2]]
+    learner, found = make_learner(folder), []
+    for one in (group, changed):
+        (part,) = packed(learner, one, share_prompts=share).micro_batches
+        assert len(part.input_ids) == 1
+        with torch.no_grad():
+            logprobs = learner.score(part)[0]
+        found.append([logprobs[part.sequence == number] for number in range(3)])
+    same = [torch.equal(*pair) for pair in zip(*found, strict=True)]
+    assert same == [True, False, True], "the middle of the row was changed, and only it may differ"
+
+
 def test_an_entropy_bonus_alone_raises_entropy(folder):
     groups = [[trajectory(4, 6, seed=i, reward=0.0) for i in range(4)]]
     learner = make_learner(folder, "algorithm.loss.entropy_bonus=1.0", "learner.learning_rate=1e-3")
@@ -148,8 +193,10 @@ def test_what_is_computed_twice_has_the_same_gradients(folder, word):
     words = ["rollout.temperature=0.7", "algorithm.loss.entropy_bonus=0.1", "learner.max_grad_norm=1e9"]
     groups = [[trajectory(4, n, seed=n, reward=float(n % 2)) for n in (3, 6, 9)]]
     once, twice = make_learner(folder, *words), make_learner(folder, *words, word)
-    metrics = once.step(groups)
-    assert twice.step(groups) == pytest.approx(metrics, rel=1e-5, abs=1e-9, nan_ok=True)
+    metrics, again = once.step(groups), twice.step(groups)
+    for one in (metrics, again):
+        assert one.pop("learner/tokens_per_s") > 0
+    assert again == pytest.approx(metrics, rel=1e-5, abs=1e-9, nan_ok=True)
     for one, other in zip(once.model.parameters(), twice.model.parameters(), strict=True):
         assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-7)
 
@@ -193,3 +240,46 @@ def num_kept(folder, groups, *words):
 def test_checkpointed_layers_keep_less(folder):
     groups = [[trajectory(4, 50, seed=i) for i in range(4)]]
     assert num_kept(folder, groups, "learner.activation_checkpointing=true") < num_kept(folder, groups) / 4
+
+
+def attention_by_segment(queries, keys, values, starts, _, longest, __, *, scale, window_size):
+    """What the GPU kernel computes, one segment at a time."""
+    assert window_size == (-1, 0)
+    edges = starts.tolist()
+    assert longest == max(end - start for start, end in itertools.pairwise(edges))
+    parts = [
+        torch.nn.functional.scaled_dot_product_attention(
+            *(x[start:end].transpose(0, 1).float() for x in (queries, keys, values)), is_causal=True, scale=scale
+        ).transpose(0, 1)
+        for start, end in itertools.pairwise(edges)
+    ]
+    return torch.cat(parts)
+
+
+def test_attention_by_segment_gives_the_logprobs_of_a_mask(folder, monkeypatch):
+    """All but the kernel itself, which tests/gpu has: where segments start, and the layout of heads and places."""
+    monkeypatch.setattr(model_file.varlen, "varlen_attn", attention_by_segment)
+    monkeypatch.setattr(model_file, "_no_varlen", lambda *_: "")
+    group = [of_one_prompt(n, seed=n, reward=float(n % 2)) for n in (1, 2, 5, 9)]
+    scores = []
+    for attention in ("sdpa", "varlen"):
+        learner = make_learner(folder, f"learner.attention={attention}")
+        batch = packed(learner, group, row_tokens=32, share_prompts=False)
+        with torch.no_grad():
+            scores.append(torch.cat([learner.score(part)[0] for part in batch.micro_batches]))
+    assert not torch.equal(*scores), "keys and values are rounded to bfloat16 in one of them"
+    assert torch.allclose(*scores, atol=0.02)
+
+
+def test_attention_that_cannot_be_is_refused_with_the_reason(folder):
+    with pytest.raises(ValueError, match=r"needs a GPU, and the learner is on 'cpu': set learner.attention=auto"):
+        make_learner(folder, "learner.attention=varlen")
+
+
+def test_flops_are_six_a_weight_and_token_and_twelve_a_pair(folder):
+    learner = make_learner(folder)
+    batch = packed(learner, [of_one_prompt(3, seed=1), of_one_prompt(2, seed=2)])
+    weights = sum(p.numel() for p in learner.model.parameters()) - VOCABULARY * HIDDEN
+    inputs, pairs = 7 + 2 + 1, sum(range(1, 8)) + 8 + 9 + 8
+    expected = 6 * weights * inputs + 6 * VOCABULARY * HIDDEN * 5 + 12 * 2 * HIDDEN * pairs
+    assert FlopCounter(learner.model)(batch.micro_batches) == expected

@@ -17,9 +17,15 @@ LOSS = resolve("async_default", {})
 
 def groups_of(sizes):
     return [
-        [trajectory(p, n, seed=97 * g + i, reward=float(i % 2)) for i, (p, n) in enumerate(group)]
+        [of_prompt(g, trajectory(p, n, seed=97 * g + i, reward=float(i % 2))) for i, (p, n) in enumerate(group)]
         for g, group in enumerate(sizes)
     ]
+
+
+def of_prompt(number, item):
+    """With the first tokens of prompt `number`, as many as its own prompt has."""
+    prompt = np.random.default_rng(number).integers(2, 25, len(item.token_ids)).astype(np.int32)
+    return dataclasses.replace(item, token_ids=np.where(item.mask, item.token_ids, prompt))
 
 
 lengths = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -39,23 +45,26 @@ def test_every_token_is_packed_once_and_every_trained_token_is_predicted_from_th
     seen = []
     for part in batch.micro_batches:
         assert part.input_ids.shape[1] <= row
+        mask = part.attention_mask()[:, 0]
         for number in range(part.num_sequences):
-            where = part.segments == number
-            tokens = part.input_ids[where]
-            assert torch.equal(part.positions[where], torch.arange(len(tokens)))
             mine = part.sequence == number
-            starts = torch.nonzero(where)[0]
-            at = part.columns[mine] - starts[1]
-            assert (part.rows[mine] == starts[0]).all()
-            assert torch.equal(part.targets[mine], tokens[at + 1]), "a prediction is one place before its token"
-            seen.append(
-                (tuple(tokens.tolist()), tuple((at + 1).tolist()), tuple(part.behavior_logprobs[mine].tolist()))
-            )
+            (place,) = part.rows[mine].unique()
+            visible = mask[place, part.columns[mine][-1]]  # what the last prediction is made from
+            tokens = part.input_ids[place, visible]
+            assert torch.equal(part.positions[place, visible], torch.arange(len(tokens)))
+            at = part.positions[place, part.columns[mine]]
+            targets = part.targets[mine]
+            assert torch.equal(targets[:-1], tokens[at[:-1] + 1]), "a prediction is one place before its token"
+            text = (*tokens.tolist(), int(targets[-1]))
+            seen.append((text, tuple((at + 1).tolist()), tuple(part.behavior_logprobs[mine].tolist())))
     wanted = [
         (tuple(t.token_ids.tolist()), tuple(t.mask.nonzero()[0].tolist()), tuple(t.logprobs[t.mask].tolist()))
         for t in flat
     ]
     assert sorted(seen) == sorted(wanted)
+    inputs = sum(int((part.groups >= 0).sum()) for part in batch.micro_batches)
+    assert batch.num_inputs == inputs <= batch.num_held - len(flat)
+    assert batch.num_held == sum(len(item.token_ids) for item in flat)
 
 
 @settings(max_examples=60, deadline=None)
@@ -77,7 +86,8 @@ def test_ranks_share_all_trajectories_evenly_in_equally_many_passes(sizes, row, 
     assert all(part.input_ids.numel() <= max(micro, part.input_ids.shape[1]) for part in parts)
     columns = [trained([part]) for part in parts]
     assert sorted(column for part in columns for column in part) == sorted(trained(one.micro_batches))
-    held = [sum(int((part.segments >= 0).sum()) for part in batch.micro_batches) for batch in ranks]
+    apart = [pack(groups, LOSS, **common, rank=r, num_ranks=num_ranks, share_prompts=False) for r in range(num_ranks)]
+    held = [sum(int((part.segments >= 0).sum()) for part in batch.micro_batches) for batch in apart]
     assert max(held) - min(held) <= max(p + n for group in sizes for p, n in group)
 
 
@@ -89,13 +99,24 @@ def trained(micro_batches):
     ]
 
 
-def test_attention_sees_its_own_trajectory_and_nothing_later():
+@pytest.mark.parametrize("share", [True, False])
+def test_attention_sees_its_own_trajectory_and_nothing_later(share):
     (part,) = pack(
-        groups_of([[(2, 1), (1, 2)]]), LOSS, row_tokens=8, micro_batch_tokens=99, max_new_tokens=2
+        groups_of([[(2, 2), (2, 3)]]),
+        LOSS,
+        row_tokens=8,
+        micro_batch_tokens=99,
+        max_new_tokens=3,
+        share_prompts=share,
     ).micro_batches
     mask = part.attention_mask()[0, 0]
-    triangle = torch.ones(3, 3).tril().bool()
-    assert torch.equal(mask, torch.block_diag(triangle, triangle).bool())
+    if share:
+        assert part.positions.tolist() == [[0, 1, 2, 3, 2]]
+        rows = ["10000", "11000", "11100", "11110", "11001"]
+    else:
+        assert part.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+        rows = ["1000000", "1100000", "1110000", "1111000", "0000100", "0000110", "0000111"]
+    assert mask.int().tolist() == [[int(visible) for visible in row] for row in rows]
 
 
 def test_denominators_come_from_the_whole_batch():

@@ -56,6 +56,7 @@ LAYERS = [
         "rollout",
         "pool",
         "learner",
+        "utilization",
         "warmup",
     },
     {"guard", "supervisor"},

@@ -1,0 +1,142 @@
+"""The learner alone, on made-up groups: tokens a second, MFU and memory, by model shape and setting.
+
+    python bench/learner.py [--shape tiny|135m|0.5b ...] [--steps 3] [--groups 16] [--group-size 8] [--prompt 128]
+                            [--new 896] [section.key=value ...] [-- section.key=value ... -- ...]
+
+Each run of words after `--` is one more row of the table, on the same groups and initial weights; with none, the
+defaults of the device are compared: on a GPU sdpa against varlen, one head chunk, compiled layers. The first steps warm
+up (and compile) and do not count; the median of the others does. Completions are between half of `--new` and all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+
+import numpy as np
+import torch
+
+from asyncrl import config as configuration
+from asyncrl.config import Config
+from asyncrl.learner import Learner
+from asyncrl.model import build_tiny, load_model
+from asyncrl.types import Trajectory
+
+SHAPES = {  # layers, hidden, intermediate, heads, key heads, vocabulary
+    "tiny": (2, 128, 384, 4, 2, 25),
+    "135m": (30, 576, 1536, 9, 3, 49152),
+    "0.5b": (24, 896, 4864, 14, 2, 151936),
+}
+WARMUP = 2
+CPU_ROWS: list[list[str]] = [[]]
+GPU_ROWS = [
+    ["learner.attention=sdpa"],
+    ["learner.attention=varlen"],
+    ["learner.attention=varlen", "learner.head_chunk=16384"],
+    ["learner.attention=varlen", "learner.head_chunk=16384", "learner.compile=true"],
+]
+
+
+def make_groups(options: argparse.Namespace, vocabulary: int) -> list[list[Trajectory]]:
+    rng = np.random.default_rng(0)
+    groups = []
+    for _ in range(options.groups):
+        prompt = rng.integers(2, vocabulary, options.prompt)
+        group = []
+        for number in range(options.group_size):
+            num_new = int(rng.integers(max(1, options.new // 2), options.new + 1))
+            ids = np.concatenate([prompt, rng.integers(2, vocabulary, num_new)]).astype(np.int32)
+            mask = np.arange(len(ids)) >= options.prompt
+            # Near the log-prob of a random model, so that no mask of the loss removes everything.
+            logprobs = np.where(mask, -np.log(vocabulary), 0).astype(np.float32)
+            versions = np.zeros(len(ids), np.int32)
+            group.append(Trajectory(ids, mask, logprobs, versions, float(number % 2), "stop"))
+        groups.append(group)
+    return groups
+
+
+def measure(
+    config: Config, folder: str, groups: list[list[Trajectory]], num_steps: int, device: str
+) -> dict[str, float]:
+    longest = max(len(item.token_ids) for group in groups for item in group)
+    learner = Learner(config, load_model(folder, torch.float32, device), max(config.learner.row_tokens, longest))
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times, rows = [], []
+    for _ in range(WARMUP + num_steps):
+        began = time.perf_counter()
+        rows.append(learner.step(groups))
+        times.append(time.perf_counter() - began)
+    seconds = statistics.median(times[WARMUP:])
+    counted = rows[WARMUP:]
+    return {
+        "step_s": seconds,
+        "first_s": times[0],
+        "tokens_per_s": sum(len(item.token_ids) for group in groups for item in group) / seconds,
+        "mfu": statistics.median(row["learner/mfu"] for row in counted),
+        "row_fill": counted[-1]["learner/row_fill"],
+        "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan"),
+        "gradient_norm": rows[0]["gradient/norm"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="section.key=value", help="of every row")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--groups", type=int, default=16)
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new", type=int, default=896)
+    own, *others = _split(sys.argv[1:])
+    options = parser.parse_intermixed_args(own)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shapes = options.shape or (["135m", "0.5b"] if device == "cuda" else ["tiny"])
+    common = ["learner.row_tokens=2048", "learner.micro_batch_tokens=16384", *options.words]
+    print(
+        "| shape | setting | step, s | first step, s | tokens/s | MFU | row fill | memory, GiB | first gradient norm |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for shape in shapes:
+        layers, hidden, intermediate, heads, key_heads, vocabulary = SHAPES[shape]
+        groups = make_groups(options, vocabulary)
+        with tempfile.TemporaryDirectory() as folder:
+            build_tiny(
+                folder,
+                num_layers=layers,
+                hidden_size=hidden,
+                intermediate_size=intermediate,
+                num_heads=heads,
+                num_kv_heads=key_heads,
+                vocab_size=vocabulary,
+                init_std=0.02,
+                seed=0,
+            )
+            for words in others or (GPU_ROWS if device == "cuda" else CPU_ROWS):
+                config = configuration.load(None, [*common, *words])
+                result = measure(config, folder, groups, options.steps, device)
+                numbers = " | ".join(f"{value:.4g}" for value in result.values())
+                print(f"| {shape} | {' '.join(words)} | {numbers} |", flush=True)
+                print(json.dumps({"shape": shape, "words": words, **result}), file=sys.stderr, flush=True)
+                gc.collect()
+                torch.cuda.empty_cache()
+
+
+def _split(words: list[str]) -> list[list[str]]:
+    runs: list[list[str]] = [[]]
+    for word in words:
+        if word == "--":
+            runs.append([])
+        else:
+            runs[-1].append(word)
+    return runs
+
+
+if __name__ == "__main__":
+    main()
