@@ -3,10 +3,10 @@
     python bench/faults.py [--trials 100] [--seed 0] [--runtime local|cluster|both] [--out FOLDER]
 
 Needs no GPU. Each trial makes a run folder, lives through its faults (the process may die of them), is resumed until
-its last step, and is judged by an account that was kept apart from the run's own journal: every prompt drawn before the
-last life is trained exactly once on the way to the final weights or dropped with a reason, and every token was made by
-the weights that the learner sent under its version. Prints a table and a JSON line; exits with 1 if anything was lost,
-trained twice, made by wrong weights, or not recovered.
+its last step, and is judged by an account that was kept apart from the run's own journal: every prompt ever drawn is
+trained exactly once on the way to the final weights, or dropped with a reason, or still in the last life's hands; and
+every token was made by the weights that the learner sent under its version. Prints a table and a JSON line; exits with
+1 if anything was lost, trained twice, made by wrong weights, or not recovered.
 """
 
 from __future__ import annotations
@@ -190,18 +190,20 @@ def judge(audit: Path, run: Path, trial: Trial, verdict: Verdict) -> None:
     trained: dict[int, list[int]] = {}
     dropped: dict[int, int] = {}
     sent: dict[int, str] = {}
-    drawn_before: set[int] = set()
     drawn: set[int] = set()
+    issued: set[int] = set()
+    """In the last life."""
     struck: list[float] = []
     starting = False
     for deed in map(json.loads, audit.read_text().splitlines()):
         match deed["what"]:
             case "life":
-                starting, drawn_before = True, set(drawn)
+                starting, issued = True, set()
             case "fault":
                 struck.append(deed["at_s"])
-            case "played":
+            case "issued":
                 drawn.add(deed["id"])
+                issued.add(deed["id"])
             case "dropped":
                 dropped.update(dict.fromkeys(deed["ids"], deed["version"]))
             case "sent":
@@ -226,8 +228,9 @@ def judge(audit: Path, run: Path, trial: Trial, verdict: Verdict) -> None:
     journal = Journal(run / "journal.bin")
     still_open = set(journal.accounts.open_ids)
     journal.close()
-    gaps = set(range(max(drawn) + 1)) - drawn
-    verdict.lost = sorted((drawn_before - settled) | (drawn - settled - still_open) | gaps)
+    # Open prompts are issued again in order: those that the last life did not come to are the youngest ones.
+    waiting = {number for number in still_open if number in issued or number > max(issued)}
+    verdict.lost = sorted(set(range(max(drawn) + 1)) - settled - waiting)
 
 
 def check_versions(deed: dict[str, Any], sent: dict[int, str], staleness: int, verdict: Verdict) -> None:

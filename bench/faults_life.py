@@ -27,7 +27,7 @@ from asyncrl import groups, job
 from asyncrl.envs.base import Generate
 from asyncrl.envs.digits import SortDigits
 from asyncrl.journal import Dropped, Journal
-from asyncrl.pool import RolloutPool
+from asyncrl.prompts import Finished, PromptQueue
 from asyncrl.types import Group, Prompt, Trajectory
 
 SLOW_S = 1.0
@@ -92,14 +92,15 @@ def live(words: Sequence[str], resume: Path | None, fault: Fault | None, audit: 
 
 
 def watch(runtime: str, book: Audit) -> None:
-    """Has every deed noted: prompts played, groups trained, weights sent, prompts dropped."""
+    """Has every deed noted: prompts issued, groups trained, weights sent, prompts dropped."""
     handles = handles_of(runtime)
-    play, step, send = RolloutPool.run, handles.learner.step, handles.learner.broadcast
+    issue, step, send = PromptQueue.issue, handles.learner.step, handles.learner.broadcast
     append = Journal.append
 
-    async def run(pool: RolloutPool, prompt: Prompt) -> Group:
-        book.note("played", id=prompt.id)
-        return await play(pool, prompt)
+    def issued(queue: PromptQueue) -> tuple[Prompt, Finished | None]:
+        prompt, finished = issue(queue)
+        book.note("issued", id=prompt.id)
+        return prompt, finished
 
     async def trained(learner: Any, batch: Sequence[Group]) -> dict[str, float]:
         before = learner.version
@@ -119,7 +120,7 @@ def watch(runtime: str, book: Audit) -> None:
         if isinstance(record, Dropped):
             book.note("dropped", ids=record.ids, version=record.version)
 
-    RolloutPool.run = run  # type: ignore[method-assign]
+    PromptQueue.issue = issued  # type: ignore[method-assign]
     handles.learner.step, handles.learner.broadcast = trained, sent
     Journal.append = appended  # type: ignore[method-assign]
 
