@@ -240,6 +240,7 @@ class SGLangEngine:
         for task in list(self._manager.asyncio_tasks):
             task.cancel()
         await asyncio.to_thread(sglang_launch.end_processes, self._processes)
+        sglang_launch.close_sockets(self._engine)
 
     async def _check_room(self) -> None:
         """SGLang would shorten a completion that its cache or the model's context has no room for, without a word."""

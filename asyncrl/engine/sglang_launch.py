@@ -272,6 +272,14 @@ def own_processes(engine: Any) -> list[BaseProcess]:
     return processes
 
 
+def close_sockets(engine: Any) -> None:
+    """Closes an engine's sockets to its processes. Left open, they keep the interpreter from ending: whenever the
+    garbage collector came to their context first, it would wait for them for ever."""
+    manager = engine.tokenizer_manager
+    for socket in (manager.recv_from_detokenizer, manager.send_to_scheduler, engine.send_to_rpc):
+        socket.context.destroy(linger=0)
+
+
 def end_processes(processes: Iterable[BaseProcess]) -> None:
     """Ends them at once and waits until they are gone, their GPU memory too."""
     for process in processes:

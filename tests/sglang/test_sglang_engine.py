@@ -312,6 +312,9 @@ def test_two_engines_on_one_host_and_the_end_of_one(world, run):
         with pytest.raises(RuntimeError, match="exit code -9"):
             await second.pause()
         await second.close()
+        manager = second._engine.tokenizer_manager
+        sockets = (manager.recv_from_detokenizer, manager.send_to_scheduler, second._engine.send_to_rpc)
+        assert all(socket.closed and socket.context.closed for socket in sockets), "or Python may not end"
         assert len((await world.engine.generate(PROMPTS[0], LONG, 3)).token_ids) == LENGTH
 
     run(world.reset())
