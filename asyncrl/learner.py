@@ -10,29 +10,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import TCPStore
 
-from asyncrl.algo.diagnostics import diagnose, learning_rate_factor
-from asyncrl.algo.loss import Columns, Outcome, concatenate, policy_loss, second_moment_bound
+from asyncrl.algo.diagnostics import learning_rate_factor
+from asyncrl.algo.loss import Columns, policy_loss, second_moment_bound
 from asyncrl.config import Config
 from asyncrl.critic import Critic
 from asyncrl.model import decoder_layers, use_attention
-from asyncrl.packing import Batch, MicroBatch, pack
+from asyncrl.packing import MicroBatch, pack
 from asyncrl.scoring import Scorer, recompute_activations
 from asyncrl.shaping import shape
-from asyncrl.sharding import Ranks, collect, own, own_rows, shard, split_like, whole
+from asyncrl.sharding import Ranks, collect, shard, split_like, whole
+from asyncrl.step_metrics import GradientWatch, Seen, measure, speed
 from asyncrl.transport import Audience, BroadcastGroup, Rendezvous, open_rendezvous
 from asyncrl.types import Trajectory, Version
-from asyncrl.utilization import FlopCounter, peak_flops
+from asyncrl.utilization import FlopCounter
 from asyncrl.weights import Bucket, Outgoing, make_buckets
-
-_NUM_WATCHED = 100_000
 
 
 class Learner:
@@ -84,7 +81,7 @@ class Learner:
         self._meetings: dict[Audience, tuple[Rendezvous, TCPStore]] = {}
         self._groups: dict[Audience, BroadcastGroup] = {}
         self._outgoing: Outgoing | None = None
-        self._watch = _GradientWatch(model, self.ranks)
+        self._watch = GradientWatch(model, self.ranks)
 
     def _device_type(self, model: nn.Module) -> str:
         return self.ranks.mesh.device_type if self.ranks.mesh else next(model.parameters()).device.type
@@ -167,7 +164,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         seen = [self._backward(part, bound) for part in parts]
         norm = float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)))
-        metrics = self._measure(seen, batch)
+        metrics = measure(seen, batch, self.ranks)
         factor = self.ranks.share(learning_rate_factor(self.loss, metrics) if self.ranks.is_first else 0.0)
         learning_rate = settings.learning_rate * self._warm() * factor
         for parameters in self.optimizer.param_groups:
@@ -178,7 +175,7 @@ class Learner:
         cosine = self._watch.cosine()  # which waits for the device: the step is over
         metrics |= (
             shaped
-            | self._speed(batch, time.perf_counter() - began)
+            | speed(batch, time.perf_counter() - began, self._num_flops, self._device, self.ranks)
             | {
                 "gradient/norm": norm,
                 "gradient/cosine": cosine,
@@ -272,7 +269,7 @@ class Learner:
         log_ratio, advantages = (torch.cat(columns) for columns in zip(*of_ranks, strict=True))
         return self.ranks.share(second_moment_bound(log_ratio, advantages, self.loss))
 
-    def _backward(self, micro_batch: MicroBatch, m2_bound: float | None) -> _Seen:
+    def _backward(self, micro_batch: MicroBatch, m2_bound: float | None) -> Seen:
         reference = micro_batch.reference_logprobs
         if reference is None and self._reference is not None:
             with torch.no_grad():
@@ -294,92 +291,7 @@ class Learner:
         if self.loss.entropy_bonus > 0:
             loss = loss - self.loss.entropy_bonus * (micro_batch.normalizers * entropy).sum()
         loss.backward()
-        return _Seen(columns, outcome, entropy.detach())
-
-    def _speed(self, batch: Batch, seconds: float) -> dict[str, float]:
-        """How much was trained a second, and the share of the GPUs' peak that it took. Every rank."""
-        num_flops = float(self.ranks.sum(torch.tensor(self._num_flops(batch.micro_batches), dtype=torch.float64)))
-        return {
-            "learner/tokens_per_s": batch.num_held / seconds,
-            "learner/mfu": num_flops / (seconds * self.ranks.num_ranks * peak_flops(self._device)),
-        }
-
-    def _measure(self, seen: Sequence[_Seen], batch: Batch) -> dict[str, float]:
-        """The diagnostics of all ranks' micro-batches together, at the first rank; nothing elsewhere."""
-        of_ranks = self.ranks.gather(_join(seen) if self.ranks.mesh is not None else seen)
-        if not of_ranks:
-            return {}
-        everything = [part for parts in of_ranks for part in parts]
-        entropy = float(torch.cat([part.entropy for part in everything]).mean())
-        return diagnose([part.columns for part in everything], [part.outcome for part in everything], entropy) | {
-            "learner/num_tokens": float(batch.num_tokens),
-            "learner/num_inputs": float(batch.num_inputs),
-            "learner/row_fill": batch.fill,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """What the diagnostics need of one micro-batch."""
-
-    columns: Columns
-    outcome: Outcome
-    entropy: Tensor
-
-
-def _join(seen: Sequence[_Seen]) -> list[_Seen]:
-    """The micro-batches of a rank as one, in host memory, to go to the first rank; none if nothing was trained."""
-    trained = [part for part in seen if part.columns.num_sequences]
-    if not trained:
-        return []
-    columns, outcome = concatenate([part.columns for part in trained], [part.outcome for part in trained])
-    return [_Seen(_on_host(columns), _on_host(outcome), torch.cat([part.entropy for part in trained]).cpu())]
-
-
-_Tensors = TypeVar("_Tensors", Columns, Outcome)
-
-
-def _on_host(tensors: _Tensors) -> _Tensors:
-    moved = {
-        field.name: value.cpu()
-        for field in fields(tensors)
-        if isinstance(value := getattr(tensors, field.name), Tensor)
-    }
-    return replace(tensors, **moved)  # type: ignore[arg-type]
-
-
-class _GradientWatch:
-    """Cosine of successive gradients on a fixed random slice of coordinates: staleness shows as values near 1."""
-
-    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
-        generator = torch.Generator().manual_seed(0)
-        total = sum(parameter.numel() for parameter in model.parameters())
-        share = min(1.0, _NUM_WATCHED / total)
-        self._slices = []
-        for parameter in model.parameters():
-            chosen = torch.randint(
-                parameter.numel(), (math.ceil(parameter.numel() * share),), generator=generator
-            )  # of the full tensor, so that the slice is the same for any number of ranks
-            rows, size = own_rows(parameter), parameter[0].numel()
-            mine = chosen[(chosen >= rows.start * size) & (chosen < rows.stop * size)] - rows.start * size
-            self._slices.append((parameter, mine.to(parameter.device)))
-        self._ranks = ranks
-        self._before: Tensor | None = None
-
-    def cosine(self) -> float:
-        """Against the step before; nan on the first. Every rank."""
-        now = torch.cat(list(self._values()))
-        before, self._before = self._before, now
-        if before is None:
-            return math.nan
-        products = torch.stack([now @ before, now @ now, before @ before])
-        across, new, old = self._ranks.sum(products).tolist()
-        return float(across / max(math.sqrt(new * old), 1e-30))
-
-    def _values(self) -> Iterator[Tensor]:
-        for parameter, index in self._slices:
-            if parameter.grad is not None:
-                yield own(parameter.grad).flatten()[index].double()
+        return Seen(columns, outcome, entropy.detach())
 
 
 def row_length(config: Config, max_prompt_tokens: int) -> int:

@@ -57,6 +57,7 @@ LAYERS = [
         "pool",
         "learner",
         "utilization",
+        "step_metrics",
         "warmup",
     },
     {"guard", "supervisor"},
