@@ -1,6 +1,6 @@
 """What staleness costs, preset by preset: the gradient probe, controlled lag (layer A) and the real system (layer B).
 
-    python bench/staleness.py [--preset-list tis2,reinforce] [--staleness 0,4,16] [--seeds 3] [--layers probe,a,b]
+    python bench/staleness.py [--preset-list tis2,reinforce] [--staleness 0,4,16] [--seeds 5] [--layers probe,a,b]
 
 Every cell leaves one JSON file, so a run that was stopped goes on where it was; give the same words again. Writes
 `staleness.md`, `staleness.json` and the plots into --out. The defaults are the small selection of `make ablation`;
@@ -36,7 +36,7 @@ SMALL = {
     "preset_list": "async_default,tis2,grpo,reinforce",
     "staleness": "0,4,16",
     "learning_rates": "2e-4,5e-4",
-    "seeds": 2,
+    "seeds": 5,
     "system_staleness": "0,1,4",
     "system_seeds": 1,
     "probe_batches": 24,
