@@ -27,7 +27,7 @@ lint: .venv/installed-test
 	$(BIN)/mypy
 
 docs: .venv/installed
-	$(BIN)/python -c 'from asyncrl import metrics; print(metrics.page(), end="")' > docs/metrics.md
+	$(BIN)/python -c 'from asyncrl.monitor import metrics; print(metrics.page(), end="")' > docs/metrics.md
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

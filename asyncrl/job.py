@@ -27,23 +27,23 @@ from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
-from asyncrl import checkpoint
 from asyncrl.algo import own
 from asyncrl.buffer import Buffer
 from asyncrl.config import Config, to_tree
 from asyncrl.envs.base import load_env
-from asyncrl.guard import StepGuard
-from asyncrl.journal import Journal, Resumed, Started
 from asyncrl.loop import LearnerHandle, System, run
-from asyncrl.metrics import Metrics, plot, verdict
 from asyncrl.model import load_tokenizer
+from asyncrl.monitor.metrics import Metrics, plot, verdict
 from asyncrl.pool import RolloutHandle, RolloutPool
-from asyncrl.prompts import PromptQueue
+from asyncrl.recovery import checkpoint
+from asyncrl.recovery.guard import StepGuard
+from asyncrl.recovery.journal import Journal, Resumed, Started
+from asyncrl.recovery.prompts import PromptQueue
+from asyncrl.recovery.supervisor import Supervisor
+from asyncrl.recovery.watchdog import Watchdog
 from asyncrl.staleness import StalenessControl
-from asyncrl.supervisor import Supervisor
+from asyncrl.training.warmup import prepare
 from asyncrl.types import Prompt
-from asyncrl.warmup import prepare
-from asyncrl.watchdog import Watchdog
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,19 +25,19 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from asyncrl import checkpoint
 from asyncrl.buffer import Buffer, Ticket
-from asyncrl.checkpoint import Cursor
 from asyncrl.config import Config
 from asyncrl.evaluation import by_source, summarize
-from asyncrl.guard import REASON, StepGuard
-from asyncrl.metrics import Metrics
+from asyncrl.monitor.metrics import Metrics
 from asyncrl.pool import AllActorsDied, LearnerLink, RolloutFailed, RolloutPool, ToEvaluators
-from asyncrl.prompts import Finished, PromptQueue
+from asyncrl.recovery import checkpoint
+from asyncrl.recovery.checkpoint import Cursor
+from asyncrl.recovery.guard import REASON, StepGuard
+from asyncrl.recovery.prompts import Finished, PromptQueue
+from asyncrl.recovery.supervisor import Supervisor
+from asyncrl.recovery.watchdog import Stalled, Watchdog
 from asyncrl.staleness import StalenessControl
-from asyncrl.supervisor import Supervisor
 from asyncrl.types import Group, Prompt
-from asyncrl.watchdog import Stalled, Watchdog
 
 _UNSTORED = (
     "the group of prompt {} could not be written to groups/ (is the disk full?); after a crash it is played again"

@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
+from asyncrl.monitor.timeline import Timeline
+from asyncrl.recovery.watchdog import Watchdog
 from asyncrl.rollout import UpdateReport
-from asyncrl.timeline import Timeline
 from asyncrl.transport import Audience, Rendezvous, abandon
 from asyncrl.types import Group, Prompt, Version
-from asyncrl.watchdog import Watchdog
 from asyncrl.weights import Bucket
 
 

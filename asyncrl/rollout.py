@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from asyncrl import groups
 from asyncrl.engine.base import Engine
 from asyncrl.envs.base import Env
 from asyncrl.envs.faults import Patience, attempt
+from asyncrl.recovery import groups
 from asyncrl.transport import Rendezvous
 from asyncrl.types import Completion, Group, Prompt, Sampling, Trajectory, Version
 from asyncrl.weights import Bucket

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from asyncrl.sharding import whole
+from asyncrl.training.sharding import whole
 from asyncrl.transport import BroadcastGroup
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -34,7 +34,7 @@ from asyncrl import job
 from asyncrl.algo.diagnostics import METRICS as DIAGNOSTICS
 from asyncrl.config import Config
 from asyncrl.loop import PromptQueue, System, run
-from asyncrl.metrics import Metrics
+from asyncrl.monitor.metrics import Metrics
 from asyncrl.pool import RolloutPool
 from asyncrl.rollout import UpdateReport, make_group
 from asyncrl.runtime.cluster import RemoteLearner, RemoteRollout

@@ -33,8 +33,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from faults_life import Fault, damage_checkpoint, damage_journal, live, session_of  # noqa: E402
 
 from asyncrl import config as configuration  # noqa: E402
-from asyncrl.journal import Journal  # noqa: E402
-from asyncrl.warmup import prepare  # noqa: E402
+from asyncrl.recovery.journal import Journal  # noqa: E402
+from asyncrl.training.warmup import prepare  # noqa: E402
 
 NUM_STEPS = 13
 LATEST = 44

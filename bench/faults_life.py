@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from asyncrl import config as configuration
-from asyncrl import groups, job
+from asyncrl import job
 from asyncrl.envs.base import Generate
 from asyncrl.envs.digits import SortDigits
-from asyncrl.journal import Dropped, Journal
-from asyncrl.prompts import Finished, PromptQueue
+from asyncrl.recovery import groups
+from asyncrl.recovery.journal import Dropped, Journal
+from asyncrl.recovery.prompts import Finished, PromptQueue
 from asyncrl.types import Group, Prompt, Trajectory
 
 SLOW_S = 1.0

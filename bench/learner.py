@@ -23,8 +23,8 @@ import torch
 
 from asyncrl import config as configuration
 from asyncrl.config import Config
-from asyncrl.learner import Learner
 from asyncrl.model import build_tiny, load_model
+from asyncrl.training.learner import Learner
 from asyncrl.types import Trajectory
 
 SHAPES = {  # layers, hidden, intermediate, heads, key heads, vocabulary

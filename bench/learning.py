@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from asyncrl import metrics
+from asyncrl.monitor import metrics
 
 ROOT = Path(__file__).parent.parent
 TASKS = ["configs/largest_digit.toml", "configs/sort_digits.toml"]

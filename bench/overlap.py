@@ -20,18 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl import config as configuration
-from asyncrl import job, metrics
+from asyncrl import job
 from asyncrl.buffer import Buffer
 from asyncrl.config import Config
 from asyncrl.envs.base import load_env
-from asyncrl.guard import StepGuard
 from asyncrl.loop import System, run
-from asyncrl.metrics import Metrics
 from asyncrl.model import load_tokenizer
+from asyncrl.monitor import metrics
+from asyncrl.monitor.metrics import Metrics
 from asyncrl.pool import RolloutPool
-from asyncrl.prompts import PromptQueue
+from asyncrl.recovery.guard import StepGuard
+from asyncrl.recovery.prompts import PromptQueue
+from asyncrl.training.warmup import prepare
 from asyncrl.types import Group, Version
-from asyncrl.warmup import prepare
 
 OFF = ["learner.learning_rate=0", "eval.every=0", "eval.num_prompts=1", "checkpoint.every=0"]
 

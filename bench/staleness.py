@@ -29,7 +29,7 @@ from staleness_system import run_job
 
 from asyncrl import config as configuration
 from asyncrl.algo.presets import PRESETS
-from asyncrl.warmup import prepare
+from asyncrl.training.warmup import prepare
 
 ROOT = Path(__file__).parent.parent
 SMALL = {

@@ -21,11 +21,11 @@ from torch import Tensor
 from asyncrl.config import Config
 from asyncrl.engine.embedded import EmbeddedEngine
 from asyncrl.envs.base import load_env
-from asyncrl.learner import Learner, row_length
 from asyncrl.model import load_model, load_tokenizer, stop_token_ids
 from asyncrl.rollout import Rollout
+from asyncrl.training.learner import Learner, row_length
+from asyncrl.training.warmup import prepare
 from asyncrl.types import Sampling, Trajectory, Version
-from asyncrl.warmup import prepare
 
 AVERAGED = (
     "ess/token",

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from asyncrl import config as configuration
 from asyncrl.config import Config
-from asyncrl.learner import Learner
+from asyncrl.training.learner import Learner
 from asyncrl.types import Trajectory, Version
 
 Batch = list[list[Trajectory]]

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from asyncrl import metrics, timeline
+from asyncrl.monitor import metrics, timeline
 
 ROOT = Path(__file__).parent.parent
 _NUM_SHOWN = 4

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl import config as configuration
-from asyncrl import metrics
+from asyncrl.monitor import metrics
 
 ROOT = Path(__file__).parent.parent
 SYNC = "buffer.max_staleness=0"

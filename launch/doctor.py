@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from asyncrl.preflight import (
+from asyncrl.runtime.preflight import (
     Check,
     Gpu,
     attempt,

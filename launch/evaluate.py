@@ -52,7 +52,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def resolve(options: argparse.Namespace) -> Config:
     """The configuration that the command line asks for, with the weights to evaluate as `model.path`."""
-    from asyncrl import checkpoint
+    from asyncrl.recovery import checkpoint
 
     files: list[Any] = [word for word in options.words if "=" not in word]
     words = [word for word in options.words if "=" in word]
@@ -77,7 +77,7 @@ async def evaluate(config: Config) -> dict[str, Any]:
     from asyncrl.evaluation import summarize
     from asyncrl.model import load_tokenizer
     from asyncrl.runtime.parts import build_rollout
-    from asyncrl.warmup import prepare
+    from asyncrl.training.warmup import prepare
 
     folder = str(prepare(config))
     env = load_env(config.env.path, load_tokenizer(folder), config.env.args)

@@ -21,14 +21,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from asyncrl import checkpoint, groups, journal
 from asyncrl import config as configuration
 from asyncrl.config import Config
-from asyncrl.journal import Batch, Generated, Resumed, Started, Synced
+from asyncrl.recovery import checkpoint, groups, journal
+from asyncrl.recovery.journal import Batch, Generated, Resumed, Started, Synced
 from asyncrl.runtime.parts import LearnerPart
 from asyncrl.runtime.placement import plan
+from asyncrl.training.warmup import prepare
 from asyncrl.types import Group, Version
-from asyncrl.warmup import prepare
 from asyncrl.weights import digest_of
 
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl import config as configuration
-from asyncrl import metrics, samples, timeline
-from asyncrl.blame import blame
-from asyncrl.sinks import flat
-from asyncrl.timeline import Span
+from asyncrl.monitor import metrics, samples, timeline
+from asyncrl.monitor.blame import blame
+from asyncrl.monitor.sinks import flat
+from asyncrl.monitor.timeline import Span
 
 PAGE = Path(__file__).parent / "report_page"
 _MAX_SPANS = 40_000

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from asyncrl.supervisor import request
+from asyncrl.recovery.supervisor import request
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,7 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from asyncrl.blame import blame, longest
+from asyncrl.monitor.blame import blame, longest
 
 Row = dict[str, Any]
 

@@ -6,8 +6,10 @@ from helpers import run
 from safetensors import SafetensorError
 from test_loop import small
 
-from asyncrl import checkpoint, groups, job, metrics
-from asyncrl.checkpoint import Cursor
+from asyncrl import job
+from asyncrl.monitor import metrics
+from asyncrl.recovery import checkpoint, groups
+from asyncrl.recovery.checkpoint import Cursor
 
 
 def fill(folder):

@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 from helpers import run
 
-from asyncrl import checkpoint, job, metrics
 from asyncrl import config as configuration
+from asyncrl import job
 from asyncrl.envs.base import load_env
 from asyncrl.model import load_tokenizer
+from asyncrl.monitor import metrics
 from asyncrl.pool import RolloutPool
+from asyncrl.recovery import checkpoint
 from asyncrl.runtime.cluster import open_actors
-from asyncrl.warmup import prepare
+from asyncrl.training.warmup import prepare
 
 ROOT = Path(__file__).parent.parent
 SMALL = [

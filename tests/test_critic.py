@@ -14,12 +14,14 @@ from safetensors.torch import load_file
 from test_learner import folder, make_learner  # noqa: F401
 from test_loop import small
 
-from asyncrl import checkpoint, job, metrics
 from asyncrl import config as configuration
+from asyncrl import job
 from asyncrl.algo.gae import gae, value_losses, whiten
-from asyncrl.critic import METRICS as CRITIC
-from asyncrl.learner import Learner
 from asyncrl.model import load_model
+from asyncrl.monitor import metrics
+from asyncrl.recovery import checkpoint
+from asyncrl.training.critic import METRICS as CRITIC
+from asyncrl.training.learner import Learner
 from asyncrl.types import Trajectory
 
 PPO = ("algorithm.preset=ppo", "critic.learning_rate=1e-2")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from asyncrl import config as configuration
-from asyncrl import preflight
+from asyncrl.runtime import preflight
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "doctor.py"
 _spec = importlib.util.spec_from_file_location("doctor", SCRIPT)

@@ -9,9 +9,10 @@ import pytest
 from helpers import run, trajectory
 
 from asyncrl import config as configuration
-from asyncrl import job, metrics
+from asyncrl import job
 from asyncrl.evaluation import interval, ks, pass_at_k, summarize
 from asyncrl.model import build_tiny
+from asyncrl.monitor import metrics
 from asyncrl.rollout import Attempts, Rollout, make_group
 from asyncrl.types import Completion, Prompt, Sampling
 from launch import evaluate

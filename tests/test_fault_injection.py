@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncrl.journal import Admitted, Batch, Journal
+from asyncrl.recovery.journal import Admitted, Batch, Journal
 from bench import faults
 
 ROOT = Path(__file__).parent.parent

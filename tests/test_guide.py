@@ -10,10 +10,11 @@ import pytest
 from helpers import run as run_coroutine
 
 from asyncrl import config as configuration
-from asyncrl import job, metrics
+from asyncrl import job
 from asyncrl.config import Config
 from asyncrl.envs.base import single_turn, split_of
-from asyncrl.sinks import flat
+from asyncrl.monitor import metrics
+from asyncrl.monitor.sinks import flat
 from asyncrl.types import Prompt
 from launch import report, run
 

@@ -14,11 +14,11 @@ from helpers import run, trajectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncrl import groups as files
 from asyncrl.buffer import Buffer
-from asyncrl.journal import Admitted, Batch, Dropped, Generated, Journal, Resumed, Saved, Started, Synced, read
 from asyncrl.loop import check_digests
-from asyncrl.prompts import PromptQueue
+from asyncrl.recovery import groups as files
+from asyncrl.recovery.journal import Admitted, Batch, Dropped, Generated, Journal, Resumed, Saved, Started, Synced, read
+from asyncrl.recovery.prompts import PromptQueue
 from asyncrl.rollout import make_group
 from asyncrl.types import Prompt
 
@@ -107,7 +107,7 @@ def test_damage_before_the_last_record_is_never_passed_over(tmp_path_factory, da
 def test_two_processes_cannot_run_the_same_run(tmp_path):
     path = filled(tmp_path / "journal.bin")
     holder = Journal(path)
-    code = f"from pathlib import Path; from asyncrl.journal import Journal; Journal(Path({str(path)!r}))"
+    code = f"from pathlib import Path; from asyncrl.recovery.journal import Journal; Journal(Path({str(path)!r}))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "another process runs this run" in other.stderr
     holder.close()

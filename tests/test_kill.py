@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from asyncrl import checkpoint, journal, metrics
-from asyncrl.journal import Admitted, Batch, Resumed
+from asyncrl.monitor import metrics
+from asyncrl.recovery import checkpoint, journal
+from asyncrl.recovery.journal import Admitted, Batch, Resumed
 
 ROOT = Path(__file__).parent.parent
 SMALL = [

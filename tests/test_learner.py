@@ -16,12 +16,12 @@ from asyncrl import model as model_file
 from asyncrl.algo.presets import PRESETS
 from asyncrl.engine.embedded import EmbeddedEngine
 from asyncrl.envs.base import load_env
-from asyncrl.learner import Learner
 from asyncrl.model import build_tiny, load_model, load_tokenizer, stop_token_ids
-from asyncrl.packing import pack
 from asyncrl.rollout import Rollout
+from asyncrl.training.learner import Learner
+from asyncrl.training.packing import pack
+from asyncrl.training.utilization import FlopCounter
 from asyncrl.types import Sampling
-from asyncrl.utilization import FlopCounter
 
 VOCABULARY, HIDDEN = 25, 128
 

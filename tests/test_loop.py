@@ -12,17 +12,19 @@ import pytest
 import torch
 from helpers import run
 
-from asyncrl import checkpoint, job, journal, loop, metrics
 from asyncrl import config as configuration
+from asyncrl import job, loop
 from asyncrl.envs.base import load_env
-from asyncrl.journal import Dropped
 from asyncrl.loop import check_digests
 from asyncrl.model import load_model, load_tokenizer
+from asyncrl.monitor import metrics
 from asyncrl.pool import RolloutFailed
-from asyncrl.prompts import PromptQueue
+from asyncrl.recovery import checkpoint, journal
+from asyncrl.recovery.journal import Dropped
+from asyncrl.recovery.prompts import PromptQueue
 from asyncrl.runtime.local import open_actors
+from asyncrl.training.warmup import prepare
 from asyncrl.types import Group, Prompt
-from asyncrl.warmup import prepare
 
 SMALL = [
     "runtime=local",

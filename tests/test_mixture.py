@@ -8,8 +8,9 @@ import pytest
 from helpers import TextTokenizer, attempt, run
 
 from asyncrl import config as configuration
-from asyncrl import job, metrics
+from asyncrl import job
 from asyncrl.envs.base import load_env
+from asyncrl.monitor import metrics
 
 PATH = "asyncrl.envs.mixture:Mixture"
 DIGITS = {

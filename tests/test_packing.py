@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl.algo.presets import resolve
-from asyncrl.packing import pack
+from asyncrl.training.packing import pack
 
 LOSS = resolve("async_default", {})
 

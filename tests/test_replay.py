@@ -7,8 +7,9 @@ import pytest
 from helpers import run
 from test_loop import small
 
-from asyncrl import groups, job, journal
-from asyncrl.journal import Batch
+from asyncrl import job
+from asyncrl.recovery import groups, journal
+from asyncrl.recovery.journal import Batch
 from launch import replay as tool
 
 WORDS = [

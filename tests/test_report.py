@@ -16,8 +16,9 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from asyncrl import config as configuration
-from asyncrl import job, metrics, samples
-from asyncrl.sinks import Prometheus, WeightsAndBiases
+from asyncrl import job
+from asyncrl.monitor import metrics, samples
+from asyncrl.monitor.sinks import Prometheus, WeightsAndBiases
 from launch import report, watch
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -8,8 +8,8 @@ from helpers import run, trajectory
 
 from asyncrl.engine.base import Engine
 from asyncrl.pool import ActorDied, AllActorsDied, RolloutFailed, RolloutPool
+from asyncrl.recovery.supervisor import Supervisor, request
 from asyncrl.rollout import Rollout, UpdateReport, make_group, sample_seed
-from asyncrl.supervisor import Supervisor, request
 from asyncrl.transport import Rendezvous
 from asyncrl.types import Completion, Prompt, Sampling
 

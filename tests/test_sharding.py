@@ -10,14 +10,14 @@ import torch
 from helpers import trajectory
 from torch import distributed
 
-from asyncrl import checkpoint
 from asyncrl import config as configuration
-from asyncrl.checkpoint import Cursor
-from asyncrl.learner import Learner
 from asyncrl.model import build_tiny, empty_model, load_model
+from asyncrl.recovery import checkpoint
+from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.runtime.parts import LearnerPart
 from asyncrl.runtime.placement import plan
-from asyncrl.sharding import Ranks, join_ranks
+from asyncrl.training.learner import Learner
+from asyncrl.training.sharding import Ranks, join_ranks
 from asyncrl.transport import BroadcastGroup, open_rendezvous
 from asyncrl.weights import digest_of
 

@@ -4,7 +4,8 @@ import pytest
 from helpers import run
 
 from asyncrl import config as configuration
-from asyncrl import job, metrics
+from asyncrl import job
+from asyncrl.monitor import metrics
 from asyncrl.staleness import PATIENCE, StalenessControl
 
 GOOD = {"ess/token": 0.99, "mismatch/k3": 0.002, "learner/idle": 0.2}

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from asyncrl import metrics
+from asyncrl.monitor import metrics
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "asyncrl").rglob("*.py"))
 
-HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboard": {"sinks.py"}}
+HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboard": {"monitor/sinks.py"}}
 
 # Each layer may import itself and the ones before it.
 LAYERS = [
-    {"types", "algo.method", "algo.own", "algo.presets", "config", "rules", "transport", "timeline"}
-    | {"confine", "sandbox"},
+    {"types", "algo.method", "algo.own", "algo.presets", "config", "rules", "transport", "monitor.timeline"}
+    | {"sandbox.confine", "sandbox"},
     {
         "evaluation",
         "algo.advantage",
@@ -25,19 +25,28 @@ LAYERS = [
         "algo.loss",
         "algo.diagnostics",
         "buffer",
-        "sharding",
+        "training.sharding",
         "weights",
         "model",
         "envs.base",
-        "blame",
-        "samples",
-        "sinks",
+        "monitor.blame",
+        "monitor.samples",
+        "monitor.sinks",
         "staleness",
-        "journal",
-        "groups",
-        "watchdog",
+        "recovery.journal",
+        "recovery.groups",
+        "recovery.watchdog",
     },
-    {"metrics", "checkpoint", "prompts", "packing", "critic", "shaping", "scoring", "engine.base"}
+    {
+        "monitor.metrics",
+        "recovery.checkpoint",
+        "recovery.prompts",
+        "training.packing",
+        "training.critic",
+        "training.shaping",
+        "training.scoring",
+        "engine.base",
+    }
     | {"envs.digits", "envs.numbers"}
     | {"envs.data", "envs.chat", "envs.rewards", "envs.dataset", "envs.gsm8k", "envs.mixture"}
     | {"envs.reasoning_gym", "envs.multi_turn", "envs.faults"},
@@ -55,15 +64,15 @@ LAYERS = [
         "envs.gym",
         "rollout",
         "pool",
-        "learner",
-        "utilization",
-        "step_metrics",
-        "warmup",
+        "training.learner",
+        "training.utilization",
+        "training.step_metrics",
+        "training.warmup",
     },
-    {"guard", "supervisor"},
+    {"recovery.guard", "recovery.supervisor"},
     {"loop"},
     {"runtime.placement", "runtime.stacks", "runtime.parts", "runtime.local", "runtime.cluster"},
-    {"job", "preflight"},
+    {"job", "runtime.preflight"},
 ]
 
 

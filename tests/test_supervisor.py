@@ -8,10 +8,12 @@ import pytest
 from helpers import run
 
 from asyncrl import config as configuration
-from asyncrl import job, journal, metrics
-from asyncrl.journal import Admitted, Batch
+from asyncrl import job
+from asyncrl.monitor import metrics
+from asyncrl.recovery import journal
+from asyncrl.recovery.journal import Admitted, Batch
+from asyncrl.recovery.supervisor import request
 from asyncrl.runtime import cluster
-from asyncrl.supervisor import request
 
 WORDS = [
     "env.path=asyncrl.envs.digits:SortDigits",

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from asyncrl import timeline
-from asyncrl.blame import METRICS, blame, longest, waits
-from asyncrl.timeline import Span, Timeline
+from asyncrl.monitor import timeline
+from asyncrl.monitor.blame import METRICS, blame, longest, waits
+from asyncrl.monitor.timeline import Span, Timeline
 
 
 def test_spans_come_back_as_they_were_recorded(tmp_path):

@@ -12,7 +12,8 @@ from helpers import run
 from ray.cluster_utils import Cluster
 
 from asyncrl import config as configuration
-from asyncrl import job, metrics
+from asyncrl import job
+from asyncrl.monitor import metrics
 from asyncrl.runtime import cluster as runtime
 
 pytestmark = [

@@ -9,9 +9,10 @@ import pytest
 from helpers import run
 from test_loop import small
 
-from asyncrl import checkpoint, job
+from asyncrl import job
+from asyncrl.recovery import checkpoint
+from asyncrl.recovery.watchdog import Stalled, Watchdog
 from asyncrl.runtime.stacks import dump_stacks
-from asyncrl.watchdog import Stalled, Watchdog
 
 
 def make(folder, action="warn", timeout_s=0.1):

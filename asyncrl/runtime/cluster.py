@@ -21,15 +21,15 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from asyncrl import sharding
-from asyncrl.checkpoint import Cursor
 from asyncrl.config import Config
 from asyncrl.pool import ActorDied
+from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.rollout import UpdateReport
 from asyncrl.runtime.parts import LearnerPart, build_rollout
 from asyncrl.runtime.placement import Placement, check_resources, plan
 from asyncrl.runtime.stacks import dump_stacks, offer_stacks
-from asyncrl.sharding import join_ranks
+from asyncrl.training import sharding
+from asyncrl.training.sharding import join_ranks
 from asyncrl.transport import Audience, Rendezvous, open_rendezvous
 from asyncrl.types import Group, Prompt, Trajectory, Version
 from asyncrl.weights import Bucket

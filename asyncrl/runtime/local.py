@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from asyncrl.checkpoint import Cursor
 from asyncrl.config import Config
+from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.rollout import Rollout
 from asyncrl.runtime.parts import LearnerPart, build_rollout
 from asyncrl.runtime.placement import plan

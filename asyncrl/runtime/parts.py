@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from asyncrl import checkpoint
-from asyncrl.checkpoint import Cursor
 from asyncrl.config import Config
 from asyncrl.engine.base import Engine
 from asyncrl.engine.embedded import EmbeddedEngine
 from asyncrl.envs.base import load_env
-from asyncrl.learner import Learner, row_length
 from asyncrl.model import empty_model, load_model, load_tokenizer, stop_token_ids
+from asyncrl.recovery import checkpoint
+from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.rollout import Attempts, Rollout
 from asyncrl.runtime.placement import Placement
-from asyncrl.sharding import Ranks
+from asyncrl.training.learner import Learner, row_length
+from asyncrl.training.sharding import Ranks
 from asyncrl.types import Sampling
 from asyncrl.weights import DTYPES
 

@@ -77,7 +77,7 @@ def compare(options: argparse.Namespace) -> None:
 
 def run_asyncrl(config: str, words: list[str]) -> dict[str, Any]:
     """One run of the main job; the curve's seconds are those of the steps before each evaluated version."""
-    from asyncrl import metrics
+    from asyncrl.monitor import metrics
 
     command = [sys.executable, str(ROOT / "launch" / "run.py"), config, *words]
     done = finish(command, os.environ)
@@ -96,7 +96,7 @@ def run_asyncrl(config: str, words: list[str]) -> dict[str, Any]:
 def run_trl(path: str, words: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """The same run by TRL, in its own environment, which reads its settings from a file."""
     from asyncrl import config as configuration
-    from asyncrl.warmup import prepare
+    from asyncrl.training.warmup import prepare
 
     config = configuration.load(path, words)
     settings = configuration.to_tree(config) | {"initial": str(prepare(config, quiet=True))}

@@ -10,9 +10,9 @@ import torch
 from helpers import trajectory
 
 from asyncrl import config as configuration
-from asyncrl.learner import Learner
 from asyncrl.model import build_tiny, load_model
-from asyncrl.packing import MicroBatch, pack
+from asyncrl.training.learner import Learner
+from asyncrl.training.packing import MicroBatch, pack
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 GROUPS = [[trajectory(20, 30 * n, seed=10 * g + n, reward=float(n == 3)) for n in (1, 3, 7)] for g in range(4)]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from asyncrl.packing import MicroBatch
+from asyncrl.training.packing import MicroBatch
 
 _PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
 """Dense bfloat16 FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first that fits counts."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from asyncrl import groups as files
-from asyncrl.checkpoint import Cursor
-from asyncrl.journal import Account, Admitted, Batch, Dropped, Generated, Journal, Saved, Synced, checksum_of
+from asyncrl.recovery import groups as files
+from asyncrl.recovery.checkpoint import Cursor
+from asyncrl.recovery.journal import Account, Admitted, Batch, Dropped, Generated, Journal, Saved, Synced, checksum_of
 from asyncrl.types import Group, Prompt, Version
 
 

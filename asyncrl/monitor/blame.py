@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from asyncrl.timeline import Span, covered_s
+from asyncrl.monitor.timeline import Span, covered_s
 
 METRICS: dict[str, str] = {
     "wait/learner_for_groups_s": "seconds since the last step that the learner waited for a batch of groups",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from asyncrl.packing import MicroBatch
+from asyncrl.training.packing import MicroBatch
 
 
 class Scorer(nn.Module):

@@ -17,10 +17,10 @@ from asyncrl.algo.gae import gae, whiten
 from asyncrl.algo.loss import kl_estimate
 from asyncrl.algo.method import Loss
 from asyncrl.config import CriticConfig
-from asyncrl.critic import METRICS as CRITIC
-from asyncrl.critic import Critic
-from asyncrl.packing import Batch, MicroBatch
-from asyncrl.sharding import Ranks
+from asyncrl.training.critic import METRICS as CRITIC
+from asyncrl.training.critic import Critic
+from asyncrl.training.packing import Batch, MicroBatch
+from asyncrl.training.sharding import Ranks
 
 METRICS = {
     "reward/kl": "estimate of KL(behavior || reference), mean over tokens, whose multiple was taken off the rewards "

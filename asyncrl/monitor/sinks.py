@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from asyncrl.config import Config, to_tree
-from asyncrl.samples import Row
+from asyncrl.monitor.samples import Row
 
 
 class Sink(Protocol):

@@ -18,13 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from asyncrl.algo.diagnostics import METRICS as DIAGNOSTICS
 from asyncrl.algo.diagnostics import alarms
-from asyncrl.blame import METRICS as WAITS
-from asyncrl.blame import Blame, blame, longest, waits
 from asyncrl.config import Config, MetricsConfig
-from asyncrl.samples import Samples
-from asyncrl.shaping import METRICS as SHAPING
-from asyncrl.sinks import Prometheus, Sink, TensorBoard, WeightsAndBiases
-from asyncrl.timeline import Timeline
+from asyncrl.monitor.blame import METRICS as WAITS
+from asyncrl.monitor.blame import Blame, blame, longest, waits
+from asyncrl.monitor.samples import Samples
+from asyncrl.monitor.sinks import Prometheus, Sink, TensorBoard, WeightsAndBiases
+from asyncrl.monitor.timeline import Timeline
+from asyncrl.training.shaping import METRICS as SHAPING
 from asyncrl.types import Group
 
 METRICS: dict[str, str] = {

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from asyncrl.algo.gae import value_losses
 from asyncrl.config import CriticConfig
-from asyncrl.packing import MicroBatch
-from asyncrl.scoring import attention_inputs
+from asyncrl.training.packing import MicroBatch
+from asyncrl.training.scoring import attention_inputs
 
 METRICS = {
     "critic/loss": "value loss before the first update on the batch, half a mean squared error over tokens",

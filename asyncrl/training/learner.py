@@ -19,16 +19,16 @@ from torch.distributed import TCPStore
 from asyncrl.algo.diagnostics import learning_rate_factor
 from asyncrl.algo.loss import Columns, policy_loss, second_moment_bound
 from asyncrl.config import Config
-from asyncrl.critic import Critic
 from asyncrl.model import decoder_layers, use_attention
-from asyncrl.packing import MicroBatch, pack
-from asyncrl.scoring import Scorer, recompute_activations
-from asyncrl.shaping import shape
-from asyncrl.sharding import Ranks, collect, shard, split_like, whole
-from asyncrl.step_metrics import GradientWatch, Seen, measure, speed
+from asyncrl.training.critic import Critic
+from asyncrl.training.packing import MicroBatch, pack
+from asyncrl.training.scoring import Scorer, recompute_activations
+from asyncrl.training.shaping import shape
+from asyncrl.training.sharding import Ranks, collect, shard, split_like, whole
+from asyncrl.training.step_metrics import GradientWatch, Seen, measure, speed
+from asyncrl.training.utilization import FlopCounter
 from asyncrl.transport import Audience, BroadcastGroup, Rendezvous, open_rendezvous
 from asyncrl.types import Trajectory, Version
-from asyncrl.utilization import FlopCounter
 from asyncrl.weights import Bucket, Outgoing, make_buckets
 
 
