@@ -67,7 +67,12 @@ class MultiTurn:
                 )
         names: dict[Split, list[str]] = {"train": [], "heldout": []}
         for name, row in self._rows.items():
-            names[row.get("split") or split_of(json.dumps(row, sort_keys=True))].append(name)
+            split = row.get("split") or split_of(json.dumps(row, sort_keys=True))
+            if split not in names:
+                raise ValueError(
+                    f"row {name} of {data} has the split {split!r}: write 'train' or 'heldout', or nothing"
+                )
+            names[split].append(name)
         self._names = names
 
     def opening(self, row: Row) -> list[Message]:
@@ -184,7 +189,9 @@ def encode_answer(tokenizer: Tokenizer, completion: Completion, answer: str | li
 
 
 def field(row: Row, name: str) -> Any:
-    """Column `name` of a row. Raises `ValueError` that names the columns there are."""
+    """Column `name` of a row. Raises `ValueError` that names the columns there are, and for one with nothing in it."""
     if name not in row:
         raise ValueError(f"a row lacks the column {name!r}; it has {', '.join(sorted(row))}")
+    if row[name] is None or row[name] == "":
+        raise ValueError(f"a row has nothing in the column {name!r}: remove it, or correct the data: {str(row)[:200]}")
     return row[name]
