@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from helpers import TextTokenizer
 
 from asyncrl.envs.base import load_env
 from asyncrl.model import TINY_BYTES, build_tiny, load_tokenizer
@@ -58,6 +59,13 @@ def test_a_row_that_nobody_could_solve_is_refused(tokenizer, tmp_path, task, row
     path.write_text(json.dumps(row))
     with pytest.raises(ValueError, match=message):
         load_env(TASKS[task], tokenizer, {"data": str(path)})
+
+
+def test_turns_need_a_chat_template():
+    bare = TextTokenizer()
+    bare.chat_template = None
+    with pytest.raises(ValueError, match=r"no chat template, which .* environments of several turns need"):
+        load_env(TASKS["tools:ToolUse"], bare, {})
 
 
 @pytest.mark.parametrize(
