@@ -192,7 +192,7 @@ async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
         clock.lap("sync")
         buffered = buffer.release()
         row = measure(groups) | learnt | synced | clock.metrics() | measure_buffer(buffer, buffered)
-        row["journal/unstored"] = float(system.prompts.num_unstored)
+        row |= system.prompts.metrics()
         system.metrics.step(learner.version, row, buffer.max_lag)
         tasks.create_task(system.metrics.sample(learner.version, groups))
         if system.control is not None and (decision := system.control.decide(row)) is not None:

@@ -81,6 +81,14 @@ def test_reward_functions_see_prompt_completion_and_columns(tmp_path):
         assert attempt(env, prompt, str(number)).reward == 0
 
 
+def test_a_column_may_name_the_source_of_prompts(tmp_path):
+    env = make(tmp_path / "data.jsonl", source_column="level")
+    for prompt in itertools.islice(env.prompts("train", 0), 30):
+        assert prompt.source == str(json.loads(prompt.target)["columns"]["level"])
+    with pytest.raises(ValueError, match="has no column 'grade'"):
+        next(make(tmp_path / "data.jsonl", source_column="grade").prompts("train", 0))
+
+
 def test_several_reward_functions_are_weighted_and_reported(tmp_path):
     both = ["test_dataset:level_reward", "test_dataset:length_reward"]
     env = make(tmp_path / "data.jsonl", reward=both, weights=[1.0, 0.5])
