@@ -137,7 +137,7 @@ def gantt(spans: Sequence[Span], window: tuple[int, int] | None) -> dict[str, An
     steps = [(span.facts["version"], span.begin_s, span.end_s) for span in spans if is_step(span)]
     begin_s, end_s = bounds(spans, steps, window)
     shown = [span for span in spans if span.end_s >= begin_s and span.begin_s <= end_s]
-    lanes = sorted({span.lane for span in shown if "value" not in span.facts}, key=lane_order)
+    lanes = sorted({span.lane for span in shown if "value" not in span.facts}, key=timeline.lane_order)
     names = {lane: number for number, lane in enumerate(lanes)}
     return {
         "lanes": lanes,
@@ -166,13 +166,6 @@ def bounds(
         return min(begin for begin, _ in inside), max(end for _, end in inside)
     newest_first = sorted((span.begin_s for span in spans), reverse=True)
     return newest_first[min(len(newest_first), _MAX_SPANS) - 1], newest_first[0]
-
-
-def lane_order(lane: str) -> tuple[int, int, str]:
-    """The learner on top, then evaluation, then rollout actors and evaluators by number."""
-    place = {"learner": 0, "evaluation": 1, "buffer": 2}.get(lane, 3 if lane.startswith("rollout") else 4)
-    digits = "".join(letter for letter in lane if letter.isdigit())
-    return place, int(digits or 0), lane
 
 
 def sampled(folder: Path) -> list[dict[str, Any]]:

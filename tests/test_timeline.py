@@ -6,7 +6,7 @@ import math
 import pytest
 
 from asyncrl.monitor import timeline
-from asyncrl.monitor.blame import METRICS, blame, longest, waits
+from asyncrl.monitor.blame import METRICS, blame, told, waits
 from asyncrl.monitor.timeline import Span, Timeline
 
 
@@ -89,7 +89,11 @@ def test_the_waits_of_a_step():
             "wait/window_s": 10,
         }
     )
-    assert longest(found) == "learner for groups 3.00 s"
+    assert told(found) == (
+        "learner for groups 3.00 s, rollouts for slots 3.00 s, rollouts in evaluation 1.00 s, "
+        "learner for weights 1.00 s, learner for a checkpoint 0.50 s"
+    ), "the others took less than a twentieth of the 10 s"
+    assert told({"wait/window_s": 10, "wait/learner_for_groups_s": 0.4, "wait/rollout_for_slots_s": None}) == "none"
 
 
 def test_without_lanes_of_actors_their_waits_are_unknown():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -82,9 +83,11 @@ class WeightsAndBiases:
             config=to_tree(config),
             resume="allow",
         )
+        self._run.define_metric("*", step_metric="version")
 
     def write(self, version: int, row: Mapping[str, float]) -> None:
-        # The version is a column and not the step: an evaluation may arrive after later steps.
+        # The version is a column and not wandb's own step, which may not go back: an evaluation may arrive after later
+        # steps.
         self._run.log({"version": version, **row})
 
     def close(self) -> None:
@@ -92,16 +95,16 @@ class WeightsAndBiases:
 
 
 class Prometheus:
-    """The newest value of every metric as text, at http://127.0.0.1:PORT/metrics. Loopback only: it has no password."""
+    """The newest value of every metric as text, at http://HOST:PORT/metrics. It has no password, hence loopback."""
 
-    def __init__(self, port: int, meanings: Mapping[str, str]) -> None:
-        """Port 0 takes a free one; `port` tells which. Raises `ValueError` if the port is taken."""
+    def __init__(self, host: str, port: int, meanings: Mapping[str, str]) -> None:
+        """Port 0 takes a free one; `port` tells which. Raises `ValueError` if the address cannot be had."""
         self._values: dict[str, float] = {}
         sink = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                found = self.path == "/metrics"
+                found = self.path.partition("?")[0] == "/metrics"
                 self.send_response(200 if found else 404)
                 self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
                 self.end_headers()
@@ -111,10 +114,10 @@ class Prometheus:
                 """Scrapes are not news."""
 
         try:
-            self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+            self._server = ThreadingHTTPServer((host, port), Handler)
         except OSError as error:
             raise ValueError(
-                f"metrics.prometheus_port {port} cannot be opened ({error.strerror}): choose another"
+                f"metrics.prometheus_port {port} of {host} cannot be opened ({error.strerror}): choose another"
             ) from error
         self.port = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
@@ -124,12 +127,13 @@ class Prometheus:
         self._values = {**self._values, **row, "version": float(version)}  # replaced whole: the server reads it
 
     def page(self, meanings: Mapping[str, str]) -> str:
-        """Prometheus text format 0.0.4."""
+        """Prometheus text format 0.0.4. Names may have letters, digits and underscores only."""
         lines = []
         for name, value in self._values.items():
-            metric = "asyncrl_" + name.replace("/", "_").replace("-", "_")
-            lines += [f"# HELP {metric} {meanings.get(name, name)}", f"# TYPE {metric} gauge"]
-            lines.append(f"{metric} {'NaN' if math.isnan(value) else f'{value:.9g}'}")
+            metric = "asyncrl_" + re.sub(r"[^a-zA-Z0-9_]", "_", name)
+            meaning = meanings.get(name, name).replace("\\", "\\\\").replace("\n", "\\n")
+            number = f"{value:.9g}" if math.isfinite(value) else {math.inf: "+Inf", -math.inf: "-Inf"}.get(value, "NaN")
+            lines += [f"# HELP {metric} {meaning}", f"# TYPE {metric} gauge", f"{metric} {number}"]
         return "\n".join(lines) + "\n"
 
     def close(self) -> None:
