@@ -75,8 +75,8 @@ def _intervals(spans: Sequence[Span], name: str) -> list[tuple[float, float]]:
 def told(row: Mapping[str, float]) -> str:
     """Who waited for whom in a step, and for how long, the longest first; what is less than a twentieth is left out."""
     least = (row.get("wait/window_s") or math.nan) * _WORTH_TELLING
-    known = {words: row[name] for name, words in _IN_WORDS.items() if row.get(name) is not None}
-    found = sorted(((seconds, words) for words, seconds in known.items() if seconds >= least), reverse=True)
+    known = [(row[name], words) for name, words in _IN_WORDS.items() if row.get(name) is not None]
+    found = sorted((pair for pair in known if pair[0] >= least), key=lambda pair: -pair[0])
     return ", ".join(f"{words} {seconds:.2f} s" for seconds, words in found) or "none"
 
 

@@ -134,7 +134,7 @@ class Prometheus:
             meaning = meanings.get(name, name).replace("\\", "\\\\").replace("\n", "\\n")
             number = f"{value:.9g}" if math.isfinite(value) else {math.inf: "+Inf", -math.inf: "-Inf"}.get(value, "NaN")
             lines += [f"# HELP {metric} {meaning}", f"# TYPE {metric} gauge", f"{metric} {number}"]
-        return "\n".join(lines) + "\n"
+        return "".join(f"{line}\n" for line in lines)
 
     def close(self) -> None:
         self._server.shutdown()
