@@ -4,20 +4,26 @@
 
 Every step's spans go through a `Timeline` that writes to a file, then the file is flushed and the waits are taken from
 the spans, as in the run itself. The seconds for that are compared with the seconds that the step took in the run, from
-its metrics.jsonl. Both are of this machine only if the run was.
+its metrics.jsonl. Both are of this machine only if the run was. Then the terminal view of the run is drawn.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import statistics
 import sys
 import tempfile
 import time
 from collections import defaultdict
+from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
-from asyncrl.monitor import metrics, timeline
+from rich.console import Console
+
+from asyncrl.monitor import metrics, timeline, view
 from asyncrl.monitor.blame import waits
 from asyncrl.monitor.timeline import Span, Timeline
 
@@ -41,10 +47,26 @@ def main() -> int:
     print(
         f"{len(known)} steps, {statistics.median(num_spans):.0f} spans a step (median), "
         f"{1e6 * sum(costs) / sum(num_spans):.1f} us a span, its share of the waits included\n"
-        f"{1e3 * statistics.median(costs):.2f} ms of a step that took {1e3 * statistics.median(took):.0f} ms (medians): "
+        f"{1e3 * statistics.median(costs):.2f} ms of a step of {1e3 * statistics.median(took):.0f} ms (medians): "
         f"{sum(costs) / sum(took):.2%} of all steps' time, {max(map(share, costs, took)):.2%} of the worst one's"
     )
+    steps_drawn = [draw(rows, json.loads((options.run / "config.json").read_text()), n) for n in (len(rows), 10_000)]
+    print(
+        f"the view, drawn: {steps_drawn[0]:.1f} ms of CPU, {steps_drawn[1]:.1f} ms for a run of 10,000 steps (medians)"
+    )
     return 0
+
+
+def draw(rows: dict[int, dict[str, float]], config: dict[str, Any], num_rows: int) -> float:
+    """Milliseconds of CPU to draw the terminal view of the run, its rows repeated up to `num_rows`."""
+    shown = list(islice(cycle(rows.values()), num_rows))
+    console = Console(file=io.StringIO(), force_terminal=True, width=110)
+    costs = []
+    for _ in range(20):
+        began = time.thread_time()
+        console.print(view.screen("run", config, shown))
+        costs.append(time.thread_time() - began)
+    return 1e3 * statistics.median(costs)
 
 
 def share(cost_s: float, step_s: float) -> float:
@@ -54,9 +76,7 @@ def share(cost_s: float, step_s: float) -> float:
 def spans_of_steps(spans: list[Span]) -> dict[int, list[Span]]:
     """By version: the spans that ended before the learner's update to it did, and after the one before."""
     ends = sorted(
-        (span.end_s, span.facts["version"])
-        for span in spans
-        if (span.lane, span.name) == ("learner", "update weights")
+        (span.end_s, span.facts["version"]) for span in spans if (span.lane, span.name) == ("learner", "update weights")
     )
     found: dict[int, list[Span]] = defaultdict(list)
     waiting = iter(sorted(spans, key=lambda span: span.end_s))
