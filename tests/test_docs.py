@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 
 from asyncrl import config as configuration
@@ -163,6 +164,19 @@ def test_the_bench_of_the_timeline_runs(finished, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         runpy.run_path(str(ROOT / "bench" / "timeline.py"), run_name="__main__")
     assert "2 steps, " in capsys.readouterr().out
+
+
+def test_sampled_trajectories_open_as_the_guide_says(finished, tmp_path):
+    page = (ROOT / "docs" / "guide.md").read_text().replace("RUN_DIR", str(finished))
+    (block,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "read_parquet" in block)
+    names = {}
+    exec(block, names)
+    (other,) = re.findall(r"# or: (.*)", block)
+    loaded = eval(other[:-1] + f", cache_dir={str(tmp_path)!r})", {"datasets": datasets})["train"]
+    assert len(names["table"]) == len(loaded) == 2 * 2
+    assert list(names["table"].columns) == loaded.column_names
+    told = page.partition("Columns: ")[2].partition("\n\n")[0]
+    assert set(loaded.column_names) == set(re.findall(r"`(\w+)`", told))
 
 
 def test_there_are_commands():

@@ -174,6 +174,14 @@ def test_a_run_that_went_silent_is_said_to_have(tmp_path):
     assert "no step for" in text_of(view.View(tmp_path).render())
 
 
+def test_the_end_is_when_nothing_follows_the_last_step(tmp_path):
+    shown = view.View(make_folder(tmp_path, [ROW | {"version": 12}]))
+    assert not shown.finished(), "its evaluation may follow"
+    assert "step 12 of 12" in text_of(shown.render()), "resumed with more steps than the 9 at its start"
+    os.utime(tmp_path / "metrics.jsonl", (0, 0))
+    assert shown.finished()
+
+
 def test_a_resumed_run_writes_its_rows_anew(tmp_path):
     path = tmp_path / "metrics.jsonl"
     follower = view.Follower(path)
@@ -189,6 +197,7 @@ def test_a_terminal_that_is_not_ours_keeps_its_echo(monkeypatch, tmp_path, capsy
     assert watch.main([str(tmp_path)]) == 2
     assert "is no run folder" in capsys.readouterr().err
     make_folder(tmp_path, [ROW | {"version": 9}])
+    os.utime(tmp_path / "metrics.jsonl", (0, 0))
     with open(os.devnull) as nothing:
         monkeypatch.setattr(sys, "stdin", nothing)
         assert watch.main([str(tmp_path)]) == 0

@@ -22,6 +22,7 @@ Row = dict[str, Any]
 
 _RECENT = 20
 """Steps that the rates and the waits are taken over."""
+_LINGER_S = 5.0
 _ENOUGH = 5
 """Steps below which there is no sentence yet."""
 _SENTENCE = 1000
@@ -84,14 +85,16 @@ class View:
         self._rows = Follower(self._path)
 
     def finished(self) -> bool:
-        """Whether the last step is done."""
-        return newest_version(self._rows.read()) >= self._config["num_steps"]
+        """Whether the last step is done and nothing followed for a while, such as its evaluation or further steps of a
+        run that was resumed with more of them."""
+        return newest_version(self._rows.read()) >= self._config["num_steps"] and self._silent_s() > _LINGER_S
 
     def render(self) -> RenderableType:
         """The whole screen, as the run's files are now."""
-        rows = self._rows.read()
-        silent_s = time.time() - self._path.stat().st_mtime if rows else 0.0
-        return screen(self._name, self._config, rows, silent_s)
+        return screen(self._name, self._config, self._rows.read(), self._silent_s())
+
+    def _silent_s(self) -> float:
+        return time.time() - self._path.stat().st_mtime if self._path.exists() else 0.0
 
 
 def newest_version(rows: Sequence[Row]) -> int:
@@ -128,7 +131,8 @@ def mean_step_s(steps: Sequence[Row]) -> float:
 
 
 def progress(config: dict[str, Any], steps: Sequence[Row]) -> RenderableType:
-    done, total = newest_version(steps), config["num_steps"]
+    done = newest_version(steps)
+    total = max(done, config["num_steps"])
     left_s = (total - done) * mean_step_s(steps)
     table = Table.grid(padding=(0, 2), expand=True)
     table.add_column(no_wrap=True)
