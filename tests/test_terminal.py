@@ -73,9 +73,9 @@ def in_a_terminal(*command):
 
 
 def read(terminal, until=None):
-    """What was written, up to a text, or to the end."""
+    """The bytes that were written, up to a text, or to the end."""
     data = b""
-    while until is None or until not in data.decode(errors="replace"):
+    while until is None or until.encode() not in data:
         try:
             found = os.read(terminal, 65536)
         except OSError:  # EIO: the way Linux says that the last writer has gone
@@ -84,7 +84,7 @@ def read(terminal, until=None):
             assert until is None, data.decode(errors="replace")
             break
         data += found
-    return data.decode()
+    return data
 
 
 LIVE = """
@@ -94,14 +94,14 @@ from asyncrl.monitor.terminal import open_terminal
 folder = Path(sys.argv[1])
 shown = open_terminal(folder, 9, 0, quiet=False, watch=True)
 shown.start()
-shown.say("news of the run")
+shown.say("news of the run " + "word " * 60)
 os.write(2, b"from a library in C\\n")
 print("from Python")
 shown.step(1, "step 1 | that the view tells")
 (folder / "metrics.jsonl").write_text(sys.argv[2])
 shown.stop()
 shown.stop()
-shown.say("below")
+shown.say("below " + "word " * 60)
 print("after all")
 """
 
@@ -115,16 +115,16 @@ def make_folder(folder, rows=()):
 def test_nothing_is_written_across_the_view(tmp_path):
     folder = make_folder(tmp_path)
     with in_a_terminal(sys.executable, "-c", LIVE, folder, json.dumps(ROW) + "\n") as (process, terminal):
-        lines = screen_of(read(terminal))
+        lines = screen_of(read(terminal).decode())
         assert process.wait() == 0
     above, (top, *inside) = lines[:3], lines[3:]
-    assert above == ["news of the run", "from a library in C", "from Python"]
+    assert above == ["news of the run " + " ".join(["word"] * 60), "from a library in C", "from Python"]
     assert top.startswith("╭")
     assert len(top) == WIDTH
     bottom = next(number for number, line in enumerate(inside) if line.startswith("╰"))
     assert "step 1 of 9" in inside[0]
     assert {(line[0], line[-1]) for line in inside[:bottom]} == {("│", "│")}
-    assert [line for line in inside[bottom + 1 :] if line] == ["below", "after all"]
+    assert [line for line in inside[bottom + 1 :] if line] == ["below " + " ".join(["word"] * 60), "after all"]
     assert (folder / "output.log").read_text() == "from a library in C\nfrom Python\n"
 
 
@@ -136,7 +136,7 @@ def test_ctrl_c_ends_the_step_and_saves_below_the_view(tmp_path):
         os.write(terminal, b"x\r\x03")
         data += read(terminal)
         assert process.wait() == 0
-    lines = screen_of(data)
+    lines = screen_of(data.decode())
     assert sum(line.startswith("╭") for line in lines) == 1, "\n".join(lines)
     assert not any(line.startswith(("step ", "x", "^C")) for line in lines)
     said = next(number for number, line in enumerate(lines) if line.startswith("stopping after this step"))

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
@@ -147,7 +147,7 @@ class LiveView:
         self._console = Console(highlight=False)
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._print(Text(text))
 
     def step(self, version: int, text: str) -> None:
         """The view tells it."""
@@ -159,8 +159,13 @@ class LiveView:
     def _refresh(self) -> None:
         self._fit()
         for line in self._others():
-            self._console.print(Text.from_ansi(line), soft_wrap=True)
+            self._print(Text.from_ansi(line))
         self._live.update(self._view.render(), refresh=True)
+
+    def _print(self, line: Text) -> None:
+        """One line of any length, which the terminal may break. `soft_wrap` would hold for the view, too."""
+        line.no_wrap, line.overflow = True, "ignore"
+        self._console.print(Group(line), crop=False)  # `print` would make another text of a bare one
 
     def _fit(self) -> None:
         """The terminal's size; rich would ask the standard streams, which may all be something else."""
