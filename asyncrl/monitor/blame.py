@@ -27,7 +27,7 @@ METRICS: dict[str, str] = {
 
 _LEARNER = {
     "wait for groups": "wait/learner_for_groups_s",
-    "update weights": "wait/learner_for_weights_s",
+    "wait for weights": "wait/learner_for_weights_s",
     "checkpoint": "wait/learner_for_checkpoint_s",
     "update evaluators": "wait/learner_for_evaluation_s",
 }
