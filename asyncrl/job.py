@@ -106,6 +106,7 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
                 metrics.say(f"{what}: {', '.join(f'{reason} {count}' for reason, count in counts.most_common())}")
         if found := verdict(folder):
             metrics.say(found.sentence)
+            metrics.say(found.bound)
         metrics.say(report(result, config.num_steps))
     return result
 
