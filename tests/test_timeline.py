@@ -64,7 +64,7 @@ def test_the_waits_of_a_step():
     spans = [
         Span("learner", "wait for groups", -1, 3),
         Span("learner", "step", 3, 8),
-        Span("learner", "update weights", 8, 9),
+        Span("learner", "wait for weights", 8, 9),
         Span("learner", "checkpoint", 9, 9.5),
         Span("learner", "update evaluators", 9.5, 9.75),
         Span("evaluator 0", "evaluation", 9.75, 20),
