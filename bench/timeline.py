@@ -74,10 +74,8 @@ def share(cost_s: float, step_s: float) -> float:
 
 
 def spans_of_steps(spans: list[Span]) -> dict[int, list[Span]]:
-    """By version: the spans that ended before the learner's update to it did, and after the one before."""
-    ends = sorted(
-        (span.end_s, span.facts["version"]) for span in spans if (span.lane, span.name) == ("learner", "update weights")
-    )
+    """By version: the spans that ended before the engines' update to it did, and after the one before."""
+    ends = sorted((span.end_s, span.facts["version"]) for span in spans if span.lane == "weight sync")
     found: dict[int, list[Span]] = defaultdict(list)
     waiting = iter(sorted(spans, key=lambda span: span.end_s))
     span = next(waiting, None)

@@ -80,6 +80,7 @@ def collect(folder: Path, window: tuple[int, int] | None = None) -> dict[str, An
         "blame": found
         and {
             "sentence": found.sentence,
+            "bound": found.bound,
             "shares": found.shares,
             "num_actors": found.num_actors,
             "balanced_actors": found.balanced_actors,

@@ -41,7 +41,6 @@ LAYERS = [
     {
         "monitor.terminal",
         "monitor.metrics",
-        "monitor.steps",
         "recovery.checkpoint",
         "recovery.prompts",
         "training.packing",
@@ -73,6 +72,7 @@ LAYERS = [
         "training.warmup",
     },
     {"recovery.guard", "recovery.supervisor"},
+    {"system"},
     {"loop"},
     {"runtime.placement", "runtime.stacks", "runtime.parts", "runtime.local", "runtime.cluster"},
     {"job", "runtime.preflight"},

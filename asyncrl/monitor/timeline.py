@@ -1,7 +1,7 @@
 """What every part of a run did, and when: spans on lanes, as JSON lines in the run folder and as a Perfetto trace.
 
-    learner     | wait for groups |   step   | update weights | wait for groups | ...
-    weight sync                              |    update      |
+    learner     | wait for groups |   step   | wait for groups |  step  | wait for weights | step | ...
+    weight sync                              | update weights             ............. |
     rollout 0   | group 7 ........ | group 12 ....  (many at a time)    | update |
     evaluation  |      evaluation      |
     buffer      a number over time: groups that are ready

@@ -1,7 +1,7 @@
 // The timeline: one lane a part of the run, on a canvas, with zoom and pan. Groups of one actor are packed into rows.
 
 const KIND_COLORS = {
-  step: "--c0", "wait for groups": "--c1", "update weights": "--c3", checkpoint: "--c4", evaluation: "--c4", update: "--c3", group: "--c2",
+  step: "--c0", "wait for groups": "--c1", "update weights": "--c3", "wait for weights": "--c3", checkpoint: "--c4", evaluation: "--c4", update: "--c3", group: "--c2",
 };
 const VERSION_COLORS = ["--c2", "--c0", "--c4", "--c3", "--c1"];
 const GUTTER = 92, AXIS = 34, GAP = 9;
@@ -79,7 +79,7 @@ class Gantt {
   }
 
   legend() {
-    const items = [["step", "--c0"], ["learner waits for groups", "--c1"], ["weight update", "--c3"], ["checkpoint, evaluation", "--c4"]];
+    const items = [["step", "--c0"], ["learner waits for groups", "--c1"], ["weight update, and waiting for it", "--c3"], ["checkpoint, evaluation", "--c4"]];
     return make("div", { class: "legend" }, ...items.map(([name, color]) => make("span", {}, make("i", { style: `background:var(${color})` }), name)),
       make("span", {}, "a thin bar on an actor's lane is a group, from prompt to reward; blank is idle; a red mark in the buffer is a dropped group"));
   }
