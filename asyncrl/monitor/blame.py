@@ -119,8 +119,8 @@ def blame(rows: Sequence[Mapping[str, float]]) -> Blame | None:
     busier = max(works, key=works.__getitem__)
     step_s = total_s / len(rows)
     bound = (
-        f"{works[busier]:.0%} of the ideal overlap: a step took {step_s:.3g} s, of which the busier side, the {busier}, "
-        f"worked {works[busier] * step_s:.3g} s"
+        f"{works[busier]:.0%} of the ideal overlap: a step took {step_s:.3g} s, of which the busier side, the "
+        f"{busier}, worked {works[busier] * step_s:.3g} s"
     )
     return Blame(shares, num_actors, balanced, works[busier], _advice(shares, num_actors, balanced), bound)
 

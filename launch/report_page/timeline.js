@@ -179,7 +179,7 @@ class Gantt {
 
   drawAxis(pen) {
     pen.fillStyle = this.shades["--quiet"];
-    for (const value of ticks(this.view[0] / 1000, this.view[1] / 1000, 8)) {
+    for (const value of ticks(this.view[0] / 1000, this.view[1] / 1000, Math.max(2, Math.min(8, (this.width - GUTTER) / 80)))) {
       const x = this.x(1000 * value);
       if (x > GUTTER) pen.fillText(`${Number(value.toFixed(3))} s`, x + 3, 10);
     }
