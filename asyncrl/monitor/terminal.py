@@ -109,6 +109,7 @@ class LiveView:
     def __init__(self, folder: Path) -> None:
         self._view = View(folder)
         self._log = folder / "output.log"
+        self._console = Console(highlight=False)
         self._stopping = threading.Event()
         self._keys = ExitStack()
         self._thread = threading.Thread(target=self._draw, name="view", daemon=True)
@@ -137,14 +138,16 @@ class LiveView:
         self._thread.join()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        self._refresh()
-        self._live.stop()
-        self._keys.close()
-        for number, saved in self._saved.items():
-            os.dup2(saved, number)
-            os.close(saved)
-        self._console.file.close()
-        self._console = Console(highlight=False)
+        try:
+            self._refresh()
+        finally:
+            self._live.stop()
+            self._keys.close()
+            for number, saved in self._saved.items():
+                os.dup2(saved, number)
+                os.close(saved)
+            self._console.file.close()
+            self._console = Console(highlight=False)
 
     def say(self, text: str) -> None:
         self._print(Text(text))
