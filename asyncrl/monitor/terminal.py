@@ -1,8 +1,10 @@
 """What the person who started a run sees of it: lines above a progress bar, or, with --watch, the view of the run.
 
-lines of the run ----------------------------------------------------.
-anything else that this process writes ---> RUN_DIR/output.log ------+---> above the view, on the terminal
-metrics.jsonl ---> the view, drawn once a second by a thread --------'
+    lines of the run ----------------------------------------------.
+    all else that this process writes ---> RUN_DIR/output.log -----+---> above the view, on the terminal
+    metrics.jsonl ---> the view -----------------------------------'
+
+A thread draws the view once a second. Nothing waits for it, nor it for anything but the files.
 """
 
 from __future__ import annotations
