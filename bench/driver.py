@@ -23,7 +23,7 @@ import pstats
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from asyncrl.recovery.journal import Journal
 from asyncrl.recovery.prompts import PromptQueue
 from asyncrl.rollout import UpdateReport, make_group
 from asyncrl.runtime.cluster import RemoteLearner, RemoteRollout
+from asyncrl.runtime.exchange import Answer, Numbered, Outbox, Tokens, separate
 from asyncrl.transport import Audience, Rendezvous
 from asyncrl.types import Group, Prompt, Trajectory, Version
 
@@ -57,15 +58,18 @@ class SimulatedRollouts:
         self._rng = np.random.default_rng(seed)
         self._version = 0
         self._began = time.monotonic()
+        self._outboxes = defaultdict[int, Outbox](lambda: Outbox(self._play))
 
     @ray.method(num_returns=2)
-    async def run(self, prompt: Prompt) -> tuple[Group, Sequence[Trajectory]]:
+    async def exchange(self, actor: int, prompts: Sequence[Numbered]) -> tuple[list[Answer], list[Tokens]]:
+        return await self._outboxes[actor].exchange(prompts)
+
+    async def _play(self, prompt: Prompt) -> Group:
         version = self._version
         spread = 0.5
         await asyncio.sleep(self._latency_s * self._rng.lognormal(-(spread**2) / 2, spread))
         trajectories = [trajectory(self._shape[1], version, sample % 2) for sample in range(self._shape[0])]
-        group = make_group(prompt, trajectories)
-        return Group(**{name: getattr(group, name) for name in group.__slots__} | {"trajectories": None}), trajectories
+        return make_group(prompt, trajectories)
 
     async def join(self, where: Rendezvous, first_rank: int) -> None:
         pass
@@ -76,15 +80,27 @@ class SimulatedRollouts:
         return UpdateReport(digest=DIGEST, pause_s=0.0, now_s=now_s, busy_s=now_s, num_tokens=0)
 
 
+class Member:
+    """The handle of one simulated rollout actor."""
+
+    def __init__(self, host: Any, number: int) -> None:
+        self.join, self.update_weights = host.join, host.update_weights
+        self._host, self._number = host, number
+        self.exchange = self
+
+    def remote(self, prompts: list[Numbered]) -> Any:
+        return self._host.exchange.remote(self._number, prompts)
+
+
 class SimulatedLearner:
     """Receives every batch, as the learner does, and is done with it."""
 
     def __init__(self) -> None:
         self._version = 0
 
-    def step(self, *groups: Sequence[Trajectory]) -> tuple[Version, dict[str, float]]:
+    def step(self, places: Sequence[tuple[int, int]], *batches: Sequence[Any]) -> tuple[Version, dict[str, float]]:
         self._version += 1
-        tokens = sum(int(one.mask.sum()) for group in groups for one in group)
+        tokens = sum(int(one.mask.sum()) for group in separate(places, batches) for one in group)
         # As many metrics as a real step has, and none that raises an alarm.
         return self._version, dict.fromkeys(DIAGNOSTICS, 0.0) | {"ess/token": 1.0, "learner/num_tokens": float(tokens)}
 
@@ -165,7 +181,9 @@ async def measure(num_actors: int, options: argparse.Namespace) -> dict[str, Any
     arguments = (options.group_size, options.tokens, options.latency)
     hosts = [simulated.remote(*arguments, seed) for seed in range(min(options.processes, num_actors))]
     learner: Any = ray.remote(SimulatedLearner).options(num_cpus=0).remote()
-    actors = [RemoteRollout(f"rollout {n}", hosts[n % len(hosts)], {"num_ranks": 1}) for n in range(num_actors)]
+    actors = [
+        RemoteRollout(f"rollout {n}", Member(hosts[n % len(hosts)], n), {"num_ranks": 1}) for n in range(num_actors)
+    ]
     with tempfile.TemporaryDirectory() as name, CpuClock(Path(name), config) as clock:
         folder, buffer = Path(name), job.make_buffer(config)
         journal = Journal(folder / "journal.bin", reuse=buffer.reuse, max_lag=buffer.max_lag)
@@ -232,7 +250,7 @@ def main() -> None:
 
     results = profiled(work, options.profile) if options.profile else work()
     ray.shutdown()
-    print("| rollout actors | groups in flight | driver CPU, ms a group | event loop | Ray's threads | writers | groups/s |")
+    print("| rollout actors | in flight | driver CPU, ms a group | event loop | Ray's threads | writers | groups/s |")
     print("|---|---|---|---|---|---|---|")
     for row in results:
         shares = " | ".join(f"{row[name]:.2f}" for name in ("ms", "loop_ms", "ray_ms", "writers_ms"))

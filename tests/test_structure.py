@@ -71,7 +71,7 @@ LAYERS = [
     },
     {"recovery.guard", "recovery.supervisor"},
     {"loop"},
-    {"runtime.placement", "runtime.stacks", "runtime.parts", "runtime.local", "runtime.cluster"},
+    {"runtime.exchange", "runtime.placement", "runtime.stacks", "runtime.parts", "runtime.local", "runtime.cluster"},
     {"job", "runtime.preflight"},
 ]
 
