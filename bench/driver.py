@@ -172,7 +172,7 @@ def prompts(num_tokens: int) -> Iterator[Prompt]:
 
 async def measure(num_actors: int, options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of driver CPU a group with so many actors. Ray is running."""
-    batch = 64
+    batch = options.batch
     filling, steps = options.in_flight // batch, options.groups // batch
     words = [f"learner.groups_per_step={batch}", f"buffer.max_staleness={filling - 1}", f"num_steps={filling + steps}"]
     words += [f"rollout.num_actors={num_actors}", "rollout.max_replacements=0", "runtime=cluster"]
@@ -230,15 +230,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--actors", type=int, nargs="*", default=[1, 8, 64], help="simulated rollout actors")
     parser.add_argument("--processes", type=int, default=2, help="Ray processes that host them")
-    parser.add_argument("--in-flight", type=int, default=2048, help="slots of the buffer, a multiple of 64")
-    parser.add_argument("--groups", type=int, default=4096, help="groups that count, a multiple of 64")
+    parser.add_argument("--in-flight", type=int, default=2048, help="slots of the buffer, a multiple of --batch")
+    parser.add_argument("--groups", type=int, default=4096, help="groups that count, a multiple of --batch")
+    parser.add_argument("--batch", type=int, default=64, help="groups of a learner step")
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a trajectory, prompt included")
     parser.add_argument("--latency", type=float, default=8.0, help="mean seconds of a rollout")
     parser.add_argument("--profile", type=Path, help="write a cProfile of the event loop and print its head")
     options = parser.parse_args()
-    if options.in_flight % 64 or options.groups % 64:
-        parser.error("--in-flight and --groups are multiples of 64, the groups of a step")
+    if options.in_flight % options.batch or options.groups % options.batch:
+        parser.error(f"--in-flight and --groups are multiples of --batch, {options.batch}")
     ray.init(address="local", include_dashboard=False, logging_level="WARNING")
 
     async def series() -> list[dict[str, Any]]:

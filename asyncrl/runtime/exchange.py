@@ -52,7 +52,8 @@ class Part:
 def unite(groups: Sequence[Group]) -> tuple[list[tuple[int, int]], list[Any]]:
     """Where each group's tokens are, (batch, index), and the batches, each once."""
     numbers: dict[int, int] = {}
-    places, batches = [], []
+    places: list[tuple[int, int]] = []
+    batches: list[Any] = []
     for group in groups:
         held = group.trajectories
         part = held if isinstance(held, Part) else Part([held], 0)  # of a resumed run, read from disk
