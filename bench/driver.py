@@ -1,6 +1,7 @@
 """What a group costs the driver: CPU time of loop, buffer and Ray hand-over, with simulated rollout actors.
 
-    python bench/driver.py [--actors 1 8 64] [--in-flight 2048] [--groups 4096] [--latency 8] [--profile FILE]
+    python bench/driver.py [--actors 1 8 64] [--in-flight 2048] [--groups 4096] [--batch 64] [--latency 8]
+                           [--profile FILE]
 
 The driver is the one of a real run: `loop.run` on uvloop with the run's buffer, pool, metrics and timeline, and every
 call goes through Ray. Simulated are the ends: a rollout waits (log-normal, mean `--latency` seconds) and hands over a

@@ -172,7 +172,9 @@ class Exchange:
         failed, self._waiting, self._unsent = self._waiting, {}, []
         for finished in failed.values():
             if not finished.done():
-                finished.set_exception(self._explain(error))
+                explained = self._explain(error)
+                explained.__cause__ = error
+                finished.set_exception(explained)
 
 
 def _portable(error: Exception) -> Exception:
