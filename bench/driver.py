@@ -99,11 +99,16 @@ class SimulatedLearner:
     def __init__(self) -> None:
         self._version = 0
 
-    def step(self, places: Sequence[tuple[int, int]], *batches: Sequence[Any]) -> tuple[Version, dict[str, float]]:
+    def gradient(self, places: Sequence[tuple[int, int]], *batches: Sequence[Any]) -> None:
+        self._num_tokens = sum(int(one.mask.sum()) for group in separate(places, batches) for one in group)
+
+    def apply(self) -> tuple[Version, dict[str, float]]:
         self._version += 1
-        tokens = sum(int(one.mask.sum()) for group in separate(places, batches) for one in group)
         # As many metrics as a real step has, and none that raises an alarm.
-        return self._version, dict.fromkeys(DIAGNOSTICS, 0.0) | {"ess/token": 1.0, "learner/num_tokens": float(tokens)}
+        return self._version, dict.fromkeys(DIAGNOSTICS, 0.0) | {
+            "ess/token": 1.0,
+            "learner/num_tokens": self._num_tokens,
+        }
 
     def rendezvous(self, world_size: int, _audience: Audience) -> Rendezvous:
         return Rendezvous("nowhere", 0, world_size, "simulated")
