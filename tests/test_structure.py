@@ -74,7 +74,7 @@ LAYERS = [
     {"recovery.guard", "recovery.supervisor"},
     {"system"},
     {"loop"},
-    {"runtime.placement", "runtime.stacks", "runtime.parts", "runtime.local", "runtime.cluster"},
+    {"runtime.exchange", "runtime.placement", "runtime.stacks", "runtime.parts", "runtime.local", "runtime.cluster"},
     {"job", "runtime.preflight"},
 ]
 

@@ -34,9 +34,11 @@ class TensorBoard:
         first_step: int = 0,
     ) -> None:
         """What an earlier life of the run logged after `first_step` is no longer shown."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
+        self._summary: Any = Summary
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
         self._writer.add_custom_scalars(
             {section: {title: ["Multiline", names] for title, names in charts.items()}
@@ -49,8 +51,9 @@ class TensorBoard:
                 self._writer._get_file_writer().add_summary(summary)  # `add_hparams` would open a second run
 
     def write(self, version: int, row: Mapping[str, float]) -> None:
-        for name, value in row.items():
-            self._writer.add_scalar(name, value, version)
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in row.items()]
+        # One event a step: `add_scalar` would make one of every metric, each through the writer's queue.
+        self._writer._get_file_writer().add_summary(self._summary(value=values), version)
 
     def samples(self, version: int, rows: Sequence[Row]) -> None:
         """The texts of some trajectories, as Markdown."""
