@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,7 +80,8 @@ class Buffer:
         self._next_number = 0
         self._pending: dict[int, Ticket] = {}  # admitted, not finished; in order of admission
         self._ready: dict[int, _Entry] = {}  # finished, not trained
-        self._taken: list[_Entry] = []  # the batch being trained
+        self._order: list[int] = []  # its keys, sorted
+        self._taken: deque[list[_Entry]] = deque()  # the batches being trained or not yet live, the oldest first
         self._replays: dict[int, _Entry] = {}  # trained fewer than `reuse` times
         self._admissions: deque[asyncio.Future[None]] = deque()
         self._changed = asyncio.Event()
@@ -89,7 +90,7 @@ class Buffer:
     @property
     def charged(self) -> int:
         """Slots in use."""
-        return len(self._pending) + len(self._ready) + len(self._taken) + len(self._replays)
+        return len(self._pending) + len(self._ready) + sum(map(len, self._taken)) + len(self._replays)
 
     @property
     def staleness(self) -> int:
@@ -141,6 +142,7 @@ class Buffer:
             self._replays[ticket.number] = entry
         else:
             self._ready[ticket.number] = entry
+            insort(self._order, ticket.number)
         self._changed.set()
 
     def drop(self, ticket: Ticket, reason: str) -> None:
@@ -154,10 +156,11 @@ class Buffer:
         """Waits for the next batch of P groups for a learner at `version`; empty once the buffer is closed.
 
         Untrained groups go first; where they do not fill the batch, groups that were trained fewer than `reuse` times
-        do. Raises `RuntimeError` if a group is older than the bound: that would be a bug in this file.
+        do. The batch before may still be on its way to the engines, the one before that not. Raises `RuntimeError` if a
+        group is older than the bound: that would be a bug in this file.
         """
-        if self._taken:
-            raise RuntimeError("take() before release() of the batch before")
+        if len(self._taken) > 1:
+            raise RuntimeError("take() with two batches before it not released")
         while not self._closed:
             if batch := self._select(version):
                 break
@@ -169,13 +172,13 @@ class Buffer:
             lag = version - entry.group.oldest
             if lag > self.max_lag:
                 raise RuntimeError(f"group {entry.group.prompt.id} has lag {lag}, above the bound {self.max_lag}")
-        self._taken = batch
+        self._taken.append(batch)
         return [entry.group for entry in batch]
 
     def release(self) -> float:
-        """The weights trained on the batch are live: frees its slots. Returns the batch's mean wait in seconds."""
+        """The weights trained on the oldest batch are live: frees its slots. Returns its mean wait in seconds."""
         now = time.monotonic()
-        batch, self._taken = self._taken, []
+        batch = self._taken.popleft()
         for entry in batch:
             entry.uses += 1
             if entry.uses < self.reuse:
@@ -184,10 +187,9 @@ class Buffer:
         return sum(now - entry.ready_at for entry in batch) / max(len(batch), 1)
 
     def discard(self, reason: str) -> None:
-        """The batch was not trained and will not be: frees its slots, counted under `reason`."""
-        self.dropped[reason] += len(self._taken)
-        self._taken = []
-        self._wake_admissions(self.capacity - self.charged)
+        """The newest batch was not trained and will not be: frees its slots, counted under `reason`."""
+        self.dropped[reason] += len(self._taken.pop())
+        self._wake_admissions(self._limit - self.charged)
 
     def close(self) -> None:
         """No more admissions and no more batches: those waiting get None and []."""
@@ -207,8 +209,9 @@ class Buffer:
                 count -= 1
 
     def _select(self, version: Version) -> list[_Entry] | None:
-        if len(self._ready) + len(self._replays) < self.groups_per_step:
-            return None  # called after every put: no sorting before it can succeed
+        within_window = bisect_left(self._order, self._oldest_pending + self.window)
+        if within_window + len(self._replays) < self.groups_per_step:
+            return None  # called after every put: no picking before it can succeed
         picked = self._pick_untrained()
         missing = self.groups_per_step - len(picked)
         if missing > len(self._replays):
@@ -217,12 +220,17 @@ class Buffer:
         if missing > len(self._replays):
             return None
         entries = [self._ready.pop(number) for number in picked]
+        self._order = sorted(self._ready)
         return entries + [self._replays.pop(number) for number in sorted(self._replays)[:missing]]
+
+    @property
+    def _oldest_pending(self) -> int:
+        return next(iter(self._pending), self._next_number)
 
     def _pick_untrained(self) -> list[int]:
         """Up to P ticket numbers, one after the other: none may be `window` or more above the oldest one left."""
-        ready = sorted(self._ready)
-        oldest_pending = next(iter(self._pending), self._next_number)
+        ready = self._order.copy()
+        oldest_pending = self._oldest_pending
         picked: list[int] = []
         while ready and len(picked) < self.groups_per_step:
             limit = min(oldest_pending, ready[0]) + self.window

@@ -209,6 +209,8 @@ class WeightsConfig(_Section, frozen=True, kw_only=True):
     """Bound on joining a broadcast group and on each broadcast."""
     backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
     """ "auto" is NCCL between GPUs, CUDA IPC on one GPU that is shared, and gloo elsewhere."""
+    overlap: bool = True
+    """Compute the next step's gradient while weights travel, where staleness and a learner of one rank allow it."""
 
 
 class ClusterConfig(_Section, frozen=True, kw_only=True):
@@ -247,7 +249,8 @@ class MetricsConfig(_Section, frozen=True, kw_only=True):
     timeline: bool = True
     """Write what every part of the run did, and when, to the run folder."""
     prometheus_port: int = 0
-    """Serve the newest metrics at http://127.0.0.1:PORT/metrics, for Prometheus; 0 is off."""
+    prometheus_host: str = "127.0.0.1"
+    """Serve the newest metrics at http://HOST:PORT/metrics, for Prometheus; port 0 is off."""
     wandb: str = ""
     """Weights & Biases project to log to as well; empty is off."""
 
@@ -284,6 +287,12 @@ class Config(_Section, frozen=True, kw_only=True):
     def num_engines(self) -> int:
         """Rollout actors, those for evaluation included."""
         return self.rollout.num_actors + self.eval.num_actors
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a gradient is computed while weights travel. Ranks that share a model would mix up the two."""
+        alone = self.learner.num_gpus == 1 and not self.rollout.release_memory
+        return self.weights.overlap and alone and self.buffer.highest_staleness > 0
 
     @property
     def loss(self) -> presets.Loss:

@@ -32,6 +32,7 @@ LAYERS = [
         "monitor.blame",
         "monitor.samples",
         "monitor.sinks",
+        "monitor.view",
         "staleness",
         "recovery.journal",
         "recovery.curriculum",
@@ -39,6 +40,7 @@ LAYERS = [
         "recovery.watchdog",
     },
     {
+        "monitor.terminal",
         "monitor.metrics",
         "recovery.checkpoint",
         "recovery.prompts",
@@ -71,8 +73,9 @@ LAYERS = [
         "training.warmup",
     },
     {"recovery.guard", "recovery.supervisor"},
+    {"system"},
     {"loop"},
-    {"runtime.placement", "runtime.stacks", "runtime.parts", "runtime.local", "runtime.cluster"},
+    {"runtime.exchange", "runtime.placement", "runtime.stacks", "runtime.parts", "runtime.local", "runtime.cluster"},
     {"job", "runtime.preflight"},
 ]
 

@@ -58,7 +58,8 @@ class Curriculum:
 
     def __init__(self, settings: CurriculumConfig, seed: int) -> None:
         self._settings, self._seed = settings, seed
-        self._version: Version = 0
+        self.version: Version = 0
+        """The newest version that a decision made now may depend on."""
         self._keys: dict[int, int | str] = {}
         """Of draws that are not finished: what their result will be booked under."""
         self._replaying = True
@@ -91,20 +92,21 @@ class Curriculum:
             case Admitted(id=number):
                 if (visits := self._visits_of(number)) is not None:  # it is played again, whatever came of it before
                     visits[:] = [visit for visit in visits if visit.id != number]
-                self._decided[number] = self._version
+                self._decided[number] = self.version
                 self._void.discard(number)
             case Generated(id=number, newest=newest, passed=passed):
                 visits = self._visits_of(number)
                 if visits is not None and passed is not None:
                     insort(visits, _Visit(number, newest, passed))
+                    self.version = max(self.version, newest)  # an engine may have it before all of them do
                 if not self._replaying:  # a journal may hold a later life of this draw
                     self._keys.pop(number, None)
             case Synced(version=version):
-                self._version = version
+                self.version = max(self.version, version)
             case Saved(kept=kept):
                 self._forget(min(kept))
             case Resumed(version=version):
-                self._version = version
+                self.version = version
                 self._void |= {number for number, at in self._decided.items() if at > version}
                 self._decided = {number: at for number, at in self._decided.items() if at <= version}
                 for visits in self._visits.values():

@@ -103,10 +103,10 @@ class PromptQueue:
             if finished is not None:
                 return prompt, finished
             admitted = Admitted(id=prompt.id, checksum=checksum_of(prompt))
-            if not (reason := self._skipped(prompt, again)):
-                self._write(admitted)
+            left_out = self._left_out(prompt, again)
+            self._write(admitted, *left_out)
+            if not left_out:
                 return prompt, None
-            self._write(admitted, Dropped(ids=(prompt.id,), reason=reason, version=self._accounts.version))
 
     def generated(self, group: Group) -> bool:
         """The group is finished and about to enter the buffer; whether its tokens are on disk, or need not be."""
@@ -153,11 +153,12 @@ class PromptQueue:
         row = {"journal/unstored": float(self.num_unstored)}
         return row | self._curriculum.metrics(self._accounts.totals()) if self._curriculum else row
 
-    def _skipped(self, prompt: Prompt, again: bool) -> str:
-        """Why the curriculum leaves this draw out; "" if it is played."""
+    def _left_out(self, prompt: Prompt, again: bool) -> list[Record]:
+        """The record of a draw that the curriculum leaves out; empty if it is played."""
         if self._curriculum is None:
-            return ""
-        return self._curriculum.reason(self._curriculum.meet(prompt), again=again)
+            return []
+        reason = self._curriculum.reason(self._curriculum.meet(prompt), again=again)
+        return [Dropped(ids=(prompt.id,), reason=reason, version=self._curriculum.version)] if reason else []
 
     def _write(self, *records: Record) -> None:
         self.journal.append(*records)

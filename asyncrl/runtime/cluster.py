@@ -3,7 +3,7 @@
 driver (event loop, metadata) --calls--> RolloutActor x N (event loop on uvloop, engine)
                               --calls--> LearnerActor x ranks (the same call at all of them)
 Token columns stay in the object store: a rollout actor returns them as a second value, whose reference the driver
-passes on to the learner without reading it.
+passes on to the learner without reading it. `exchange.py` puts several prompts and groups into one call.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,18 +24,20 @@ from asyncrl.config import Config
 from asyncrl.pool import ActorDied
 from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.rollout import UpdateReport
+from asyncrl.runtime.exchange import Answer, Exchange, Numbered, Outbox, Tokens, separate, unite
 from asyncrl.runtime.parts import LearnerPart, build_rollout
 from asyncrl.runtime.placement import Placement, check_resources, plan
 from asyncrl.runtime.stacks import dump_stacks, offer_stacks
 from asyncrl.training import sharding
 from asyncrl.training.sharding import join_ranks
 from asyncrl.transport import Audience, Rendezvous, open_rendezvous
-from asyncrl.types import Group, Prompt, Trajectory, Version
+from asyncrl.types import Group, Prompt, Version
 from asyncrl.weights import Bucket
 
 _Started = TypeVar("_Started")
 _STORE_BYTES = 512 * 2**20
 _MAX_CONCURRENCY = 100_000  # prompts wait in the engine, not in front of the actor
+_SENDING = "sending"
 
 
 class RolloutActor:
@@ -50,13 +51,13 @@ class RolloutActor:
     async def start(self) -> dict[str, Any]:
         """Builds the engine, in the actor's own event loop. Tells the ranks it takes, and facts about the process."""
         self._rollout = await build_rollout(*self._arguments, address=_own_address(), store=self._store)
+        self._outbox = Outbox(self._rollout.run)
         loop = type(asyncio.get_running_loop()).__module__
         return {"num_ranks": self._rollout.num_ranks, "loop": loop, **_process_facts()}
 
     @ray.method(num_returns=2)
-    async def run(self, prompt: Prompt) -> tuple[Group, Sequence[Trajectory]]:
-        group = await self._rollout.run(prompt)
-        return replace(group, trajectories=None), group.trajectories
+    async def exchange(self, prompts: Sequence[Numbered]) -> tuple[list[Answer], list[Tokens]]:
+        return await self._outbox.exchange(prompts)
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
         return await self._rollout.evaluate(prompts)
@@ -75,7 +76,7 @@ class RolloutActor:
 
 
 class LearnerActor:
-    """The process of one learner rank."""
+    """The process of one learner rank. Weights are sent by a thread of their own, beside a gradient."""
 
     def __init__(self, config: Config, folder: str, resume: Path | None, placement: Placement) -> None:
         torch.set_num_threads(config.learner.num_threads)
@@ -95,8 +96,11 @@ class LearnerActor:
         self._learner = self._part.learner
         return self._learner.version, self._learner.buckets, _process_facts()
 
-    def step(self, *groups: Sequence[Trajectory]) -> tuple[Version, dict[str, float]]:
-        metrics = self._learner.step(groups)
+    def gradient(self, places: Sequence[tuple[int, int]], *batches: Sequence[Any]) -> None:
+        self._learner.gradient(separate(places, batches))
+
+    def apply(self) -> tuple[Version, dict[str, float]]:
+        metrics = self._learner.apply()
         return self._learner.version, metrics
 
     def rendezvous(self, world_size: int, audience: Audience) -> Rendezvous:
@@ -105,9 +109,11 @@ class LearnerActor:
     def join(self, audience: Audience) -> None:
         self._learner.join(audience)
 
+    @ray.method(concurrency_group=_SENDING)
     def prepare(self, audience: Audience) -> None:
         self._learner.prepare(audience)
 
+    @ray.method(concurrency_group=_SENDING)
     def broadcast(self, audience: Audience) -> str:
         return self._learner.broadcast(audience)
 
@@ -123,11 +129,10 @@ class RemoteRollout:
         self.actor = actor
         self.facts = facts
         self.num_ranks: int = facts["num_ranks"]
+        self._exchange = Exchange(self._call, self._explain)
 
     async def run(self, prompt: Prompt) -> Group:
-        group, trajectories = self.actor.run.remote(prompt)
-        answered: Group = await self._reply(group)
-        return replace(answered, trajectories=trajectories)
+        return await self._exchange.run(prompt)
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
         groups: list[Group] = await self._reply(self.actor.evaluate.remote(prompts))
@@ -152,7 +157,15 @@ class RemoteRollout:
         try:
             return await reference
         except ray.exceptions.RayActorError as error:
-            raise ActorDied(f"{self.name}: {error}") from error
+            raise self._explain(error) from error
+
+    def _call(self, prompts: list[Numbered]) -> tuple[asyncio.Future[list[Answer]], Any]:
+        answers, tokens = self.actor.exchange.remote(prompts)
+        return asyncio.wrap_future(answers.future()), tokens
+
+    def _explain(self, error: BaseException) -> Exception:
+        died = isinstance(error, ray.exceptions.RayActorError)
+        return (ActorDied if died else RuntimeError)(f"{self.name}: {error}")
 
 
 class RemoteLearner:
@@ -166,9 +179,13 @@ class RemoteLearner:
         self.buckets = buckets
         self.facts = facts
 
-    async def step(self, groups: Sequence[Group]) -> dict[str, float]:
+    async def gradient(self, groups: Sequence[Group]) -> None:
+        places, batches = unite(groups)
+        await self._all("gradient", places, *batches)
+
+    async def apply(self) -> dict[str, float]:
         metrics: dict[str, float]
-        self.version, metrics = await self._all("step", *(group.trajectories for group in groups))
+        self.version, metrics = await self._all("apply")
         return metrics
 
     async def rendezvous(self, world_size: int, audience: Audience = "rollouts") -> Rendezvous:
@@ -261,7 +278,8 @@ async def _place_learner(config: Config, folder: str, resume: Path | None, place
         together = ray.util.placement_group([taken] * num_ranks, strategy="PACK")
         await together.ready()
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(together)
-    learner_class: Any = ray.remote(LearnerActor).options(**options)
+    remote: Any = ray.remote
+    learner_class = remote(concurrency_groups={_SENDING: 1})(LearnerActor).options(**options)
     return [learner_class.remote(config, folder, resume, placement) for _ in range(num_ranks)]
 
 
