@@ -8,7 +8,7 @@
 Each stage is a process of its own and leaves something in the folder. Called again, it goes on after the last stage
 that is complete, and a run that was killed goes on from its checkpoint. `--eval` words are for the evaluations alone,
 such as `--eval env.args.heldout=test --eval eval.num_prompts=1319`. The difference is a mean over the prompts, with its
-95 % interval (bootstrap over prompts).
+95 % interval.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _difference(before: dict[str, Any], after: dict[str, Any]) -> str:
         raise ValueError("before and after were evaluated on other prompts: remove the files of one of them")
     first, last = ([sum(one["rewards"]) / len(one["rewards"]) for one in each["prompts"]] for each in (before, after))
     changes = [new - old for old, new in zip(first, last, strict=True)]
-    low, high = interval(changes)
+    low, high = (2 * end - 1 for end in interval([(1 + change) / 2 for change in changes]))  # as rewards from 0 to 1
     return f"{sum(changes) / len(changes):+.3f} ({low:+.3f} to {high:+.3f})"
 
 

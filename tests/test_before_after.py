@@ -59,9 +59,12 @@ def test_each_stage_is_done_once_and_the_table_has_both(tmp_path, monkeypatch, c
 
 
 def test_differences_are_of_the_same_prompts():
-    before = {"env_args": {}, "num_prompts": 2, "prompts": [{"rewards": [1, 1]}, {"rewards": [0, 1]}]}
-    after = before | {"prompts": [{"rewards": [0, 1]}, {"rewards": [0, 0]}]}
-    assert before_after._difference(before, after) == "-0.500 (-0.500 to -0.500)"
+    before = {"env_args": {}, "num_prompts": 100, "prompts": [{"rewards": [1, 1]}, {"rewards": [0, 1]}] * 50}
+    after = before | {"prompts": [{"rewards": [0, 1]}, {"rewards": [0, 1]}] * 50}
+    # 50 changes of -0.5 and 50 of 0: mean -0.25, standard error 0.025.
+    assert before_after._difference(before, after) == "-0.250 (-0.298 to -0.200)"
+    assert before_after._difference(after, before) == "+0.250 (+0.200 to +0.298)"
+    assert before_after._difference(before, before) == "+0.000 (-0.192 to +0.192)"
     with pytest.raises(ValueError, match="other prompts"):
         before_after._difference(before, after | {"env_args": {"heldout": "test"}})
 
