@@ -5,7 +5,6 @@ A run's configuration is the defaults below, then a TOML file, then `section.key
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from asyncrl.algo import presets
+from asyncrl.tables import assign, refuse_unknown
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -170,6 +170,20 @@ class CriticConfig(_Section, frozen=True, kw_only=True):
     """GAE: 0 trusts the critic after one token, 1 uses the rewards alone."""
 
 
+class CurriculumConfig(_Section, frozen=True, kw_only=True):
+    """Draws that are left out by pass rate; `asyncrl/recovery/curriculum.py` says what that does to training."""
+
+    by: Literal["off", "prompt", "source"] = "off"
+    """What a pass rate is of: each prompt, for data that come again, or each source (an environment of a mixture, or a
+    value of a data set's source column)."""
+    visits: int = 2
+    """Last groups that the rate is a mean over; with less, nothing is left out. More for sources, such as 64."""
+    bounds: tuple[float, float] = (0.0, 1.0)
+    """A rate up to the first is too hard, from the second on too easy."""
+    skip: float = 0.8
+    """Probability that a draw that is too hard or too easy is left out."""
+
+
 class EvalConfig(_Section, frozen=True, kw_only=True):
     every: int = 20
     """Steps between held-out evaluations; 0 is never. The last step is always evaluated."""
@@ -181,7 +195,7 @@ class EvalConfig(_Section, frozen=True, kw_only=True):
     """0 is greedy."""
     top_p: float = 1.0
     pass_reward: float = 1.0
-    """The reward from which on an attempt passes, for pass@k."""
+    """The reward from which on an attempt passes, for pass@k and for the curriculum."""
     num_actors: int = 0
     """Engines for evaluation alone: they hold the version under evaluation still while the rollout actors go on. With
     none, rollout actors evaluate, and later weights reach their attempts."""
@@ -260,6 +274,7 @@ class Config(_Section, frozen=True, kw_only=True):
     learner: LearnerConfig = LearnerConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     critic: CriticConfig = CriticConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
     eval: EvalConfig = EvalConfig()
     weights: WeightsConfig = WeightsConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -300,7 +315,7 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
         except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} cannot be parsed: {error}") from error
     for word in overrides or []:
-        _assign(tree, word)
+        assign(tree, word)
     return from_tree(tree)
 
 
@@ -308,7 +323,7 @@ def from_tree(tree: dict[str, Any]) -> Config:
     """A checked `Config` from nested tables."""
     from asyncrl import rules  # which needs `Config` itself
 
-    _refuse_unknown(tree, Config, "")
+    refuse_unknown(tree, Config, "")
     try:
         config = msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:
@@ -321,37 +336,3 @@ def to_tree(config: Config) -> dict[str, Any]:
     """Plain tables of every value, as written to the run folder."""
     tree: dict[str, Any] = msgspec.to_builtins(config)
     return tree
-
-
-def _assign(tree: dict[str, Any], word: str) -> None:
-    name, equals, text = word.partition("=")
-    if not equals or not name:
-        raise ValueError(f"cannot read {word!r}: write section.key=value, for example rollout.group_size=16")
-    *tables, key = name.split(".")
-    for table in tables:
-        tree = tree.setdefault(table, {})
-        if not isinstance(tree, dict):
-            raise ValueError(f"cannot set {name!r}: {table!r} is a value, not a table")
-    tree[key] = _parse(text)
-
-
-def _parse(text: str) -> Any:
-    """A TOML value, or the text itself where it is none (a path or a name without quotes)."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _refuse_unknown(tree: dict[str, Any], section: type[msgspec.Struct], prefix: str) -> None:
-    fields = {field.name: field.type for field in msgspec.structs.fields(section)}
-    for key, value in tree.items():
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {prefix + near[0]!r}?" if near else f"known here: {', '.join(sorted(fields))}"
-            raise ValueError(f"unknown key {prefix + key!r} in the configuration; {hint}")
-        kind = fields[key]
-        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-            if not isinstance(value, dict):
-                raise ValueError(f"{prefix + key!r} is a table, got {value!r}; set one of its keys")
-            _refuse_unknown(value, kind, f"{prefix}{key}.")

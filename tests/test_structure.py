@@ -16,7 +16,7 @@ HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboa
 
 # Each layer may import itself and the ones before it.
 LAYERS = [
-    {"types", "algo.method", "algo.own", "algo.presets", "config", "rules", "transport", "monitor.timeline"}
+    {"types", "tables", "algo.method", "algo.own", "algo.presets", "config", "rules", "transport", "monitor.timeline"}
     | {"sandbox.confine", "sandbox"},
     {
         "evaluation",
@@ -35,6 +35,7 @@ LAYERS = [
         "monitor.view",
         "staleness",
         "recovery.journal",
+        "recovery.curriculum",
         "recovery.groups",
         "recovery.watchdog",
     },
