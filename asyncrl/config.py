@@ -5,14 +5,12 @@ A run's configuration is the defaults below, then a TOML file, then `section.key
 
 from __future__ import annotations
 
-import difflib
-import json
-import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from asyncrl import tables
 from asyncrl.algo import presets
 
 
@@ -130,6 +128,18 @@ class LearnerConfig(_Section, frozen=True, kw_only=True):
     """CPU threads of each learner rank."""
     max_skipped_steps: int = 3
     """Optimizer steps in a row that may be skipped because their gradient is not finite; one more ends the run."""
+
+
+class LoraConfig(_Section, frozen=True, kw_only=True):
+    """Adapters in place of all weights (LoRA, 2106.09685). Needs the package peft."""
+
+    rank: int = 0
+    """Rank of each adapter; 0 trains the whole model. Adapters take a learning rate some ten times as high."""
+    alpha: int = 32
+    """What an adapter adds is scaled by alpha / rank."""
+    targets: list[str] | Literal["all-linear"] = "all-linear"
+    """Linear layers of the decoder layers that get an adapter, by the ends of their names: ["q_proj", "v_proj"]. There
+    is no dropout: with it the learner's log-probs would not be the engine's."""
 
 
 class AlgorithmConfig(_Section, frozen=True, kw_only=True):
@@ -255,6 +265,7 @@ class Config(_Section, frozen=True, kw_only=True):
     rollout: RolloutConfig = RolloutConfig()
     buffer: BufferConfig = BufferConfig()
     learner: LearnerConfig = LearnerConfig()
+    lora: LoraConfig = LoraConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     critic: CriticConfig = CriticConfig()
     eval: EvalConfig = EvalConfig()
@@ -281,17 +292,9 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
 
     Raises `ValueError` that names the rule, the values and the remedy.
     """
-    tree: dict[str, Any] = {}
-    if path is not None:
-        try:
-            text = Path(path).read_text()
-            tree = json.loads(text) if Path(path).suffix == ".json" else tomllib.loads(text)
-        except OSError as error:
-            raise ValueError(f"cannot read the configuration {str(path)!r}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} cannot be parsed: {error}") from error
+    tree = tables.read(path) if path is not None else {}
     for word in overrides or []:
-        _assign(tree, word)
+        tables.assign(tree, word)
     return from_tree(tree)
 
 
@@ -299,7 +302,7 @@ def from_tree(tree: dict[str, Any]) -> Config:
     """A checked `Config` from nested tables."""
     from asyncrl import rules  # which needs `Config` itself
 
-    _refuse_unknown(tree, Config, "")
+    tables.refuse_unknown(tree, Config)
     try:
         config = msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:
@@ -312,37 +315,3 @@ def to_tree(config: Config) -> dict[str, Any]:
     """Plain tables of every value, as written to the run folder."""
     tree: dict[str, Any] = msgspec.to_builtins(config)
     return tree
-
-
-def _assign(tree: dict[str, Any], word: str) -> None:
-    name, equals, text = word.partition("=")
-    if not equals or not name:
-        raise ValueError(f"cannot read {word!r}: write section.key=value, for example rollout.group_size=16")
-    *tables, key = name.split(".")
-    for table in tables:
-        tree = tree.setdefault(table, {})
-        if not isinstance(tree, dict):
-            raise ValueError(f"cannot set {name!r}: {table!r} is a value, not a table")
-    tree[key] = _parse(text)
-
-
-def _parse(text: str) -> Any:
-    """A TOML value, or the text itself where it is none (a path or a name without quotes)."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _refuse_unknown(tree: dict[str, Any], section: type[msgspec.Struct], prefix: str) -> None:
-    fields = {field.name: field.type for field in msgspec.structs.fields(section)}
-    for key, value in tree.items():
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {prefix + near[0]!r}?" if near else f"known here: {', '.join(sorted(fields))}"
-            raise ValueError(f"unknown key {prefix + key!r} in the configuration; {hint}")
-        kind = fields[key]
-        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-            if not isinstance(value, dict):
-                raise ValueError(f"{prefix + key!r} is a table, got {value!r}; set one of its keys")
-            _refuse_unknown(value, kind, f"{prefix}{key}.")

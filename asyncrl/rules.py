@@ -14,6 +14,7 @@ def check(config: Config) -> None:
     _check_secrets(config.env.args, "env.args")
     _check_secrets(config.rollout.engine_args, "rollout.engine_args")
     _check_critic(config)
+    _check_lora(config.lora.targets)
     loss = config.loss
     rollout, buffer = config.rollout, config.buffer
     if not loss.is_corrected and not config.algorithm.allow_uncorrected:
@@ -108,6 +109,11 @@ def _check_critic(config: Config) -> None:
         )
 
 
+def _check_lora(targets: list[str] | str) -> None:
+    if not targets or "" in list(targets):
+        raise ValueError(f'lora.targets names no layers, got {targets!r}: name some, or set it to "all-linear"')
+
+
 _AT_LEAST = {
     "num_steps": 1,
     "model.num_layers": 1,
@@ -130,6 +136,8 @@ _AT_LEAST = {
     "buffer.reuse": 1,
     "rollout.tensor_parallel_size": 1,
     "learner.num_gpus": 1,
+    "lora.rank": 0,
+    "lora.alpha": 1,
     "algorithm.overlong_tail": 0,
     "learner.groups_per_step": 1,
     "learner.learning_rate": 0,

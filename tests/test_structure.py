@@ -12,11 +12,16 @@ from asyncrl.monitor import metrics
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "asyncrl").rglob("*.py"))
 
-HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboard": {"monitor/sinks.py"}}
+HOMES = {
+    "ray": {"runtime/cluster.py"},
+    "transformers": {"model.py"},
+    "tensorboard": {"monitor/sinks.py"},
+    "peft": {"training/lora.py"},
+}
 
 # Each layer may import itself and the ones before it.
 LAYERS = [
-    {"types", "algo.method", "algo.own", "algo.presets", "config", "rules", "transport", "monitor.timeline"}
+    {"types", "algo.method", "algo.own", "algo.presets", "tables", "config", "rules", "transport", "monitor.timeline"}
     | {"sandbox.confine", "sandbox"},
     {
         "evaluation",
@@ -42,6 +47,7 @@ LAYERS = [
         "recovery.checkpoint",
         "recovery.prompts",
         "training.packing",
+        "training.lora",
         "training.critic",
         "training.shaping",
         "training.scoring",

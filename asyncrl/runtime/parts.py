@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.rollout import Attempts, Rollout
 from asyncrl.runtime.placement import Placement
 from asyncrl.training.learner import Learner, row_length
+from asyncrl.training.lora import refuse_adapters
 from asyncrl.training.sharding import Ranks
 from asyncrl.types import Sampling
 from asyncrl.weights import DTYPES
@@ -99,9 +101,10 @@ class LearnerPart:
         self._keep = config.checkpoint.keep
         self._tokenizer = load_tokenizer(folder)
         env = load_env(config.env.path, self._tokenizer, config.env.args)
-        model = _learner_model(str(resume or folder), placement, ranks)
+        # Adapters come from a checkpoint by themselves, to the base that they were trained on.
+        model = _learner_model(folder if resume is None or config.lora.rank else str(resume), placement, ranks)
         reference = None
-        if config.loss.needs_reference:  # a resumed run keeps the reference of its beginning
+        if config.loss.needs_reference and not config.lora.rank:  # a resumed run keeps the reference of its beginning
             reference = _learner_model(folder, placement, ranks)
         critic = None
         if config.loss.needs_critic and config.critic.backbone == "own":
@@ -117,6 +120,10 @@ class LearnerPart:
             ranks=ranks,
         )
         if resume is not None:
+            if self.learner.adapters is not None:
+                self.learner.adapters.load(resume)
+            else:
+                refuse_adapters(resume)
             self.learner.load_state(checkpoint.load_optimizer(resume), checkpoint.load_cursor(resume).version)
             checkpoint.load_random_state(resume)
 
@@ -124,10 +131,20 @@ class LearnerPart:
         """Writes a checkpoint at the first rank. Every rank."""
         if cursor.version != self.learner.version:
             raise RuntimeError(f"asked to save version {cursor.version}, the learner is at {self.learner.version}")
-        weights, optimizer = self.learner.weights(), self.learner.state()
-        if self.learner.ranks.is_first:
-            model, tokenizer = self.learner.model, self._tokenizer
-            checkpoint.save(root, cursor, model, tokenizer, weights=weights, optimizer=optimizer, keep=self._keep)
+        learner, adapters = self.learner, self.learner.adapters
+        weights, optimizer = learner.weights(), learner.state()
+        more = partial(adapters.save, tensors=adapters.tensors(learner.ranks)) if adapters is not None else None
+        if learner.ranks.is_first:
+            checkpoint.save(
+                root,
+                cursor,
+                learner.model,
+                self._tokenizer,
+                weights=weights,
+                optimizer=optimizer,
+                keep=self._keep,
+                more=more,
+            )
 
 
 def _learner_model(path: str, placement: Placement, ranks: Ranks | None) -> nn.Module:

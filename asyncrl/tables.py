@@ -1,0 +1,59 @@
+"""Nested tables of settings: from a file, and from the words of a command line."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file, or of the JSON of a run folder. Raises `ValueError` if it cannot be read."""
+    try:
+        text = Path(path).read_text()
+        tree: dict[str, Any] = json.loads(text) if Path(path).suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise ValueError(f"cannot read the configuration {str(path)!r}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be parsed: {error}") from error
+    return tree
+
+
+def assign(tree: dict[str, Any], word: str) -> None:
+    """Puts the value of a `section.key=value` word into its table. Raises `ValueError` for a word that is none."""
+    name, equals, text = word.partition("=")
+    if not equals or not name:
+        raise ValueError(f"cannot read {word!r}: write section.key=value, for example rollout.group_size=16")
+    *tables, key = name.split(".")
+    for table in tables:
+        tree = tree.setdefault(table, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"cannot set {name!r}: {table!r} is a value, not a table")
+    tree[key] = _parse(text)
+
+
+def _parse(text: str) -> Any:
+    """A TOML value, or the text itself where it is none (a path or a name without quotes)."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def refuse_unknown(tree: dict[str, Any], section: type[msgspec.Struct], prefix: str = "") -> None:
+    """Raises `ValueError` for a key that `section` does not have, with the nearest one that it has."""
+    fields = {field.name: field.type for field in msgspec.structs.fields(section)}
+    for key, value in tree.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {prefix + near[0]!r}?" if near else f"known here: {', '.join(sorted(fields))}"
+            raise ValueError(f"unknown key {prefix + key!r} in the configuration; {hint}")
+        kind = fields[key]
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+            if not isinstance(value, dict):
+                raise ValueError(f"{prefix + key!r} is a table, got {value!r}; set one of its keys")
+            refuse_unknown(value, kind, f"{prefix}{key}.")
