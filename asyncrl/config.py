@@ -140,6 +140,9 @@ class LoraConfig(_Section, frozen=True, kw_only=True):
     targets: list[str] | Literal["all-linear"] = "all-linear"
     """Linear layers of the decoder layers that get an adapter, by the ends of their names: ["q_proj", "v_proj"]. There
     is no dropout: with it the learner's log-probs would not be the engine's."""
+    sync: Literal["merged", "adapter"] = "merged"
+    """What a weight update sends: "merged" is every weight, for any engine; "adapter" is the adapters alone, which the
+    embedded engine computes beside the base that it started with."""
 
 
 class AlgorithmConfig(_Section, frozen=True, kw_only=True):

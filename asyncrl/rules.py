@@ -14,7 +14,7 @@ def check(config: Config) -> None:
     _check_secrets(config.env.args, "env.args")
     _check_secrets(config.rollout.engine_args, "rollout.engine_args")
     _check_critic(config)
-    _check_lora(config.lora.targets)
+    _check_lora(config)
     loss = config.loss
     rollout, buffer = config.rollout, config.buffer
     if not loss.is_corrected and not config.algorithm.allow_uncorrected:
@@ -109,9 +109,17 @@ def _check_critic(config: Config) -> None:
         )
 
 
-def _check_lora(targets: list[str] | str) -> None:
+def _check_lora(config: Config) -> None:
+    targets = config.lora.targets
     if not targets or "" in list(targets):
         raise ValueError(f'lora.targets names no layers, got {targets!r}: name some, or set it to "all-linear"')
+    if config.lora.sync == "adapter" and not config.lora.rank:
+        raise ValueError("lora.sync 'adapter' sends adapters and lora.rank is 0: set lora.rank, or lora.sync=merged")
+    if config.lora.sync == "adapter" and config.rollout.engine != "embedded":
+        raise ValueError(
+            f"lora.sync 'adapter' is for the embedded engine and rollout.engine is {config.rollout.engine!r}: set "
+            "lora.sync=merged"
+        )
 
 
 _AT_LEAST = {

@@ -256,10 +256,12 @@ def test_a_checkpoint_of_other_adapters_is_refused(folder, tmp_path, before, aft
         part_of(configuration.load(None, [*LORA, after]), folder, path)
 
 
-def test_a_run_publishes_merged_weights_and_goes_on_after_a_stop(tmp_path):
+@pytest.mark.parametrize("sync", ["merged", "adapter"])
+def test_a_run_publishes_its_weights_and_goes_on_after_a_stop(tmp_path, sync):
     """The digests of what was sent and of what the engines hold are compared at every update, or the run fails."""
-    whole = small(tmp_path / "whole", *LORA, "buffer.max_staleness=0", "checkpoint.every=2", "checkpoint.keep=9")
-    result = run(job.train(whole, quiet=True))
+    words = [*LORA, f"lora.sync={sync}", "buffer.max_staleness=0", "checkpoint.every=2", "checkpoint.keep=9"]
+    config = small(tmp_path, *words)
+    result = run(job.train(config, quiet=True))
     assert result.version == 4
     rows = [row for row in metrics.read(result.folder) if "reward/mean" in row]
     assert max(row["mismatch/k3"] for row in rows) < 1e-9, "an engine has other weights than the learner"
@@ -269,7 +271,7 @@ def test_a_run_publishes_merged_weights_and_goes_on_after_a_stop(tmp_path):
         for file in sorted(path.rglob("*"), reverse=True):
             file.unlink() if file.is_file() else file.rmdir()
         path.rmdir()
-    run(job.train(whole, result.folder, quiet=True))
+    run(job.train(config, result.folder, quiet=True))
     again = base_of(checkpoint.latest(result.folder / "checkpoints")).state_dict()
     assert any(not torch.equal(expected[name], tensor) for name, tensor in base_of(folders[0]).state_dict().items())
     assert all(torch.allclose(expected[name], again[name], atol=1e-6) for name in expected)
@@ -284,3 +286,21 @@ def test_the_digest_of_what_is_sent_is_of_the_merged_weights(folder):
     assert digest_of(learner.buckets, learner.weights()) != digest_of(
         learner.buckets, dict(base_of(folder).named_parameters())
     )
+
+
+def test_adapters_alone_are_sent_in_the_dtype_of_the_rollout(folder, tmp_path):
+    learner = trained(folder, "lora.sync=adapter", "rollout.dtype=bfloat16")
+    names = {name for bucket in learner.buckets for name in bucket.names}
+    assert names == {name for name, _ in learner.model.named_parameters() if "lora_" in name}
+    sizes = [sum(p.numel() for p in some) for some in (learner.adapters.named().values(), base_of(folder).parameters())]
+    assert sum(bucket.num_bytes for bucket in learner.buckets) == 2 * sizes[0] < sizes[1] / 4
+    config = small(tmp_path, *LORA, "lora.sync=adapter", "rollout.dtype=bfloat16", "num_steps=2")
+    result = run(job.train(config, quiet=True))
+    assert result.version == 2
+
+
+def test_what_adapters_alone_need_is_checked():
+    with pytest.raises(ValueError, match=r"sends adapters and lora.rank is 0: set lora.rank"):
+        configuration.load(None, ["lora.sync=adapter"])
+    with pytest.raises(ValueError, match=r"embedded engine and rollout.engine is 'sglang': set lora.sync=merged"):
+        configuration.load(None, ["lora.sync=adapter", "lora.rank=8", "rollout.engine=sglang"])

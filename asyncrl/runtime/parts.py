@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from msgspec.structs import replace
 from torch import nn
 
 from asyncrl.config import Config
@@ -18,7 +19,7 @@ from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.rollout import Attempts, Rollout
 from asyncrl.runtime.placement import Placement
 from asyncrl.training.learner import Learner, row_length
-from asyncrl.training.lora import refuse_adapters
+from asyncrl.training.lora import Adapters, refuse_adapters
 from asyncrl.training.sharding import Ranks
 from asyncrl.types import Sampling
 from asyncrl.weights import DTYPES
@@ -58,12 +59,17 @@ async def build_rollout(
 async def _build_engine(config: Config, folder: str, placement: Placement, max_length: int, address: str) -> Engine:
     settings = config.rollout
     if settings.engine == "embedded":
+        model = load_model(folder, dtype=DTYPES[settings.dtype], device=placement.device)
+        adapters = None
+        if config.lora.sync == "adapter":
+            adapters = Adapters(model, replace(config.lora, alpha=config.lora.rank)).named()  # they arrive scaled
         return EmbeddedEngine(
-            load_model(folder, dtype=DTYPES[settings.dtype], device=placement.device),
+            model,
             max_running=settings.max_running,
             max_length=max_length,
             on_update=settings.on_update,
             address=address,
+            updated=adapters,
         )
     from asyncrl.engine.sglang import SGLangEngine  # an optional package
 

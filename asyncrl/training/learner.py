@@ -104,8 +104,7 @@ class Learner:
 
     def _published(self) -> Mapping[str, Tensor]:
         """The weights as the rollout actors know them."""
-        named = dict(self.model.named_parameters())
-        return self.adapters.merged(named) if self.adapters else named
+        return self.adapters.published() if self.adapters else dict(self.model.named_parameters())
 
     def _make_critic(self, model: nn.Module | None) -> Critic:
         settings = self._config.critic

@@ -3,8 +3,9 @@
     y = W x + scale * B (A x)        W frozen; A [rank, in] and B [out, rank] trained, float32; scale = alpha / rank
                                      (Hu et al., 2106.09685)
 
-B starts at zero, so version 0 is the base model. The rollout actors generate with W + scale * B A, which is computed
-for each update from W as it was loaded: added to W in place it would drift by a rounding at every step.
+B starts at zero, so version 0 is the base model. The rollout actors get W + scale * B A, which is computed for each
+update from W as it was loaded: added to W in place it would drift by a rounding at every step. Or they get A and
+scale * B alone, and add their product to the base that they started with.
 """
 
 from __future__ import annotations
@@ -36,14 +37,15 @@ _A, _B = ".lora_A.default.weight", ".lora_B.default.weight"
 class Adapters:
     """The adapters of one model. They are part of it, so they are split between ranks with it."""
 
-    def __init__(self, model: nn.Module, settings: LoraConfig, *, bfloat16: bool) -> None:
-        """Puts adapters into `model`, float32, and freezes the rest.
+    def __init__(self, model: nn.Module, settings: LoraConfig, *, bfloat16: bool = False) -> None:
+        """Puts adapters of the dtype of `model` into it, and freezes the rest.
 
         With `bfloat16` the frozen layers are kept in it: a matrix product under autocast would round them anyhow.
         Raises `ValueError` for targets that the model lacks or that are no linear layers of its decoder layers,
         `ImportError` without `peft`.
         """
         self._settings, self._model = settings, model
+        self._scale = settings.alpha / settings.rank
         self._config = _inject(model, settings)
         inside = [module for layer in decoder_layers(model) for module in layer.modules()]
         self._layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
@@ -53,9 +55,22 @@ class Adapters:
                 if isinstance(module, nn.Linear) and not module.weight.requires_grad:
                     module.to(torch.bfloat16)
 
+    def named(self) -> dict[str, nn.Parameter]:
+        """The adapters' parameters by their names in the model."""
+        return {name: parameter for name, parameter in self._model.named_parameters() if name.endswith((_A, _B))}
+
+    def published(self) -> Mapping[str, Tensor]:
+        """What the rollout actors get, as `lora.sync` says: merged weights, or the adapters with the scale in B."""
+        if self._settings.sync == "merged":
+            return self.merged(dict(self._model.named_parameters()))
+        return {
+            name: parameter.detach() * self._scale if name.endswith(_B) else parameter
+            for name, parameter in self.named().items()
+        }
+
     def merged(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The weights that named tensors of the model stand for, under the names of the model without adapters."""
-        return _Merged(tensors, self._settings.alpha / self._settings.rank)
+        return _Merged(tensors, self._scale)
 
     def without(self, score: Callable[[Any], tuple[Tensor, Tensor]]) -> Callable[[Any], tuple[Tensor, Tensor]]:
         """`score` by the frozen base alone: the reference model of a KL term, for no memory."""
@@ -113,11 +128,8 @@ class Adapters:
             own(parameter).copy_(found[name][own_rows(parameter)])
 
     def _named(self) -> dict[str, Tensor]:
-        return {
-            _PREFIX + name.replace(".default.", "."): parameter
-            for name, parameter in self._model.named_parameters()
-            if name.endswith((_A, _B))
-        }
+        """By the names of `peft`'s files."""
+        return {_PREFIX + name.replace(".default.", "."): parameter for name, parameter in self.named().items()}
 
 
 def refuse_adapters(checkpoint: Path) -> None:
