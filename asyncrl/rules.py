@@ -115,10 +115,10 @@ def _check_lora(config: Config) -> None:
         raise ValueError(f'lora.targets names no layers, got {targets!r}: name some, or set it to "all-linear"')
     if config.lora.sync == "adapter" and not config.lora.rank:
         raise ValueError("lora.sync 'adapter' sends adapters and lora.rank is 0: set lora.rank, or lora.sync=merged")
-    if config.lora.sync == "adapter" and config.rollout.engine != "embedded":
+    if config.lora.sync == "adapter" and config.rollout.release_memory:
         raise ValueError(
-            f"lora.sync 'adapter' is for the embedded engine and rollout.engine is {config.rollout.engine!r}: set "
-            "lora.sync=merged"
+            "lora.sync 'adapter' adds to weights that rollout.release_memory gives away: set lora.sync=merged, or "
+            "rollout.release_memory=false"
         )
 
 

@@ -25,6 +25,8 @@ from asyncrl.training.sharding import whole
 from asyncrl.transport import BroadcastGroup
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
+"""How the names of an adapter's two parameters end; what is before is the name of the layer that it belongs to."""
 _DIGEST_CHUNK = 1 << 24
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 

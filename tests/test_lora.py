@@ -302,5 +302,7 @@ def test_adapters_alone_are_sent_in_the_dtype_of_the_rollout(folder, tmp_path):
 def test_what_adapters_alone_need_is_checked():
     with pytest.raises(ValueError, match=r"sends adapters and lora.rank is 0: set lora.rank"):
         configuration.load(None, ["lora.sync=adapter"])
-    with pytest.raises(ValueError, match=r"embedded engine and rollout.engine is 'sglang': set lora.sync=merged"):
-        configuration.load(None, ["lora.sync=adapter", "lora.rank=8", "rollout.engine=sglang"])
+    sglang = ["lora.sync=adapter", "lora.rank=8", "rollout.engine=sglang", "rollout.on_update=recompute"]
+    assert configuration.load(None, sglang).lora.rank == 8
+    with pytest.raises(ValueError, match=r"release_memory gives away: set lora.sync=merged"):
+        configuration.load(None, [*sglang, "placement=colocated", "rollout.release_memory=true"])

@@ -63,6 +63,7 @@ LAYERS = [
         "engine.sglang",
         "engine.sglang_launch",
         "engine.sglang_scheduler",
+        "engine.sglang_weights",
         "envs.tools",
         "envs.sql",
         "envs.code",

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from asyncrl.config import LoraConfig
 from asyncrl.model import decoder_layers
 from asyncrl.training.sharding import Ranks, collect, own, own_rows, replicate
+from asyncrl.weights import LORA_A, LORA_B
 
 FOLDER = "adapter"
 """Within a checkpoint: engines take every *.safetensors beside the model's for weights."""
@@ -30,8 +31,6 @@ FOLDER = "adapter"
 _TENSORS, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 """What `peft` puts before the names of the model that it wraps."""
-
-_A, _B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
 class Adapters:
@@ -57,14 +56,16 @@ class Adapters:
 
     def named(self) -> dict[str, nn.Parameter]:
         """The adapters' parameters by their names in the model."""
-        return {name: parameter for name, parameter in self._model.named_parameters() if name.endswith((_A, _B))}
+        return {
+            name: parameter for name, parameter in self._model.named_parameters() if name.endswith((LORA_A, LORA_B))
+        }
 
     def published(self) -> Mapping[str, Tensor]:
         """What the rollout actors get, as `lora.sync` says: merged weights, or the adapters with the scale in B."""
         if self._settings.sync == "merged":
             return self.merged(dict(self._model.named_parameters()))
         return {
-            name: parameter.detach() * self._scale if name.endswith(_B) else parameter
+            name: parameter.detach() * self._scale if name.endswith(LORA_B) else parameter
             for name, parameter in self.named().items()
         }
 
@@ -148,12 +149,14 @@ class _Merged(Mapping[str, Tensor]):
     def __init__(self, tensors: Mapping[str, Tensor], scale: float) -> None:
         self._scale = scale
         self._factors = {
-            f"{name.removesuffix(_A)}.weight": (tensor, tensors[name.replace(_A, _B)])
+            f"{name.removesuffix(LORA_A)}.weight": (tensor, tensors[name.replace(LORA_A, LORA_B)])
             for name, tensor in tensors.items()
-            if name.endswith(_A)
+            if name.endswith(LORA_A)
         }
         self._base = {
-            name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items() if not name.endswith((_A, _B))
+            name.replace(".base_layer.", "."): tensor
+            for name, tensor in tensors.items()
+            if not name.endswith((LORA_A, LORA_B))
         }
 
     @torch.no_grad()
