@@ -141,8 +141,8 @@ class LoraConfig(_Section, frozen=True, kw_only=True):
     """Linear layers of the decoder layers that get an adapter, by the ends of their names: ["q_proj", "v_proj"]. There
     is no dropout: with it the learner's log-probs would not be the engine's."""
     sync: Literal["merged", "adapter"] = "merged"
-    """What a weight update sends: "merged" is every weight, for any engine; "adapter" is the adapters alone, which the
-    embedded engine computes beside the base that it started with."""
+    """What a weight update sends. "merged" is every weight, for any engine. "adapter" is the adapters alone: much less
+    for a slow network, but an SGLang engine then keeps a second copy of the layers that they are added to."""
 
 
 class AlgorithmConfig(_Section, frozen=True, kw_only=True):
