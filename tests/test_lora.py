@@ -282,7 +282,7 @@ def test_the_digest_of_what_is_sent_is_of_the_merged_weights(folder):
     assert [name for bucket in learner.buckets for name in bucket.names] == [
         name for name, _ in base_of(folder).named_parameters()
     ]
-    assert digest_of(learner.buckets, learner._published()) == digest_of(learner.buckets, learner.weights())
+    assert digest_of(learner.buckets, learner.published()) == digest_of(learner.buckets, learner.weights())
     assert digest_of(learner.buckets, learner.weights()) != digest_of(
         learner.buckets, dict(base_of(folder).named_parameters())
     )

@@ -76,7 +76,7 @@ class Learner:
             fused=self._device.type == "cuda",
         )
         self.buckets: list[Bucket] = make_buckets(
-            self._published().items(), config.rollout.dtype, int(config.weights.bucket_mb * 2**20)
+            self.published().items(), config.rollout.dtype, int(config.weights.bucket_mb * 2**20)
         )
         self._meetings: dict[Audience, tuple[Rendezvous, TCPStore]] = {}
         self._groups: dict[Audience, BroadcastGroup] = {}
@@ -101,10 +101,6 @@ class Learner:
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-
-    def _published(self) -> Mapping[str, Tensor]:
-        """The weights as the rollout actors know them."""
-        return self.adapters.published() if self.adapters else dict(self.model.named_parameters())
 
     def _make_critic(self, model: nn.Module | None) -> Critic:
         settings = self._config.critic
@@ -231,7 +227,7 @@ class Learner:
         if group is None and self.ranks.is_first:
             raise RuntimeError("prepare() before join()")
         device = group.device if group is not None else None
-        self._outgoing = Outgoing(self.buckets, self._published(), device)
+        self._outgoing = Outgoing(self.buckets, self.published(), device)
 
     def broadcast(self, audience: Audience = "rollouts") -> str:
         """Sends the prepared weights to every engine, from the first rank; returns their digest there. Every rank."""
@@ -239,6 +235,10 @@ class Learner:
             raise RuntimeError("broadcast() before join() and prepare()")
         outgoing, self._outgoing = self._outgoing, None
         return outgoing.send(self._groups.get(audience))
+
+    def published(self) -> Mapping[str, Tensor]:
+        """What an update sends, as named tensors; split ones where there are several ranks."""
+        return self.adapters.published() if self.adapters else dict(self.model.named_parameters())
 
     def weights(self) -> dict[str, Tensor]:
         """Full weights and buffers as named tensors at the first rank, for a checkpoint; tied ones once. Every rank."""
