@@ -77,6 +77,7 @@ LAYERS = [
         "training.warmup",
     },
     {"recovery.guard", "recovery.supervisor"},
+    {"system"},
     {"loop"},
     {"runtime.placement", "runtime.stacks", "runtime.parts", "runtime.local", "runtime.cluster"},
     {"job", "runtime.preflight"},
