@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,6 +80,7 @@ class Buffer:
         self._next_number = 0
         self._pending: dict[int, Ticket] = {}  # admitted, not finished; in order of admission
         self._ready: dict[int, _Entry] = {}  # finished, not trained
+        self._order: list[int] = []  # its keys, sorted
         self._taken: deque[list[_Entry]] = deque()  # the batches being trained or not yet live, the oldest first
         self._replays: dict[int, _Entry] = {}  # trained fewer than `reuse` times
         self._admissions: deque[asyncio.Future[None]] = deque()
@@ -141,6 +142,7 @@ class Buffer:
             self._replays[ticket.number] = entry
         else:
             self._ready[ticket.number] = entry
+            insort(self._order, ticket.number)
         self._changed.set()
 
     def drop(self, ticket: Ticket, reason: str) -> None:
@@ -207,8 +209,9 @@ class Buffer:
                 count -= 1
 
     def _select(self, version: Version) -> list[_Entry] | None:
-        if len(self._ready) + len(self._replays) < self.groups_per_step:
-            return None  # called after every put: no sorting before it can succeed
+        within_window = bisect_left(self._order, self._oldest_pending + self.window)
+        if within_window + len(self._replays) < self.groups_per_step:
+            return None  # called after every put: no picking before it can succeed
         picked = self._pick_untrained()
         missing = self.groups_per_step - len(picked)
         if missing > len(self._replays):
@@ -217,12 +220,17 @@ class Buffer:
         if missing > len(self._replays):
             return None
         entries = [self._ready.pop(number) for number in picked]
+        self._order = sorted(self._ready)
         return entries + [self._replays.pop(number) for number in sorted(self._replays)[:missing]]
+
+    @property
+    def _oldest_pending(self) -> int:
+        return next(iter(self._pending), self._next_number)
 
     def _pick_untrained(self) -> list[int]:
         """Up to P ticket numbers, one after the other: none may be `window` or more above the oldest one left."""
-        ready = sorted(self._ready)
-        oldest_pending = next(iter(self._pending), self._next_number)
+        ready = self._order.copy()
+        oldest_pending = self._oldest_pending
         picked: list[int] = []
         while ready and len(picked) < self.groups_per_step:
             limit = min(oldest_pending, ready[0]) + self.window

@@ -248,7 +248,8 @@ class MetricsConfig(_Section, frozen=True, kw_only=True):
     timeline: bool = True
     """Write what every part of the run did, and when, to the run folder."""
     prometheus_port: int = 0
-    """Serve the newest metrics at http://127.0.0.1:PORT/metrics, for Prometheus; 0 is off."""
+    prometheus_host: str = "127.0.0.1"
+    """Serve the newest metrics at http://HOST:PORT/metrics, for Prometheus; port 0 is off."""
     wandb: str = ""
     """Weights & Biases project to log to as well; empty is off."""
 

@@ -8,6 +8,7 @@ runs/20261122-193000-largest-digit/
     timeline.jsonl               what every part of the run did, and when
     trajectories/                a few trajectories of each step, parquet
     curves.png                   reward, held-out accuracy, lag, utilisation
+    output.log                   with --watch: what was printed besides the lines of the run
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ class Result:
     baselines: dict[str, float]
 
 
-async def train(config: Config, resume: Path | None = None, *, quiet: bool = False) -> Result:
-    """Runs the job to its last step, or to Ctrl-C; `resume` is the run folder of an earlier job to go on with."""
+async def train(config: Config, resume: Path | None = None, *, quiet: bool = False, watch: bool = False) -> Result:
+    """Runs the job to its last step, or to Ctrl-C; `resume` is the run folder of an earlier job to go on with, `watch`
+    shows a view of the run where there is a terminal."""
     own.check(config.loss)
     runtime = load_runtime(config)
     initial = str(prepare(config, quiet=quiet))
@@ -77,7 +79,15 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
 
     with (
         closing(journal),
-        Metrics(folder, config.num_steps, first_step=first_step, quiet=quiet, config=config, decode=decode) as metrics,
+        Metrics(
+            folder,
+            config.num_steps,
+            first_step=first_step,
+            quiet=quiet,
+            watch=watch,
+            config=config,
+            decode=decode,
+        ) as metrics,
     ):
         _say_how_it_begins(metrics, config, journal, baselines, getattr(env, "skipped", {}))
         prompts = PromptQueue(
@@ -99,6 +109,7 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
             with _stop_on_ctrl_c(buffer, metrics):
                 await run(system)
             result = Result(folder, learner.version, metrics.last_accuracy, baselines)
+        metrics.ended()
         plot(folder, max(baselines.values()))
         totals, failures = journal.accounts.totals(), system.rollouts.failures
         for what, counts in (("prompts", totals), ("dropped groups", buffer.dropped), ("failures", failures)):

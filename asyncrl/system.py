@@ -68,10 +68,11 @@ async def synchronize(system: System) -> dict[str, float]:
     async with system.synchronizing:
         version = system.learner.version
         with (
-            system.metrics.timeline.span("weights", "update weights", version=version),
+            system.metrics.timeline.span("weight sync", "update weights", version=version) as facts,
             system.watchdog.wait("sync", f"version {version} to be live on every rollout actor"),
         ):
             measured = await system.rollouts.update_weights(system.learner)
+            facts["pause_s"] = measured["sync/pause_s"]
         system.prompts.synced(version, system.rollouts.published[version])
     return measured
 

@@ -1,14 +1,16 @@
 """What a group costs the driver: CPU time of loop, buffer and Ray hand-over, with simulated rollout actors.
 
-    python bench/driver.py [--actors 1 8 64] [--in-flight 2048] [--groups 4096] [--latency 8] [--profile FILE]
+    python bench/driver.py [--actors 1 8 64] [--in-flight 2048] [--groups 4096] [--batch 64] [--latency 8]
+                           [--profile FILE]
 
 The driver is the one of a real run: `loop.run` on uvloop with the run's buffer, pool, metrics and timeline, and every
 call goes through Ray. Simulated are the ends: a rollout waits (log-normal, mean `--latency` seconds) and hands over a
 ready-made group, the learner fetches its batch and does nothing with it. As one Ray process hosts several simulated
 rollout actors, the number of actors can exceed what the cores could run.
 
-CPU is of the driver's process with Ray's own threads, divided by the groups trained after one filling of the buffer;
-"loop" is the thread of the event loop alone. Prints a table and a JSON line.
+CPU is of the driver's process, divided by the groups trained after one filling of the buffer, and told apart by thread:
+the event loop's; those that Ray's core worker starts, named as Ray names them in the JSON line; and Python's other
+threads, which write (TensorBoard's, the journal's fsync). Prints a table and a JSON line.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ import itertools
 import json
 import pstats
 import tempfile
+import threading
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,12 +37,14 @@ from asyncrl import config as configuration
 from asyncrl import job
 from asyncrl.algo.diagnostics import METRICS as DIAGNOSTICS
 from asyncrl.config import Config
-from asyncrl.loop import PromptQueue, System, run
+from asyncrl.loop import run
 from asyncrl.monitor.metrics import Metrics
-from asyncrl.pool import RolloutPool
+from asyncrl.recovery.journal import Journal
+from asyncrl.recovery.prompts import PromptQueue
 from asyncrl.rollout import UpdateReport, make_group
 from asyncrl.runtime.cluster import RemoteLearner, RemoteRollout
-from asyncrl.transport import Rendezvous
+from asyncrl.runtime.exchange import Answer, Numbered, Outbox, Tokens, separate
+from asyncrl.transport import Audience, Rendezvous
 from asyncrl.types import Group, Prompt, Trajectory, Version
 
 DIGEST = "simulated"
@@ -53,15 +59,18 @@ class SimulatedRollouts:
         self._rng = np.random.default_rng(seed)
         self._version = 0
         self._began = time.monotonic()
+        self._outboxes = defaultdict[int, Outbox](lambda: Outbox(self._play))
 
     @ray.method(num_returns=2)
-    async def run(self, prompt: Prompt) -> tuple[Group, Sequence[Trajectory]]:
+    async def exchange(self, actor: int, prompts: Sequence[Numbered]) -> tuple[list[Answer], list[Tokens]]:
+        return await self._outboxes[actor].exchange(prompts)
+
+    async def _play(self, prompt: Prompt) -> Group:
         version = self._version
         spread = 0.5
         await asyncio.sleep(self._latency_s * self._rng.lognormal(-(spread**2) / 2, spread))
         trajectories = [trajectory(self._shape[1], version, sample % 2) for sample in range(self._shape[0])]
-        group = make_group(prompt, trajectories)
-        return Group(**{name: getattr(group, name) for name in group.__slots__} | {"trajectories": None}), trajectories
+        return make_group(prompt, trajectories)
 
     async def join(self, where: Rendezvous, first_rank: int) -> None:
         pass
@@ -72,28 +81,45 @@ class SimulatedRollouts:
         return UpdateReport(digest=DIGEST, pause_s=0.0, now_s=now_s, busy_s=now_s, num_tokens=0)
 
 
+class Member:
+    """The handle of one simulated rollout actor."""
+
+    def __init__(self, host: Any, number: int) -> None:
+        self.join, self.update_weights = host.join, host.update_weights
+        self._host, self._number = host, number
+        self.exchange = self
+
+    def remote(self, prompts: list[Numbered]) -> Any:
+        return self._host.exchange.remote(self._number, prompts)
+
+
 class SimulatedLearner:
     """Receives every batch, as the learner does, and is done with it."""
 
     def __init__(self) -> None:
         self._version = 0
 
-    def step(self, *groups: Sequence[Trajectory]) -> tuple[Version, dict[str, float]]:
-        self._version += 1
-        tokens = sum(int(one.mask.sum()) for group in groups for one in group)
-        # As many metrics as a real step has, and none that raises an alarm.
-        return self._version, dict.fromkeys(DIAGNOSTICS, 0.0) | {"ess/token": 1.0, "learner/num_tokens": float(tokens)}
+    def gradient(self, places: Sequence[tuple[int, int]], *batches: Sequence[Any]) -> None:
+        self._num_tokens = sum(int(one.mask.sum()) for group in separate(places, batches) for one in group)
 
-    def rendezvous(self, world_size: int) -> Rendezvous:
+    def apply(self) -> tuple[Version, dict[str, float]]:
+        self._version += 1
+        # As many metrics as a real step has, and none that raises an alarm.
+        return self._version, dict.fromkeys(DIAGNOSTICS, 0.0) | {
+            "ess/token": 1.0,
+            "learner/num_tokens": self._num_tokens,
+        }
+
+    def rendezvous(self, world_size: int, _audience: Audience) -> Rendezvous:
         return Rendezvous("nowhere", 0, world_size, "simulated")
 
-    def join(self) -> None:
+    def join(self, _audience: Audience) -> None:
         pass
 
-    def prepare(self) -> None:
+    def prepare(self, _audience: Audience) -> None:
         pass
 
-    def broadcast(self) -> str:
+    def broadcast(self, _audience: Audience) -> str:
         return DIGEST
 
     def save(self, *_arguments: Any) -> None:
@@ -101,15 +127,35 @@ class SimulatedLearner:
 
 
 class CpuClock(Metrics):
-    """The run's metrics, which also read the CPU clocks after every step."""
+    """The run's metrics, which also read the CPU clocks of all threads after every step."""
 
     def __init__(self, folder: Path, config: Config) -> None:
         super().__init__(folder, config.num_steps, quiet=True, config=config)
-        self.readings: list[tuple[float, float, float]] = []
+        self.readings: list[tuple[float, Counter[str]]] = []
 
     def step(self, version: int, row: dict[str, float], max_lag: int) -> None:
         super().step(version, row, max_lag)
-        self.readings.append((time.process_time(), time.thread_time(), time.perf_counter()))
+        self.readings.append((time.perf_counter(), cpu_by_thread()))
+
+
+def cpu_by_thread() -> Counter[str]:
+    """CPU seconds of this process by kind of thread; those of Ray under the names that Ray gave them."""
+    python = {thread.native_id: thread.name for thread in threading.enumerate()}
+    seconds: Counter[str] = Counter()
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            name, used = (task / "comm").read_text().strip(), int((task / "schedstat").read_text().split()[0])
+        except OSError:  # the thread has ended
+            continue
+        thread = python.get(int(task.name))
+        if thread == threading.main_thread().name:
+            kind = "event loop"
+        elif thread is None or thread.startswith("ray"):
+            kind = f"Ray {name.rstrip('0123456789')}"
+        else:
+            kind = "writers"
+        seconds[kind] += used / 1e9
+    return seconds
 
 
 def trajectory(num_tokens: int, version: Version, reward: float) -> Trajectory:
@@ -130,45 +176,50 @@ def prompts(num_tokens: int) -> Iterator[Prompt]:
     return (Prompt(number, (1,) * num_tokens, "") for number in itertools.count())
 
 
-async def measure(num_actors: int, options: argparse.Namespace) -> dict[str, float]:
-    """Seconds of driver CPU a group with so many actors. Ray is running."""
-    batch = 64
+async def measure(num_actors: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of driver CPU a group with so many actors. Ray is running."""
+    batch = options.batch
     filling, steps = options.in_flight // batch, options.groups // batch
     words = [f"learner.groups_per_step={batch}", f"buffer.max_staleness={filling - 1}", f"num_steps={filling + steps}"]
+    words += [f"rollout.num_actors={num_actors}", "rollout.max_replacements=0", "runtime=cluster"]
     config = configuration.load(None, [*words, "eval.every=0", "checkpoint.every=0"])
     simulated: Any = ray.remote(SimulatedRollouts).options(num_cpus=0, max_concurrency=100_000)
     arguments = (options.group_size, options.tokens, options.latency)
     hosts = [simulated.remote(*arguments, seed) for seed in range(min(options.processes, num_actors))]
     learner: Any = ray.remote(SimulatedLearner).options(num_cpus=0).remote()
-    actors = [RemoteRollout(f"rollout {n}", hosts[n % len(hosts)], {"num_ranks": 1}) for n in range(num_actors)]
-    with tempfile.TemporaryDirectory() as folder, CpuClock(Path(folder), config) as clock:
-        pool = RolloutPool(actors, config.rollout.max_attempts, clock.timeline)
-        queue = PromptQueue(prompts(options.tokens // 4))
-        handle = RemoteLearner([learner], 0, [], {})
-        # The last version counts as evaluated: simulated actors answer no questions.
-        await run(
-            System(
-                config,
-                queue,
-                [],
-                pool,
-                handle,
-                job.make_buffer(config),
-                clock,
-                Path(folder) / "checkpoints",
-                evaluated={config.num_steps},
-            )
+    actors = [
+        RemoteRollout(f"rollout {n}", Member(hosts[n % len(hosts)], n), {"num_ranks": 1}) for n in range(num_actors)
+    ]
+    with tempfile.TemporaryDirectory() as name, CpuClock(Path(name), config) as clock:
+        folder, buffer = Path(name), job.make_buffer(config)
+        journal = Journal(folder / "journal.bin", reuse=buffer.reuse, max_lag=buffer.max_lag)
+        system = job.make_system(
+            config,
+            folder,
+            initial="",
+            prompts=PromptQueue(prompts(options.tokens // 4), journal),
+            heldout=[],
+            learner=RemoteLearner([learner], 0, [], []),
+            actors=actors,
+            buffer=buffer,
+            metrics=clock,
         )
+        system.evaluated.add(config.num_steps)  # simulated actors answer no questions
+        await run(system)
+        journal.close()
     for actor in [*hosts, learner]:
         ray.kill(actor)
-    first, last = clock.readings[filling - 1], clock.readings[-1]
-    process_s, loop_s, wall_s = (after - before for before, after in zip(first, last, strict=True))
+    (begin_s, before), (end_s, after) = clock.readings[filling - 1], clock.readings[-1]
     groups = steps * batch
+    used = {name: 1000 * (total - before[name]) / groups for name, total in after.items()}
     return {
         "actors": num_actors,
-        "cpu_s": process_s / groups,
-        "loop_s": loop_s / groups,
-        "groups_per_s": groups / wall_s,
+        "ms": sum(used.values()),
+        "loop_ms": used["event loop"],
+        "ray_ms": sum(value for name, value in used.items() if name.startswith("Ray")),
+        "writers_ms": used["writers"],
+        "groups_per_s": groups / (end_s - begin_s),
+        "threads_ms": {name: round(value, 3) for name, value in sorted(used.items())},
     }
 
 
@@ -185,33 +236,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--actors", type=int, nargs="*", default=[1, 8, 64], help="simulated rollout actors")
     parser.add_argument("--processes", type=int, default=2, help="Ray processes that host them")
-    parser.add_argument("--in-flight", type=int, default=2048, help="slots of the buffer, a multiple of 64")
-    parser.add_argument("--groups", type=int, default=4096, help="groups that count, a multiple of 64")
+    parser.add_argument("--in-flight", type=int, default=2048, help="slots of the buffer, a multiple of --batch")
+    parser.add_argument("--groups", type=int, default=4096, help="groups that count, a multiple of --batch")
+    parser.add_argument("--batch", type=int, default=64, help="groups of a learner step")
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a trajectory, prompt included")
     parser.add_argument("--latency", type=float, default=8.0, help="mean seconds of a rollout")
     parser.add_argument("--profile", type=Path, help="write a cProfile of the event loop and print its head")
     options = parser.parse_args()
-    if options.in_flight % 64 or options.groups % 64:
-        parser.error("--in-flight and --groups are multiples of 64, the groups of a step")
+    if options.in_flight % options.batch or options.groups % options.batch:
+        parser.error(f"--in-flight and --groups are multiples of --batch, {options.batch}")
     ray.init(address="local", include_dashboard=False, logging_level="WARNING")
 
-    async def series() -> list[dict[str, float]]:
+    async def series() -> list[dict[str, Any]]:
         return [await measure(number, options) for number in options.actors]
 
-    def work() -> list[dict[str, float]]:
+    def work() -> list[dict[str, Any]]:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(series())
 
     results = profiled(work, options.profile) if options.profile else work()
     ray.shutdown()
-    print("| rollout actors | groups in flight | driver CPU, ms a group | of it event loop | groups/s |")
-    print("|---|---|---|---|---|")
+    print("| rollout actors | in flight | driver CPU, ms a group | event loop | Ray's threads | writers | groups/s |")
+    print("|---|---|---|---|---|---|---|")
     for row in results:
-        print(
-            f"| {row['actors']} | {options.in_flight} | {1000 * row['cpu_s']:.2f} | {1000 * row['loop_s']:.2f} | "
-            f"{row['groups_per_s']:.0f} |"
-        )
+        shares = " | ".join(f"{row[name]:.2f}" for name in ("ms", "loop_ms", "ray_ms", "writers_ms"))
+        print(f"| {row['actors']} | {options.in_flight} | {shares} | {row['groups_per_s']:.0f} |")
     print(json.dumps({"in_flight": options.in_flight, "latency_s": options.latency, "results": results}))
 
 

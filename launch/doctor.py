@@ -171,7 +171,15 @@ def read_model(config: Config, models: list[tuple[int, Any]]) -> str:
         if path in (TINY, TINY_BYTES):
             build_tiny(folder, name=path, num_layers=config.model.num_layers, seed=config.seed)
             path = folder
-        tokenizer = load_tokenizer(path)
+        try:
+            tokenizer = load_tokenizer(path)
+        except ValueError as error:
+            if Path(path).exists():
+                raise
+            raise ValueError(
+                f"{path!r} is no folder here, and the hub gave no model of that name: make the folder "
+                "(launch/prepare_model.py does it from GGUF), or name another in model.path"
+            ) from error
         parameters = count_parameters(read_settings(path))
     models.append((parameters, tokenizer))
     return f"{config.model.path}, about {parameters / 1e6:,.1f} M parameters, {len(tokenizer)} tokens"

@@ -80,6 +80,7 @@ def collect(folder: Path, window: tuple[int, int] | None = None) -> dict[str, An
         "blame": found
         and {
             "sentence": found.sentence,
+            "bound": found.bound,
             "shares": found.shares,
             "num_actors": found.num_actors,
             "balanced_actors": found.balanced_actors,
@@ -125,10 +126,11 @@ def read_spans(folder: Path) -> tuple[list[Span], int]:
 def gantt(spans: Sequence[Span], window: tuple[int, int] | None) -> dict[str, Any]:
     """Lanes of spans in milliseconds since the run began, those of the window of steps only.
 
-    A span is [lane, name, begin, duration, facts]. Without a window: the last steps whose spans fit.
+    A span is [lane, name, begin, duration, facts]; `counts` are the groups that were ready, `drops` when one was
+    dropped. Without a window: the last steps whose spans fit.
     """
     if not spans:
-        return {"lanes": [], "spans": [], "counts": [], "steps": []}
+        return {"lanes": [], "spans": [], "counts": [], "drops": [], "steps": []}
     origin = min(span.begin_s for span in spans)
 
     def ms(at_s: float) -> float:
@@ -137,16 +139,17 @@ def gantt(spans: Sequence[Span], window: tuple[int, int] | None) -> dict[str, An
     steps = [(span.facts["version"], span.begin_s, span.end_s) for span in spans if is_step(span)]
     begin_s, end_s = bounds(spans, steps, window)
     shown = [span for span in spans if span.end_s >= begin_s and span.begin_s <= end_s]
-    lanes = sorted({span.lane for span in shown if "value" not in span.facts}, key=lane_order)
+    lasting = [span for span in shown if "value" not in span.facts and span.name != "drop"]
+    lanes = sorted({span.lane for span in lasting}, key=timeline.lane_order)
     names = {lane: number for number, lane in enumerate(lanes)}
     return {
         "lanes": lanes,
         "spans": [
             [names[span.lane], span.name, ms(span.begin_s), ms(span.end_s) - ms(span.begin_s), span.facts]
-            for span in shown
-            if "value" not in span.facts and span.name != "drop"
+            for span in lasting
         ],
         "counts": [[ms(span.begin_s), span.facts["value"]] for span in shown if "value" in span.facts],
+        "drops": [ms(span.begin_s) for span in shown if span.name == "drop"],
         "steps": [[version, ms(begin), ms(end)] for version, begin, end in steps if end >= begin_s and begin <= end_s],
     }
 
@@ -166,13 +169,6 @@ def bounds(
         return min(begin for begin, _ in inside), max(end for _, end in inside)
     newest_first = sorted((span.begin_s for span in spans), reverse=True)
     return newest_first[min(len(newest_first), _MAX_SPANS) - 1], newest_first[0]
-
-
-def lane_order(lane: str) -> tuple[int, int, str]:
-    """The learner on top, then evaluation, then rollout actors and evaluators by number."""
-    place = {"learner": 0, "evaluation": 1, "buffer": 2}.get(lane, 3 if lane.startswith("rollout") else 4)
-    digits = "".join(letter for letter in lane if letter.isdigit())
-    return place, int(digits or 0), lane
 
 
 def sampled(folder: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Runs a training job: command line -> configuration -> actors -> the loop -> exit code.
 
-python launch/run.py [CONFIG.toml] [--num-rollout-actors 4] [section.key=value ...] [--dry-run] [--resume RUN_DIR]
+    python launch/run.py [CONFIG.toml] [--num-rollout-actors 4] [section.key=value ...] [--watch]
+                         [--dry-run] [--resume RUN_DIR]
 
 Without CONFIG.toml it runs configs/largest_digit.toml.
 """
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(train(config, options.resume))
+            runner.run(train(config, options.resume, watch=options.watch))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -46,6 +47,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="CONFIG.toml | section.key=value")
     parser.add_argument("--num-rollout-actors", type=int, metavar="N", help="short for rollout.num_actors=N")
+    parser.add_argument("--watch", action="store_true", help="show the run as a live view instead of one line a step")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on from the newest checkpoint of a run")
     return parser.parse_intermixed_args(arguments)

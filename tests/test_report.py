@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from asyncrl import config as configuration
 from asyncrl import job
-from asyncrl.monitor import metrics, samples
+from asyncrl.monitor import metrics, samples, view
 from asyncrl.monitor.sinks import Prometheus, WeightsAndBiases
 from launch import report, watch
 
@@ -48,6 +48,37 @@ def data_of(page):
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
 
 
+def check_trace(trace):
+    """The rules of the Trace Event Format that a viewer relies on: fields, pairs, and slices that nest."""
+    events = trace["traceEvents"]
+    lanes = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert {"learner", "weight sync", "buffer", "evaluation", "rollout 0", "rollout 1"} == set(lanes.values())
+    slices, open_pairs = {}, set()
+    for event in events:
+        if event["ph"] == "M":
+            continue
+        assert lanes[event["tid"]] == event["cat"]
+        assert event["ts"] >= 0
+        key = event.get("cat"), event.get("id"), event["name"]
+        if event["ph"] == "X":
+            slices.setdefault(event["tid"], []).append((event["ts"], event["ts"] + event["dur"]))
+        elif event["ph"] == "b":
+            assert key not in open_pairs
+            open_pairs.add(key)
+        elif event["ph"] == "e":
+            open_pairs.remove(key)
+        else:
+            assert event["ph"] in "Ci"
+    assert not open_pairs
+    for spans in slices.values():
+        ends = []
+        for begin, end in sorted(spans, key=lambda span: (span[0], -span[1])):
+            while ends and ends[-1] <= begin:
+                ends.pop()
+            assert not ends or end <= ends[-1], "slices of one thread nest or are apart"
+            ends.append(end)
+
+
 def test_the_page_holds_the_run_and_needs_no_network(folder, tmp_path):
     out = tmp_path / "page.html"
     assert report.main([str(folder), "--out", str(out), "--trace", str(tmp_path / "trace.json")]) == 0
@@ -56,13 +87,14 @@ def test_the_page_holds_the_run_and_needs_no_network(folder, tmp_path):
     data = data_of(page)
     assert data["steps"]["version"] == list(range(1, 13))
     assert data["evals"]["version"] == [0, 4, 8, 12]
-    assert data["timeline"]["lanes"][0] == "learner"
-    assert {"rollout 0", "rollout 1"} <= set(data["timeline"]["lanes"])
+    assert data["timeline"]["lanes"] == ["learner", "weight sync", "evaluation", "rollout 0", "rollout 1"]
+    assert data["timeline"]["counts"]
+    assert len(data["timeline"]["drops"]) == data["drops"]["reasons"]["zero variance"]
     dropped = metrics.read(folder)[-2]["buffer/dropped"]
     assert data["drops"]["reasons"]["zero variance"] >= dropped > 0
     assert sum(data["drops"]["dropped"]["shares"]) == pytest.approx(1)
     assert {row["key"]: row["value"] for row in data["config"]}["num_steps"] == 12
-    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    check_trace(json.loads((tmp_path / "trace.json").read_text()))
 
 
 def test_a_window_of_steps(folder, capsys):
@@ -149,14 +181,15 @@ def test_watching_a_run_that_grows(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     path = tmp_path / "metrics.jsonl"
-    follower = watch.Follower(path)
+    follower = view.Follower(path)
     assert follower.read() == []
     path.write_bytes(b"".join(lines[:4]) + lines[4][:30])
     assert len(follower.read()) == 4
-    path.write_bytes(b"".join(lines))
+    with path.open("ab") as file:
+        file.write(b"".join(lines)[path.stat().st_size :])
     assert follower.read() == metrics.read(folder)
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(watch.view("a run", config, follower.read()))
+    console.print(view.screen("a run", config, follower.read()))
     text = console.export_text()
     assert "step 12 of 12" in text
     assert "learner for groups" in text
@@ -169,21 +202,60 @@ def test_watching_once_and_nothing(folder, tmp_path, capsys):
     assert "is no run folder" in capsys.readouterr().err
 
 
-def test_prometheus_reads_the_newest_values_on_loopback():
-    sink = Prometheus(0, metrics.METRICS)
+SAMPLE = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*) (NaN|[+-]Inf|[+-]?\d+(?:\.\d+)?(?:e[+-]\d+)?)")
+COMMENT = re.compile(r"# (HELP|TYPE) ([a-zA-Z_:][a-zA-Z0-9_:]*) (.*)")
+
+
+def parse(text):
+    """Values by name. Fails where the text breaks a rule of Prometheus' exposition format 0.0.4."""
+    assert text.endswith("\n"), "the last line ends in a line feed, too"
+    told, values = {}, {}
+    for line in text[:-1].split("\n"):
+        if line.startswith("#"):
+            kind, name, rest = COMMENT.fullmatch(line).groups()
+            assert (kind, name) not in told, "one HELP and one TYPE a metric"
+            assert name not in values, "both come before its samples"
+            assert re.fullmatch(r"(?:[^\\]|\\\\|\\n)*", rest), "a backslash is escaped"
+            assert kind == "HELP" or rest in ("counter", "gauge", "histogram", "summary", "untyped")
+            told[kind, name] = rest
+        else:
+            name, number = SAMPLE.fullmatch(line).groups()
+            assert name not in values, "no name twice"
+            assert ("TYPE", name) in told
+            values[name] = float(number)
+    return values
+
+
+def test_prometheus_reads_the_newest_values_on_loopback(folder):
+    sink = Prometheus("127.0.0.1", 0, metrics.METRICS | {"odd": "a back\\slash\nand two lines"})
     try:
-        sink.write(3, {"reward/mean": 0.25, "lag/mean": float("nan")})
+        sink.write(3, {"reward/mean": 0.25, "lag/mean": float("nan"), "odd": float("inf"), "reward/my task.v2": -1e-9})
+        for row in metrics.read(folder):
+            sink.write(12, {name: value for name, value in row.items() if value is not None})
         sink.write(4, {"reward/mean": 0.5})
         address = f"http://127.0.0.1:{sink.port}"
-        text = urllib.request.urlopen(f"{address}/metrics", timeout=10).read().decode()
+        answer = urllib.request.urlopen(f"{address}/metrics?x=1", timeout=10)
+        assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+        text = answer.read().decode()
+        values = parse(text)
         assert f"# HELP asyncrl_reward_mean {metrics.METRICS['reward/mean']}\n" in text
-        assert "\nasyncrl_reward_mean 0.5\n" in text
-        assert "\nasyncrl_lag_mean NaN\n" in text
-        assert "\nasyncrl_version 4\n" in text
+        assert "# HELP asyncrl_odd a back\\\\slash\\nand two lines\n" in text
+        assert (values["asyncrl_reward_mean"], values["asyncrl_version"]) == (0.5, 4)
+        assert (values["asyncrl_odd"], values["asyncrl_reward_my_task_v2"]) == (float("inf"), -1e-9)
+        assert {"asyncrl_eval_pass_1", "asyncrl_wait_learner_for_groups_s", "asyncrl_lag_mean"} <= set(values)
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(f"{address}/", timeout=10)
-        with pytest.raises(ValueError, match=rf"metrics\.prometheus_port {sink.port} cannot be opened"):
-            Prometheus(sink.port, {})
+        with pytest.raises(ValueError, match=rf"metrics\.prometheus_port {sink.port} of 127\.0\.0\.1 cannot be opened"):
+            Prometheus("127.0.0.1", sink.port, {})
+    finally:
+        sink.close()
+
+
+def test_prometheus_is_told_nothing_before_the_first_step():
+    sink = Prometheus(configuration.Config().metrics.prometheus_host, 0, {})
+    try:
+        text = urllib.request.urlopen(f"http://127.0.0.1:{sink.port}/metrics", timeout=10).read().decode()
+        assert text == ""
     finally:
         sink.close()
 
@@ -194,6 +266,9 @@ class FakeWandb(types.ModuleType):
     def init(self, **arguments):
         self.arguments, self.logged, self.finished = arguments, [], False
         return self
+
+    def define_metric(self, name, step_metric):
+        self.axis = (name, step_metric)
 
     def log(self, row):
         self.logged.append(row)
@@ -214,4 +289,5 @@ def test_weights_and_biases_by_one_line_of_configuration(tmp_path, monkeypatch):
     sink.close()
     assert (fake.arguments["project"], fake.arguments["config"]) == ("my-project", configuration.to_tree(config))
     assert fake.logged == [{"version": 7, "reward/mean": 0.5}]
+    assert fake.axis == ("*", "version")
     assert fake.finished

@@ -37,12 +37,14 @@ LAYERS = [
         "monitor.blame",
         "monitor.samples",
         "monitor.sinks",
+        "monitor.view",
         "staleness",
         "recovery.journal",
         "recovery.groups",
         "recovery.watchdog",
     },
     {
+        "monitor.terminal",
         "monitor.metrics",
         "recovery.checkpoint",
         "recovery.prompts",
@@ -79,7 +81,7 @@ LAYERS = [
     {"recovery.guard", "recovery.supervisor"},
     {"system"},
     {"loop"},
-    {"runtime.placement", "runtime.stacks", "runtime.parts", "runtime.local", "runtime.cluster"},
+    {"runtime.exchange", "runtime.placement", "runtime.stacks", "runtime.parts", "runtime.local", "runtime.cluster"},
     {"job", "runtime.preflight"},
 ]
 

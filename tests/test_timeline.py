@@ -6,7 +6,7 @@ import math
 import pytest
 
 from asyncrl.monitor import timeline
-from asyncrl.monitor.blame import METRICS, blame, longest, waits
+from asyncrl.monitor.blame import METRICS, blame, told, waits
 from asyncrl.monitor.timeline import Span, Timeline
 
 
@@ -89,7 +89,11 @@ def test_the_waits_of_a_step():
             "wait/window_s": 10,
         }
     )
-    assert longest(found) == "learner for groups 3.00 s"
+    assert told(found) == (
+        "learner for groups 3.00 s, rollouts for slots 3.00 s, learner for weights 1.00 s, "
+        "rollouts in evaluation 1.00 s, learner for a checkpoint 0.50 s"
+    ), "the others took less than a twentieth of the 10 s"
+    assert told({"wait/window_s": 10, "wait/learner_for_groups_s": 0.4, "wait/rollout_for_slots_s": None}) == "none"
 
 
 def test_without_lanes_of_actors_their_waits_are_unknown():
@@ -98,10 +102,11 @@ def test_without_lanes_of_actors_their_waits_are_unknown():
     assert found["wait/learner_for_groups_s"] == 0
 
 
-def row(*, groups=0.0, slots=0.0, weights=0.0, idle=0.0, actors=2.0):
+def row(*, groups=0.0, slots=0.0, weights=0.0, idle=0.0, actors=2.0, **others):
     window = dict.fromkeys(METRICS, 0.0) | {"wait/window_s": 10.0}
     window |= {"wait/learner_for_groups_s": groups, "wait/rollout_for_slots_s": slots}
     window |= {"wait/learner_for_weights_s": weights}
+    window |= {f"wait/{name}_s": seconds for name, seconds in others.items()}
     return window | {
         "rollout/num_actors": actors,
         "rollout/idle": idle,
@@ -121,6 +126,13 @@ def row(*, groups=0.0, slots=0.0, weights=0.0, idle=0.0, actors=2.0):
         (row(weights=2.0), "weight updates took 20% of the time: raise learner.groups_per_step", 2),
         (row(groups=4.0, slots=3.0, idle=0.3), "raise buffer.max_staleness", 3),
         (row(groups=0.5, slots=0.4), "the system is balanced", 3),
+        (
+            row(learner_for_checkpoint=3.0),
+            "the learner wrote checkpoints for 30% of the time: raise checkpoint",
+            2,
+        ),
+        (row(learner_for_evaluation=3.0), "weights to evaluators for 30% of the time: raise eval.every", 2),
+        (row(groups=3.8, rollout_for_evaluation=2), "evaluations were in the engines 20% of the time: raise eval", 4),
     ],
 )
 def test_the_advice_names_who_waits_and_what_to_change(step, words, balanced):
@@ -153,7 +165,24 @@ def test_the_trace_pairs_overlapping_groups_and_keeps_lanes():
     events = json.loads(json.dumps(timeline.perfetto(spans)))["traceEvents"]
     begins = {event["id"]: event["ts"] for event in events if event["ph"] == "b"}
     ends = {event["id"]: event["ts"] for event in events if event["ph"] == "e"}
-    assert {key: ends[key] - begin for key, begin in begins.items()} == {0: 2_000_000, 2: 2_000_000}
+    assert sorted(ends[key] - begin for key, begin in begins.items()) == [2_000_000, 2_000_000]
     (step,) = [event for event in events if event["ph"] == "X"]
     assert (step["ts"], step["dur"]) == (500_000, 1_000_000)
     assert {event["ph"] for event in events} == {"M", "b", "e", "X", "C", "i"}
+    names = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert names == {1: "learner", 2: "buffer", 3: "rollout 0"}, "in the order of the lanes, none of them 0"
+
+
+def test_lanes_are_in_order():
+    lanes = [
+        "evaluator 0",
+        "something new",
+        "rollout 10",
+        "rollout 2",
+        "evaluation",
+        "buffer",
+        "weight sync",
+        "learner",
+    ]
+    expected = ["learner", "weight sync", "buffer", "evaluation", "rollout 2", "rollout 10", "evaluator 0"]
+    assert sorted(lanes, key=timeline.lane_order) == [*expected, "something new"]

@@ -33,6 +33,8 @@ _LEARNER = {
 }
 _WORTH_SAYING = 0.1
 """Share of the time above which a wait is worth a change."""
+_WORTH_TELLING = 0.05
+"""Share of a step above which its line tells of a wait."""
 
 _IN_WORDS = {
     "wait/learner_for_groups_s": "learner for groups",
@@ -41,6 +43,7 @@ _IN_WORDS = {
     "wait/learner_for_evaluation_s": "learner for evaluators",
     "wait/rollout_for_slots_s": "rollouts for slots",
     "wait/rollout_for_weights_s": "rollouts for weights",
+    "wait/rollout_for_evaluation_s": "rollouts in evaluation",
 }
 
 
@@ -69,13 +72,12 @@ def _intervals(spans: Sequence[Span], name: str) -> list[tuple[float, float]]:
     return [(span.begin_s, span.end_s) for span in spans if span.name == name]
 
 
-def longest(row: Mapping[str, float]) -> str:
-    """The longest wait of a step in a few words."""
-    known = {name: row[name] for name in _IN_WORDS if row.get(name) is not None and math.isfinite(row[name])}
-    if not known:
-        return "-"
-    name = max(known, key=known.__getitem__)
-    return f"{_IN_WORDS[name]} {known[name]:.2f} s"
+def told(row: Mapping[str, float]) -> str:
+    """Who waited for whom in a step, and for how long, the longest first; what is less than a twentieth is left out."""
+    least = (row.get("wait/window_s") or math.nan) * _WORTH_TELLING
+    known = [(row[name], words) for name, words in _IN_WORDS.items() if row.get(name) is not None]
+    found = sorted((pair for pair in known if pair[0] >= least), key=lambda pair: -pair[0])
+    return ", ".join(f"{words} {seconds:.2f} s" for seconds, words in found) or "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,33 +119,50 @@ def blame(rows: Sequence[Mapping[str, float]]) -> Blame | None:
     busier = max(works, key=works.__getitem__)
     step_s = total_s / len(rows)
     bound = (
-        f"{works[busier]:.0%} of the ideal overlap: a step took {step_s:.3g} s, of which the busier side, the {busier}, "
-        f"worked {works[busier] * step_s:.3g} s"
+        f"{works[busier]:.0%} of the ideal overlap: a step took {step_s:.3g} s, of which the busier side, the "
+        f"{busier}, worked {works[busier] * step_s:.3g} s"
     )
     return Blame(shares, num_actors, balanced, works[busier], _advice(shares, num_actors, balanced), bound)
 
 
 def _advice(shares: Mapping[str, float], num_actors: int, balanced: int) -> str:
     groups, slots = shares["wait/learner_for_groups_s"], shares["wait/rollout_for_slots_s"]
-    weights = max(shares["wait/learner_for_weights_s"], shares["wait/rollout_for_weights_s"])
-    if max(groups, slots, weights) < _WORTH_SAYING:
-        return f"nobody waited for more than {max(groups, slots, weights):.0%} of the time: the system is balanced"
-    if min(groups, slots) >= _WORTH_SAYING:
+    waits = {
+        "groups": groups,
+        "slots": slots,
+        "weights": max(shares["wait/learner_for_weights_s"], shares["wait/rollout_for_weights_s"]),
+        "checkpoints": shares["wait/learner_for_checkpoint_s"],
+        "evaluators": shares["wait/learner_for_evaluation_s"],
+    }
+    most = max(waits, key=waits.__getitem__)
+    share = f"{waits[most]:.0%} of the time"
+    if waits[most] < _WORTH_SAYING:
+        return f"nobody waited for more than {share}: the system is balanced"
+    if min(groups, slots) >= _WORTH_SAYING and most in ("groups", "slots"):
         return (
             f"the learner waited {groups:.0%} of the time for groups and the rollout actors {slots:.0%} for slots, in "
             "turns: raise buffer.max_staleness or buffer.window"
         )
-    if groups == max(groups, slots, weights):
-        more = max(num_actors + 1, balanced)
+    if most == "groups":
         return (
-            f"the learner waited {groups:.0%} of the time for groups: set rollout.num_actors={more} (now {num_actors}) "
-            "or lower rollout.max_new_tokens"
+            f"the learner waited {share} for groups: set rollout.num_actors={max(num_actors + 1, balanced)} "
+            f"(now {num_actors}) or lower rollout.max_new_tokens{_evaluations(shares)}"
         )
-    if slots == max(groups, slots, weights):
+    if most == "slots":
         fewer = f"rollout.num_actors={balanced} would do (now {num_actors})" if balanced < num_actors else ""
         remedy = fewer or "give the learner more (learner.num_gpus, learner.num_threads)"
-        return f"the rollout actors waited {slots:.0%} of the time for slots that the learner frees: {remedy}"
-    return (
-        f"weight updates took {weights:.0%} of the time: raise learner.groups_per_step, so that there are fewer, or "
-        "place the learner beside the engines"
-    )
+        return f"the rollout actors waited {share} for slots that the learner frees: {remedy}"
+    return {
+        "weights": f"weight updates took {share}: raise learner.groups_per_step, so that there are fewer, or place the "
+        "learner beside the engines",
+        "checkpoints": f"the learner wrote checkpoints for {share}: raise checkpoint.every",
+        "evaluators": f"the learner sent weights to evaluators for {share}: raise eval.every",
+    }[most]
+
+
+def _evaluations(shares: Mapping[str, float]) -> str:
+    """What to do about evaluations that share the engines with rollouts, while the learner waits for these."""
+    share = shares["wait/rollout_for_evaluation_s"]
+    if share < _WORTH_SAYING:
+        return ""
+    return f"; evaluations were in the engines {share:.0%} of the time: raise eval.every or set eval.num_actors=1"

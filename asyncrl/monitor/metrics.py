@@ -13,16 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from asyncrl.algo.diagnostics import METRICS as DIAGNOSTICS
 from asyncrl.algo.diagnostics import alarms
 from asyncrl.config import Config, MetricsConfig
 from asyncrl.monitor.blame import METRICS as WAITS
-from asyncrl.monitor.blame import Blame, blame, longest, waits
+from asyncrl.monitor.blame import Blame, blame, told, waits
 from asyncrl.monitor.samples import Samples
 from asyncrl.monitor.sinks import Prometheus, Sink, TensorBoard, WeightsAndBiases
+from asyncrl.monitor.terminal import open_terminal
 from asyncrl.monitor.timeline import Timeline
 from asyncrl.training.shaping import METRICS as SHAPING
 from asyncrl.types import Group
@@ -122,10 +120,12 @@ class Metrics:
         *,
         first_step: int = 0,
         quiet: bool = False,
+        watch: bool = False,
         config: Config | None = None,
         decode: Callable[[list[int]], str] | None = None,
     ) -> None:
-        """`decode` gives the text of tokens: with it and a `config`, sampled trajectories are saved."""
+        """`decode` gives the text of tokens: with it and a `config`, sampled trajectories are saved. `watch` shows the
+        run as a view where there is a terminal, for which the folder has to hold its config.json."""
         folder.mkdir(parents=True, exist_ok=True)
         settings = config.metrics if config else MetricsConfig(sample_trajectories=0)
         self.folder = folder
@@ -135,36 +135,26 @@ class Metrics:
         self._board = TensorBoard(folder, config, OVERVIEW, first_step)
         self._sinks: list[Sink] = [self._board]
         if settings.prometheus_port:
-            self._sinks.append(Prometheus(settings.prometheus_port, METRICS))
+            self._sinks.append(Prometheus(settings.prometheus_host, settings.prometheus_port, METRICS))
         if config and settings.wandb:
             self._sinks.append(WeightsAndBiases(folder, config))
         self._samples = (
             Samples(folder, settings.sample_trajectories, config.loss, decode) if config and decode else None
         )
-        self._console = Console(quiet=quiet, highlight=False, soft_wrap=True)
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=quiet or not self._console.is_terminal,
-        )
-        self._bar = self._progress.add_task("training", total=num_steps, completed=first_step)
+        self._terminal = open_terminal(folder, num_steps, first_step, quiet=quiet, watch=watch)
         self._began = time.time()
         self._history: deque[dict[str, float]] = deque(maxlen=100)
         self._last_step_s: float | None = None
         self.last_accuracy: float | None = None
 
     def __enter__(self) -> Metrics:
-        self._progress.start()
+        self._terminal.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        self._terminal.stop()
         if self._samples:
             self._samples.flush()
         self.timeline.close()
@@ -174,7 +164,11 @@ class Metrics:
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
-        self._console.print(text, markup=False)
+        self._terminal.say(text)
+
+    def ended(self) -> None:
+        """No step follows: what is said from here on goes below the progress bar or the view."""
+        self._terminal.stop()
 
     def step(self, version: int, row: dict[str, float], max_lag: int) -> None:
         """One learner step."""
@@ -182,8 +176,7 @@ class Metrics:
         row["rollout/effective_tokens_per_s"] = row["rollout/tokens_per_s"] * row["ess/token"]
         row |= self._waits(row)
         self._record(version, row)
-        self._progress.update(self._bar, completed=version)
-        self.say(self._line(version, row, max_lag))
+        self._terminal.step(version, self._line(version, row, max_lag))
         for alarm in alarms(row, list(self._history)):
             self.say(f"alarm: {alarm}")
         self._history.append(row)
@@ -223,7 +216,7 @@ class Metrics:
             f"lag {row['lag/mean']:.1f}/{max_lag} | "
             f"idle learner {row['learner/idle']:.0%} rollout {row['rollout/idle']:.0%} | "
             f"{_thousands(row['rollout/tokens_per_s'])} tok/s | sync {row['sync/total_s']:.3f} s | "
-            f"longest wait {longest(row)}"
+            f"waits {told(row)}"
         )
 
 

@@ -34,7 +34,7 @@ class Samples:
     async def draw(self, version: Version, groups: Sequence[Group]) -> list[Row]:
         """Fetches the tokens of the batch that made `version` and keeps some of it; its rows, empty if none are wanted.
 
-        Only the drawn group's columns travel to the driver.
+        Only the drawn group's columns travel to the driver, with those that were handed over in the same answer.
         """
         if not self._num_per_step:
             return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -33,9 +34,11 @@ class TensorBoard:
         first_step: int = 0,
     ) -> None:
         """What an earlier life of the run logged after `first_step` is no longer shown."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
+        self._summary: Any = Summary
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
         self._writer.add_custom_scalars(
             {section: {title: ["Multiline", names] for title, names in charts.items()}
@@ -48,8 +51,9 @@ class TensorBoard:
                 self._writer._get_file_writer().add_summary(summary)  # `add_hparams` would open a second run
 
     def write(self, version: int, row: Mapping[str, float]) -> None:
-        for name, value in row.items():
-            self._writer.add_scalar(name, value, version)
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in row.items()]
+        # One event a step: `add_scalar` would make one of every metric, each through the writer's queue.
+        self._writer._get_file_writer().add_summary(self._summary(value=values), version)
 
     def samples(self, version: int, rows: Sequence[Row]) -> None:
         """The texts of some trajectories, as Markdown."""
@@ -82,9 +86,11 @@ class WeightsAndBiases:
             config=to_tree(config),
             resume="allow",
         )
+        self._run.define_metric("*", step_metric="version")
 
     def write(self, version: int, row: Mapping[str, float]) -> None:
-        # The version is a column and not the step: an evaluation may arrive after later steps.
+        # The version is a column and not wandb's own step, which may not go back: an evaluation may arrive after later
+        # steps.
         self._run.log({"version": version, **row})
 
     def close(self) -> None:
@@ -92,16 +98,16 @@ class WeightsAndBiases:
 
 
 class Prometheus:
-    """The newest value of every metric as text, at http://127.0.0.1:PORT/metrics. Loopback only: it has no password."""
+    """The newest value of every metric as text, at http://HOST:PORT/metrics. It has no password, hence loopback."""
 
-    def __init__(self, port: int, meanings: Mapping[str, str]) -> None:
-        """Port 0 takes a free one; `port` tells which. Raises `ValueError` if the port is taken."""
+    def __init__(self, host: str, port: int, meanings: Mapping[str, str]) -> None:
+        """Port 0 takes a free one; `port` tells which. Raises `ValueError` if the address cannot be had."""
         self._values: dict[str, float] = {}
         sink = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                found = self.path == "/metrics"
+                found = self.path.partition("?")[0] == "/metrics"
                 self.send_response(200 if found else 404)
                 self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
                 self.end_headers()
@@ -111,10 +117,10 @@ class Prometheus:
                 """Scrapes are not news."""
 
         try:
-            self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+            self._server = ThreadingHTTPServer((host, port), Handler)
         except OSError as error:
             raise ValueError(
-                f"metrics.prometheus_port {port} cannot be opened ({error.strerror}): choose another"
+                f"metrics.prometheus_port {port} of {host} cannot be opened ({error.strerror}): choose another"
             ) from error
         self.port = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
@@ -124,13 +130,14 @@ class Prometheus:
         self._values = {**self._values, **row, "version": float(version)}  # replaced whole: the server reads it
 
     def page(self, meanings: Mapping[str, str]) -> str:
-        """Prometheus text format 0.0.4."""
+        """Prometheus text format 0.0.4. Names may have letters, digits and underscores only."""
         lines = []
         for name, value in self._values.items():
-            metric = "asyncrl_" + name.replace("/", "_").replace("-", "_")
-            lines += [f"# HELP {metric} {meanings.get(name, name)}", f"# TYPE {metric} gauge"]
-            lines.append(f"{metric} {'NaN' if math.isnan(value) else f'{value:.9g}'}")
-        return "\n".join(lines) + "\n"
+            metric = "asyncrl_" + re.sub(r"[^a-zA-Z0-9_]", "_", name)
+            meaning = meanings.get(name, name).replace("\\", "\\\\").replace("\n", "\\n")
+            number = f"{value:.9g}" if math.isfinite(value) else {math.inf: "+Inf", -math.inf: "-Inf"}.get(value, "NaN")
+            lines += [f"# HELP {metric} {meaning}", f"# TYPE {metric} gauge", f"{metric} {number}"]
+        return "".join(f"{line}\n" for line in lines)
 
     def close(self) -> None:
         self._server.shutdown()

@@ -1,6 +1,7 @@
 """What every part of a run did, and when: spans on lanes, as JSON lines in the run folder and as a Perfetto trace.
 
-    learner     | wait for groups |   step   | update weights | wait for groups | ...
+    learner     | wait for groups |   step   | wait for groups |  step  | wait for weights | step | ...
+    weight sync                              | update weights             ............. |
     rollout 0   | group 7 ........ | group 12 ....  (many at a time)    | update |
     evaluation  |      evaluation      |
     buffer      a number over time: groups that are ready
@@ -126,28 +127,43 @@ def covered_s(intervals: Iterable[tuple[float, float]], begin_s: float, end_s: f
     return total
 
 
+LANES = ("learner", "weight sync", "buffer", "evaluation", "rollout", "evaluator")
+"""Kinds of lanes, in the order in which they are shown."""
+
+
+def lane_order(lane: str) -> tuple[int, int, str]:
+    """Sorts lanes by kind, those of one kind by number."""
+    kind, _, number = lane.partition(" ") if lane not in LANES else (lane, "", "")
+    return LANES.index(kind) if kind in LANES else len(LANES), int(number) if number.isdecimal() else 0, lane
+
+
+_OVERLAPPING = ("group", "evaluation")
+"""Spans of which one lane has several at a time."""
+
+
 def perfetto(spans: Iterable[Span]) -> dict[str, Any]:
     """The trace in the Trace Event Format, for ui.perfetto.dev or chrome://tracing.
 
-    Groups of one lane overlap, so each becomes a pair of asynchronous events; counters become counter tracks.
+    Groups of one lane overlap, and evaluations overlap updates, so each becomes a pair of asynchronous events; counters
+    become counter tracks. Process and threads count from 1: 0 is the idle task to Perfetto.
     """
     ordered = sorted(spans, key=lambda span: span.begin_s)
-    lanes = {lane: number for number, lane in enumerate(sorted({span.lane for span in ordered}))}
-    events: list[dict[str, Any]] = [
-        {"ph": "M", "pid": 0, "tid": number, "name": "thread_name", "args": {"name": lane}}
-        for lane, number in lanes.items()
-    ]
+    lanes = {lane: number for number, lane in enumerate(sorted({span.lane for span in ordered}, key=lane_order), 1)}
+    events: list[dict[str, Any]] = [{"ph": "M", "pid": 1, "name": "process_name", "args": {"name": "asyncrl"}}]
+    for lane, number in lanes.items():
+        events.append({"ph": "M", "pid": 1, "tid": number, "name": "thread_name", "args": {"name": lane}})
+        events.append({"ph": "M", "pid": 1, "tid": number, "name": "thread_sort_index", "args": {"sort_index": number}})
     origin = ordered[0].begin_s if ordered else 0.0
     for number, span in enumerate(ordered):
-        common = {"pid": 0, "tid": lanes[span.lane], "name": span.name, "cat": span.lane}
-        begin, end = (round(1e6 * (at - origin)) for at in (span.begin_s, span.end_s))
+        common = {"pid": 1, "tid": lanes[span.lane], "name": span.name, "cat": span.lane}
+        begin, end = (round(1e6 * (at - origin), 3) for at in (span.begin_s, span.end_s))
         if "value" in span.facts:
             events.append({**common, "ph": "C", "ts": begin, "args": {span.name: span.facts["value"]}})
         elif begin == end:
             events.append({**common, "ph": "i", "s": "t", "ts": begin, "args": span.facts})
-        elif span.name == "group":
+        elif span.name in _OVERLAPPING:
             events.append({**common, "ph": "b", "id": number, "ts": begin, "args": span.facts})
             events.append({**common, "ph": "e", "id": number, "ts": end})
         else:
-            events.append({**common, "ph": "X", "ts": begin, "dur": end - begin, "args": span.facts})
+            events.append({**common, "ph": "X", "ts": begin, "dur": round(end - begin, 3), "args": span.facts})
     return {"traceEvents": events, "displayTimeUnit": "ms"}

@@ -93,12 +93,13 @@ class Watchdog:
         """Until cancelled. Raises `Stalled` if the action is to stop."""
         while True:
             await asyncio.sleep(min(1.0, self._timeout_s / 4))
-            overdue = [wait for wait in self._waits.values() if self._is_overdue(wait)]
-            if overdue:
+            if overdue := self._overdue():
                 await self._act(overdue)
 
-    def _is_overdue(self, wait: Wait) -> bool:
-        return wait.taken_s > max(self._timeout_s, 2 * wait.reported_s)
+    def _overdue(self) -> list[Wait]:
+        latest = time.monotonic() - self._timeout_s
+        old = itertools.takewhile(lambda wait: wait.since < latest, self._waits.values())  # in order of their begin
+        return [wait for wait in old if wait.taken_s > 2 * wait.reported_s]
 
     async def _act(self, overdue: list[Wait]) -> None:
         self.num_stalls += 1

@@ -3,7 +3,7 @@
 driver (event loop, metadata) --calls--> RolloutActor x N (event loop on uvloop, engine)
                               --calls--> LearnerActor x ranks (the same call at all of them)
 Token columns stay in the object store: a rollout actor returns them as a second value, whose reference the driver
-passes on to the learner without reading it.
+passes on to the learner without reading it. `exchange.py` puts several prompts and groups into one call.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,13 +24,14 @@ from asyncrl.config import Config
 from asyncrl.pool import ActorDied
 from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.rollout import UpdateReport
+from asyncrl.runtime.exchange import Answer, Exchange, Numbered, Outbox, Tokens, separate, unite
 from asyncrl.runtime.parts import LearnerPart, build_rollout
 from asyncrl.runtime.placement import Placement, check_resources, plan
 from asyncrl.runtime.stacks import dump_stacks, offer_stacks
 from asyncrl.training import sharding
 from asyncrl.training.sharding import join_ranks
 from asyncrl.transport import Audience, Rendezvous, open_rendezvous
-from asyncrl.types import Group, Prompt, Trajectory, Version
+from asyncrl.types import Group, Prompt, Version
 from asyncrl.weights import Bucket
 
 _Started = TypeVar("_Started")
@@ -51,13 +51,13 @@ class RolloutActor:
     async def start(self) -> dict[str, Any]:
         """Builds the engine, in the actor's own event loop. Tells the ranks it takes, and facts about the process."""
         self._rollout = await build_rollout(*self._arguments, address=_own_address(), store=self._store)
+        self._outbox = Outbox(self._rollout.run)
         loop = type(asyncio.get_running_loop()).__module__
         return {"num_ranks": self._rollout.num_ranks, "loop": loop, **_process_facts()}
 
     @ray.method(num_returns=2)
-    async def run(self, prompt: Prompt) -> tuple[Group, Sequence[Trajectory]]:
-        group = await self._rollout.run(prompt)
-        return replace(group, trajectories=None), group.trajectories
+    async def exchange(self, prompts: Sequence[Numbered]) -> tuple[list[Answer], list[Tokens]]:
+        return await self._outbox.exchange(prompts)
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
         return await self._rollout.evaluate(prompts)
@@ -96,8 +96,8 @@ class LearnerActor:
         self._learner = self._part.learner
         return self._learner.version, self._learner.buckets, _process_facts()
 
-    def gradient(self, *groups: Sequence[Trajectory]) -> None:
-        self._learner.gradient(groups)
+    def gradient(self, places: Sequence[tuple[int, int]], *batches: Sequence[Any]) -> None:
+        self._learner.gradient(separate(places, batches))
 
     def apply(self) -> tuple[Version, dict[str, float]]:
         metrics = self._learner.apply()
@@ -129,11 +129,10 @@ class RemoteRollout:
         self.actor = actor
         self.facts = facts
         self.num_ranks: int = facts["num_ranks"]
+        self._exchange = Exchange(self._call, self._explain)
 
     async def run(self, prompt: Prompt) -> Group:
-        group, trajectories = self.actor.run.remote(prompt)
-        answered: Group = await self._reply(group)
-        return replace(answered, trajectories=trajectories)
+        return await self._exchange.run(prompt)
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
         groups: list[Group] = await self._reply(self.actor.evaluate.remote(prompts))
@@ -158,7 +157,15 @@ class RemoteRollout:
         try:
             return await reference
         except ray.exceptions.RayActorError as error:
-            raise ActorDied(f"{self.name}: {error}") from error
+            raise self._explain(error) from error
+
+    def _call(self, prompts: list[Numbered]) -> tuple[asyncio.Future[list[Answer]], Any]:
+        answers, tokens = self.actor.exchange.remote(prompts)
+        return asyncio.wrap_future(answers.future()), tokens
+
+    def _explain(self, error: BaseException) -> Exception:
+        died = isinstance(error, ray.exceptions.RayActorError)
+        return (ActorDied if died else RuntimeError)(f"{self.name}: {error}")
 
 
 class RemoteLearner:
@@ -173,7 +180,8 @@ class RemoteLearner:
         self.facts = facts
 
     async def gradient(self, groups: Sequence[Group]) -> None:
-        await self._all("gradient", *(group.trajectories for group in groups))
+        places, batches = unite(groups)
+        await self._all("gradient", places, *batches)
 
     async def apply(self) -> dict[str, float]:
         metrics: dict[str, float]

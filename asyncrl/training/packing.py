@@ -108,14 +108,15 @@ def pack(
     trajectories = [trajectory for group in groups for trajectory in group]
     index = torch.tensor([number for number, group in enumerate(groups) for _ in group])
     rewards = torch.tensor([trajectory.reward for trajectory in trajectories], dtype=torch.float32)
-    lengths = torch.tensor([int(trajectory.mask.sum()) for trajectory in trajectories])
+    trained = [np.flatnonzero(trajectory.mask) for trajectory in trajectories]
+    lengths = torch.tensor([len(where) for where in trained])
     if overlong_tail:
         rewards = rewards + overlong_punishment(lengths, max_new_tokens, overlong_tail)
     advantage = estimate(rewards, index, loss)
     kept = torch.tensor([not mask_truncated or trajectory.finish != "length" for trajectory in trajectories])
     advantage = torch.where(kept, advantage, 0.0)
     normalizer = normalizers(loss.aggregate, lengths, index, max_new_tokens)
-    pieces = _pieces(groups, share_prompts)
+    pieces = _pieces(groups, iter(trained), share_prompts)
     longest = max(len(trajectory.token_ids) for trajectory in trajectories)
     if longest > row_tokens:
         raise RuntimeError(f"a trajectory of {longest} tokens does not fit a row of {row_tokens}")
@@ -162,19 +163,23 @@ class _Piece:
 _Row: TypeAlias = list[_Piece]
 
 
-def _pieces(groups: Sequence[Sequence[Trajectory]], share_prompts: bool) -> list[_Piece]:
+def _pieces(
+    groups: Sequence[Sequence[Trajectory]], trained: Iterator[np.ndarray], share_prompts: bool
+) -> list[_Piece]:
     pieces: list[_Piece] = []
     for number, group in enumerate(groups):
-        trained = [np.flatnonzero(trajectory.mask) for trajectory in group]
-        prompts = [trajectory.token_ids[: where[0]] for trajectory, where in zip(group, trained, strict=True)]
-        shared = _num_common(prompts) if share_prompts else 0
-        for trajectory, where in zip(group, trained, strict=True):
+        members = list(zip(group, trained, strict=False))  # the next ones of all
+        shared = _num_common([item.token_ids[: where[0]] for item, where in members]) if share_prompts else 0
+        for trajectory, where in members:
             pieces.append(_Piece(len(pieces), number, shared, int(where[-1]), where, trajectory))
     return pieces
 
 
 def _num_common(prompts: Sequence[np.ndarray]) -> int:
     """Leading tokens that all have in common."""
+    first = prompts[0].tobytes()
+    if all(prompt.tobytes() == first for prompt in prompts):  # as in every group of a single turn
+        return len(prompts[0])
     shortest = min(map(len, prompts))
     block = np.stack([prompt[:shortest] for prompt in prompts])
     same = (block == block[0]).all(axis=0)

@@ -109,12 +109,17 @@ function legend(series, unit) {
 
 const path = (points) => points.map(([x, y], at) => `${at && points[at - 1] ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join("");
 
-/** Lines over steps. Each series: name, y, and optionally x, dots, smooth (a faint line under its rolling mean), low and high. */
-function lineChart(title, note, series, { x, min, max, unit = "", wide = false, height = 190, rule } = {}) {
+/** Lines over steps. Each series: name, y, and optionally x, dots, smooth (a faint line under its rolling mean), low and high. `zero` is said instead where every value is 0. */
+function lineChart(title, note, series, { x, min, max, unit = "", wide = false, height = 190, rule, zero } = {}) {
   series = series.map((one, at) => ({ color: COLORS[at % COLORS.length], x, ...one }))
     .filter((one) => one.y && one.y.some(isNumber));
   if (!series.length) return card(title, note, make("p", { class: "empty" }, "nothing measured yet"));
   const chartWidth = wide ? WIDE : NARROW;
+  if (zero && series.every((one) => one.y.every((value) => !value))) {
+    const empty = card(title, note, make("p", { class: "empty" }, zero));
+    if (wide) empty.classList.add("wide");
+    return empty;
+  }
   const values = series.flatMap((one) => one.y).filter(isNumber).concat(rule ? [rule.y] : []);
   let low = Math.min(...values), high = Math.max(...values);
   if (min !== undefined) low = Math.min(min, low);

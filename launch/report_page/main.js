@@ -60,23 +60,24 @@ function offPolicy() {
     lineChart("Lag over steps", "", [line("mean", "lag/mean"), line("95th percentile", "lag/p95"), line("maximum", "lag/max", { color: COLORS[5] })], { x, min: 0 }),
     lineChart("Effective sample size", "of the importance ratios, as a share", [line("tokens", "ess/token"), line("trajectories", "ess/sequence"), line("tokens, capped", "ess/token_capped")],
       { x, max: 1, unit: "%" }),
-    lineChart("Mismatch of behavior and current policy", "k3 estimate of the divergence, a token", [line("all tokens", "mismatch/k3"), line("lag 0", "mismatch/k3_fresh"), line("lag 1 or more", "mismatch/k3_stale")], { x, min: 0 }),
-    lineChart("What the loss clipped and masked", "share of all tokens", [
+    lineChart("Mismatch of behavior and current policy", "k3 estimate of the divergence, a token", [line("all tokens", "mismatch/k3"), line("of lag 0", "mismatch/k3_fresh"), line("of lag 1 or more", "mismatch/k3_stale")], { x, min: 0 }),
+    lineChart("What the loss clipped and masked", "share of all tokens; removed: of the gradient", [
       line("capped, advantage > 0", "clip/capped_positive"), line("capped, advantage < 0", "clip/capped_negative"),
       line("masked, advantage > 0", "clip/trust_positive"), line("masked, advantage < 0", "clip/trust_negative"),
-    ], { x, min: 0, unit: "%", wide: true }));
+      line("removed", "clip/removed_share", { color: COLORS[5] }),
+    ], { x, min: 0, unit: "%", wide: true, zero: "nothing at any step: no token's importance ratio went beyond what the loss allows" }));
 }
 
 function waits() {
   const shares = data.blame?.shares ?? {}, share = (name) => shares[`wait/${name}_s`] ?? 0;
   const part = (name, value, color) => ({ name, value: Math.max(0, value), color });
-  const learner = [part("waits for groups", share("learner_for_groups"), "--c1"), part("weight update", share("learner_for_weights"), "--c3"), part("checkpoint", share("learner_for_checkpoint"), "--c4"), part("sends weights to evaluators", share("learner_for_evaluation"), "--c5")];
+  const learner = [part("waits for groups", share("learner_for_groups"), "--c1"), part("waits for weights", share("learner_for_weights"), "--c3"), part("checkpoint", share("learner_for_checkpoint"), "--c4"), part("sends weights to evaluators", share("learner_for_evaluation"), "--c5")];
   const rollout = [part("no prompt to play: waits for slots", share("rollout_for_slots"), "--c1"), part("paused for weights", share("rollout_for_weights"), "--c3")];
   learner.unshift(part("trains", 1 - learner.reduce((sum, one) => sum + one.value, 0), "--c0"));
   rollout.unshift(part("plays prompts", 1 - rollout.reduce((sum, one) => sum + one.value, 0), "--c2"));
   const busy = (name) => metric(name)?.map((idle) => isNumber(idle) ? Math.max(0, 1 - idle) : null);
   if (data.blame) {
-    const advice = `Measured: ${data.blame.num_actors} rollout actors to 1 learner. Balanced, if throughput grew with their number: ${data.blame.balanced_actors} to 1.`;
+    const advice = `Measured: ${data.blame.num_actors} rollout actors to 1 learner. Balanced, if throughput grew with their number: ${data.blame.balanced_actors} to 1. Reached: ${data.blame.bound}.`;
     const utilisation = lineChart("Utilisation", "share of the time with work", [{ name: "learner", y: busy("learner/idle"), smooth: true }, { name: "engines", y: busy("rollout/idle"), smooth: true, color: COLORS[2] }],
       { x, min: 0, max: 1, unit: "%" });
     const went = card("Where the time went", "whole run, share of wall time", make("div", { class: "bars" }, ...bar("learner", learner), ...bar("rollout actors, mean", rollout)), make("p", { class: "quiet", style: "margin-top:10px" }, advice));
@@ -84,7 +85,7 @@ function waits() {
     at("waits").append(went, utilisation);
   }
   const learnerTimes = [line("trains", "time/step_s", { color: COLORS[0] }), line("waits for groups", "wait/learner_for_groups_s", { color: COLORS[1] }),
-    line("weight update", "wait/learner_for_weights_s", { color: COLORS[3] }), line("checkpoint", "wait/learner_for_checkpoint_s", { color: COLORS[4] }), line("sends weights to evaluators", "wait/learner_for_evaluation_s", { color: COLORS[5] })];
+    line("waits for weights", "wait/learner_for_weights_s", { color: COLORS[3] }), line("checkpoint", "wait/learner_for_checkpoint_s", { color: COLORS[4] }), line("sends weights to evaluators", "wait/learner_for_evaluation_s", { color: COLORS[5] })];
   const rolloutTimes = [line("waits for slots", "wait/rollout_for_slots_s", { color: COLORS[1] }), line("paused for weights", "wait/rollout_for_weights_s", { color: COLORS[3] }),
     line("with evaluations in the engine", "wait/rollout_for_evaluation_s", { color: COLORS[4] })];
   at("waits").append(

@@ -1,7 +1,7 @@
 // The timeline: one lane a part of the run, on a canvas, with zoom and pan. Groups of one actor are packed into rows.
 
 const KIND_COLORS = {
-  step: "--c0", "wait for groups": "--c1", "update weights": "--c3", checkpoint: "--c4", evaluation: "--c4", update: "--c3", group: "--c2",
+  step: "--c0", "wait for groups": "--c1", "update weights": "--c3", "wait for weights": "--c3", checkpoint: "--c4", evaluation: "--c4", update: "--c3", group: "--c2",
 };
 const VERSION_COLORS = ["--c2", "--c0", "--c4", "--c3", "--c1"];
 const GUTTER = 92, AXIS = 34, GAP = 9;
@@ -14,7 +14,8 @@ class Gantt {
     this.height = AXIS + this.lanes.reduce((sum, lane) => sum + lane.height + GAP, 0) + 4;
     const ends = data.spans.map((span) => span[2] + span[3]);
     this.all = [Math.min(...data.spans.map((span) => span[2])), Math.max(...ends)];
-    this.view = this.steps(...this.middle());
+    this.shown = this.middle();
+    this.view = this.steps(...this.shown);
     this.color = "version";
     place.append(make("div", { class: "card" }, this.controls(), this.canvas, this.legend()));
     this.listen();
@@ -38,14 +39,18 @@ class Gantt {
       lane.head = lane.spans.some((span) => span.row < 0) ? 17 : 0;
       lane.height = lane.head + lane.rows.length * lane.rowHeight;
     }
-    if (this.data.counts.length) lanes.splice(1, 0, { name: "buffer, ready", spans: [], counts: true, height: 40 });
+    const place = lanes.findLastIndex((lane) => ["learner", "weight sync"].includes(lane.name)) + 1;
+    if (this.data.counts.length) lanes.splice(place, 0, { name: "buffer, ready", spans: [], counts: true, height: 40 });
     return lanes;
   }
 
+  /** The steps to begin with: seven of them, with an evaluation among them if there was one in the later half. */
   middle() {
     const steps = this.data.steps;
     if (!steps.length) return [0, 0];
-    const at = Math.floor(steps.length * 0.6);
+    const lane = this.data.lanes.indexOf("evaluation"), wanted = steps[Math.floor(steps.length * 0.6)][1];
+    const found = this.data.spans.find((span) => span[0] === lane && span[2] >= wanted);
+    const at = Math.max(0, steps.findLastIndex(([, begin]) => begin <= (found ? found[2] : wanted)));
     return [steps[Math.max(0, at - 3)][0], steps[Math.min(steps.length - 1, at + 3)][0]];
   }
 
@@ -59,7 +64,7 @@ class Gantt {
 
   controls() {
     const [low, high] = [this.data.steps[0]?.[0] ?? 0, this.data.steps.at(-1)?.[0] ?? 0];
-    const [from, to] = this.middle();
+    const [from, to] = this.shown;
     const input = (value) => make("input", { type: "number", min: low, max: high, value, onchange: () => choose() });
     const first = input(from), last = input(to);
     const choose = () => { this.view = this.steps(Number(first.value), Number(last.value)); this.draw(); };
@@ -74,9 +79,9 @@ class Gantt {
   }
 
   legend() {
-    const items = [["step", "--c0"], ["learner waits for groups", "--c1"], ["weight update", "--c3"], ["checkpoint, evaluation", "--c4"]];
+    const items = [["step", "--c0"], ["learner waits for groups", "--c1"], ["weight update, and waiting for it", "--c3"], ["checkpoint, evaluation", "--c4"]];
     return make("div", { class: "legend" }, ...items.map(([name, color]) => make("span", {}, make("i", { style: `background:var(${color})` }), name)),
-      make("span", {}, "a thin bar on an actor's lane is a group, from prompt to reward; blank is idle"));
+      make("span", {}, "a thin bar on an actor's lane is a group, from prompt to reward; blank is idle; a red mark in the buffer is a dropped group"));
   }
 
   zoom(factor, at = (this.view[0] + this.view[1]) / 2) {
@@ -150,7 +155,7 @@ class Gantt {
     canvas.height = this.height * ratio;
     const pen = canvas.getContext("2d");
     pen.scale(ratio, ratio);
-    const css = getComputedStyle(document.documentElement), probe = make("i", { style: "display:none" });
+    const css = getComputedStyle(document.body), probe = make("i", { style: "display:none" });
     document.body.append(probe);
     const shade = (name) => { probe.style.color = `var(${name})`; return getComputedStyle(probe).color; };
     this.shades = Object.fromEntries(["--c0", "--c1", "--c2", "--c3", "--c4", "--c5", "--line", "--text", "--quiet", "--bad", "--card"].map((name) => [name, shade(name)]));
@@ -174,7 +179,7 @@ class Gantt {
 
   drawAxis(pen) {
     pen.fillStyle = this.shades["--quiet"];
-    for (const value of ticks(this.view[0] / 1000, this.view[1] / 1000, 8)) {
+    for (const value of ticks(this.view[0] / 1000, this.view[1] / 1000, Math.max(2, Math.min(8, (this.width - GUTTER) / 80)))) {
       const x = this.x(1000 * value);
       if (x > GUTTER) pen.fillText(`${Number(value.toFixed(3))} s`, x + 3, 10);
     }
@@ -200,6 +205,8 @@ class Gantt {
       const tall = (value / high) * height;
       pen.fillRect(x, top + height - tall, Math.max(0.7, next - x), tall);
     });
+    pen.fillStyle = this.shades["--bad"];
+    for (const time of this.data.drops) if (this.x(time) >= GUTTER) pen.fillRect(this.x(time), top, 1.5, 9);
   }
 
   drawLane(pen, lane, top) {

@@ -1,0 +1,185 @@
+"""The terminal view of a run, from the rows of its metrics.jsonl: `launch/watch.py` and `--watch` show the same."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from asyncrl.monitor.blame import blame, told
+
+Row = dict[str, Any]
+
+_RECENT = 20
+"""Steps that the rates and the waits are taken over."""
+_LINGER_S = 5.0
+_ENOUGH = 5
+"""Steps below which there is no sentence yet."""
+_SENTENCE = 1000
+"""Steps that the sentence is about, the newest ones: what it costs to draw does not grow with the run."""
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_CURVES = (
+    ("reward", "reward/mean", "{:.3f}"),
+    ("held-out", "eval/accuracy", "{:.3f}"),
+    ("entropy", "policy/entropy", "{:.3f}"),
+    ("lag", "lag/mean", "{:.2f}"),
+    ("effective samples", "ess/token", "{:.1%}"),
+    ("tokens/s", "rollout/tokens_per_s", "{:,.0f}"),
+    ("weight update", "sync/total_s", "{:.3f} s"),
+)
+_WAITS = (
+    ("learner for groups", "wait/learner_for_groups_s"),
+    ("learner for weights", "wait/learner_for_weights_s"),
+    ("rollout actors for slots", "wait/rollout_for_slots_s"),
+    ("rollout actors for weights", "wait/rollout_for_weights_s"),
+)
+_RARE_WAITS = (
+    ("learner for checkpoints", "wait/learner_for_checkpoint_s"),
+    ("learner for evaluators", "wait/learner_for_evaluation_s"),
+    ("engines with evaluations", "wait/rollout_for_evaluation_s"),
+)
+"""Shown where they take a share that can be seen."""
+
+
+class Follower:
+    """The rows of a metrics file that grows; each read parses only what is new."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset = path, 0
+        self._file_id: int | None = None
+        self._rows: list[Row] = []
+
+    def read(self) -> list[Row]:
+        """Every row so far. A resumed run writes the file anew, without the steps that it makes again."""
+        if not self._path.exists():
+            return self._rows
+        with self._path.open("rb") as file:
+            if (file_id := os.fstat(file.fileno()).st_ino) != self._file_id:
+                self._file_id, self._offset, self._rows = file_id, 0, []
+            file.seek(self._offset)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._offset += len(whole) + len(newline)
+        self._rows += [json.loads(line) for line in whole.splitlines()]
+        return self._rows
+
+
+class View:
+    """The screen of one run folder. Raises `ValueError` for a folder that is none."""
+
+    def __init__(self, folder: Path) -> None:
+        if not (folder / "config.json").exists():
+            raise ValueError(f"{folder} is no run folder: it has no config.json")
+        self._name = folder.resolve().name
+        self._config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        self._path = folder / "metrics.jsonl"
+        self._rows = Follower(self._path)
+
+    def finished(self) -> bool:
+        """Whether the last step is done and nothing followed for a while, such as its evaluation or further steps of a
+        run that was resumed with more of them."""
+        return newest_version(self._rows.read()) >= self._config["num_steps"] and self._silent_s() > _LINGER_S
+
+    def render(self) -> RenderableType:
+        """The whole screen, as the run's files are now."""
+        return screen(self._name, self._config, self._rows.read(), self._silent_s())
+
+    def _silent_s(self) -> float:
+        return time.time() - self._path.stat().st_mtime if self._path.exists() else 0.0
+
+
+def newest_version(rows: Sequence[Row]) -> int:
+    return max((row["version"] for row in rows if "reward/mean" in row), default=0)
+
+
+def screen(name: str, config: dict[str, Any], rows: Sequence[Row], silent_s: float = 0.0) -> RenderableType:
+    """`silent_s`: seconds since the run last wrote a row."""
+    steps = [row for row in rows if "reward/mean" in row]
+    parts: list[RenderableType] = [progress(config, steps)]
+    if steps:
+        found = blame(steps[-_SENTENCE:])
+        parts += [Text(), curves(rows), Text(), waits(steps[-_RECENT:])]
+        parts += [Text(found.sentence, style="yellow")] if found and len(steps) >= _ENOUGH else []
+        parts += silence(silent_s, steps) if newest_version(steps) < config["num_steps"] else []
+    else:
+        parts.append(Text("no step has ended yet", style="dim"))
+    return Panel(Group(*parts), title=f"asyncrl · {name}", border_style="blue", padding=(0, 2))
+
+
+def silence(silent_s: float, steps: Sequence[Row]) -> list[RenderableType]:
+    """A line when the run has been quiet for far longer than its steps take."""
+    usual_s = mean_step_s(steps)
+    if silent_s < max(60.0, 10 * usual_s):
+        return []
+    said = f"no step for {duration(silent_s)}, they took {usual_s:.1f} s: has the run ended? If not, see stalls.txt"
+    return [Text(said, style="bold red")]
+
+
+def mean_step_s(steps: Sequence[Row]) -> float:
+    """Seconds from step to step lately; nan before the second one."""
+    recent = [row["wait/window_s"] for row in steps[-_RECENT:] if row.get("wait/window_s")]
+    return sum(recent) / len(recent) if recent else math.nan
+
+
+def progress(config: dict[str, Any], steps: Sequence[Row]) -> RenderableType:
+    done = newest_version(steps)
+    total = max(done, config["num_steps"])
+    left_s = (total - done) * mean_step_s(steps)
+    table = Table.grid(padding=(0, 2), expand=True)
+    table.add_column(no_wrap=True)
+    table.add_column(ratio=1)
+    table.add_column(no_wrap=True)
+    table.add_row(f"step {done} of {total}", ProgressBar(total=total, completed=done), f"{duration(left_s)} left")
+    return table
+
+
+def curves(rows: Sequence[Row]) -> Table:
+    """One line a metric: its last value and its course over the whole run."""
+    table = Table.grid(padding=(0, 2))
+    for title, name, form in _CURVES:
+        values = [row[name] for row in rows if row.get(name) is not None]
+        if values:
+            table.add_row(Text(title, style="dim"), form.format(values[-1]), Text(sparkline(values, 40), style="cyan"))
+    return table
+
+
+def waits(steps: Sequence[Row]) -> Table:
+    """Bars of these steps: who waited for what share of the time."""
+    window_s = sum(row.get("wait/window_s") or 0.0 for row in steps) or math.nan
+    table = Table.grid(padding=(0, 2))
+    table.add_row(Text("waits", style="bold"), "", Text(f"share of the last {len(steps)} steps", style="dim"))
+    for who, name in (*_WAITS, *_RARE_WAITS):
+        share = sum(row.get(name) or 0.0 for row in steps) / window_s
+        share = min(1.0, share) if math.isfinite(share) else 0.0
+        filled = round(30 * share)
+        if filled or (who, name) in _WAITS:
+            bar = Text("█" * filled, style="red") + Text("░" * (30 - filled), style="dim")
+            table.add_row(Text(who, style="dim"), f"{share:.0%}", bar)
+    table.add_row(Text("of the last step", style="dim"), "", told(steps[-1]))
+    return table
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The course of the values in at most `width` characters, each the mean of its share of them."""
+    size = max(1, math.ceil(len(values) / width))
+    means = [sum(part) / len(part) for at in range(0, len(values), size) if (part := values[at : at + size])]
+    low, high = min(means), max(means)
+    scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BLOCKS[round((value - low) * scale)] for value in means)
+
+
+def duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
