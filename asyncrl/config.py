@@ -5,15 +5,13 @@ A run's configuration is the defaults below, then a TOML file, then `section.key
 
 from __future__ import annotations
 
-import json
-import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from asyncrl import tables
 from asyncrl.algo import presets
-from asyncrl.tables import assign, refuse_unknown
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -130,6 +128,21 @@ class LearnerConfig(_Section, frozen=True, kw_only=True):
     """CPU threads of each learner rank."""
     max_skipped_steps: int = 3
     """Optimizer steps in a row that may be skipped because their gradient is not finite; one more ends the run."""
+
+
+class LoraConfig(_Section, frozen=True, kw_only=True):
+    """Adapters in place of all weights (LoRA, 2106.09685). Needs the package peft."""
+
+    rank: int = 0
+    """Rank of each adapter; 0 trains the whole model. Adapters take a learning rate some ten times as high."""
+    alpha: int = 32
+    """What an adapter adds is scaled by alpha / rank."""
+    targets: list[str] | Literal["all-linear"] = "all-linear"
+    """Linear layers of the decoder layers that get an adapter, by the ends of their names: ["q_proj", "v_proj"]. There
+    is no dropout: with it the learner's log-probs would not be the engine's."""
+    sync: Literal["merged", "adapter"] = "merged"
+    """What a weight update sends. "merged" is every weight, for any engine. "adapter" is the adapters alone: much less
+    for a slow network, but an SGLang engine then keeps a second copy of the layers that they are added to."""
 
 
 class AlgorithmConfig(_Section, frozen=True, kw_only=True):
@@ -272,6 +285,7 @@ class Config(_Section, frozen=True, kw_only=True):
     rollout: RolloutConfig = RolloutConfig()
     buffer: BufferConfig = BufferConfig()
     learner: LearnerConfig = LearnerConfig()
+    lora: LoraConfig = LoraConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     critic: CriticConfig = CriticConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
@@ -305,17 +319,9 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
 
     Raises `ValueError` that names the rule, the values and the remedy.
     """
-    tree: dict[str, Any] = {}
-    if path is not None:
-        try:
-            text = Path(path).read_text()
-            tree = json.loads(text) if Path(path).suffix == ".json" else tomllib.loads(text)
-        except OSError as error:
-            raise ValueError(f"cannot read the configuration {str(path)!r}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} cannot be parsed: {error}") from error
+    tree = tables.read(path) if path is not None else {}
     for word in overrides or []:
-        assign(tree, word)
+        tables.assign(tree, word)
     return from_tree(tree)
 
 
@@ -323,7 +329,7 @@ def from_tree(tree: dict[str, Any]) -> Config:
     """A checked `Config` from nested tables."""
     from asyncrl import rules  # which needs `Config` itself
 
-    refuse_unknown(tree, Config, "")
+    tables.refuse_unknown(tree, Config)
     try:
         config = msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:

@@ -15,6 +15,7 @@ def check(config: Config) -> None:
     _check_secrets(config.rollout.engine_args, "rollout.engine_args")
     _check_critic(config)
     _check_curriculum(config)
+    _check_lora(config)
     loss = config.loss
     rollout, buffer = config.rollout, config.buffer
     if not loss.is_corrected and not config.algorithm.allow_uncorrected:
@@ -120,6 +121,19 @@ def _check_curriculum(config: Config) -> None:
         raise ValueError(f"curriculum.bounds are pass rates with 0 <= hard < easy <= 1, got {hard} and {easy}")
 
 
+def _check_lora(config: Config) -> None:
+    targets = config.lora.targets
+    if not targets or "" in list(targets):
+        raise ValueError(f'lora.targets names no layers, got {targets!r}: name some, or set it to "all-linear"')
+    if config.lora.sync == "adapter" and not config.lora.rank:
+        raise ValueError("lora.sync 'adapter' sends adapters and lora.rank is 0: set lora.rank, or lora.sync=merged")
+    if config.lora.sync == "adapter" and config.rollout.release_memory:
+        raise ValueError(
+            "lora.sync 'adapter' adds to weights that rollout.release_memory gives away: set lora.sync=merged, or "
+            "rollout.release_memory=false"
+        )
+
+
 _AT_LEAST = {
     "num_steps": 1,
     "model.num_layers": 1,
@@ -142,6 +156,8 @@ _AT_LEAST = {
     "buffer.reuse": 1,
     "rollout.tensor_parallel_size": 1,
     "learner.num_gpus": 1,
+    "lora.rank": 0,
+    "lora.alpha": 1,
     "algorithm.overlong_tail": 0,
     "learner.groups_per_step": 1,
     "learner.learning_rate": 0,

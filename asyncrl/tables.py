@@ -1,16 +1,30 @@
-"""Nested tables of settings: words of a command line put into them, and keys that nobody knows refused."""
+"""Nested tables of settings: from a file, and from the words of a command line."""
 
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 
+def read(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file, or of the JSON of a run folder. Raises `ValueError` if it cannot be read."""
+    try:
+        text = Path(path).read_text()
+        tree: dict[str, Any] = json.loads(text) if Path(path).suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise ValueError(f"cannot read the configuration {str(path)!r}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be parsed: {error}") from error
+    return tree
+
+
 def assign(tree: dict[str, Any], word: str) -> None:
-    """Puts the value of `section.key=value` into nested tables. Raises `ValueError` for a word that is none."""
+    """Puts the value of a `section.key=value` word into its table. Raises `ValueError` for a word that is none."""
     name, equals, text = word.partition("=")
     if not equals or not name:
         raise ValueError(f"cannot read {word!r}: write section.key=value, for example rollout.group_size=16")
@@ -30,8 +44,8 @@ def _parse(text: str) -> Any:
         return text
 
 
-def refuse_unknown(tree: dict[str, Any], section: type[msgspec.Struct], prefix: str) -> None:
-    """Raises `ValueError`, with a suggestion, for a key that `section` does not have; `prefix` names the table."""
+def refuse_unknown(tree: dict[str, Any], section: type[msgspec.Struct], prefix: str = "") -> None:
+    """Raises `ValueError` for a key that `section` does not have, with the nearest one that it has."""
     fields = {field.name: field.type for field in msgspec.structs.fields(section)}
     for key, value in tree.items():
         if key not in fields:

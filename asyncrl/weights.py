@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,8 @@ from asyncrl.training.sharding import whole
 from asyncrl.transport import BroadcastGroup
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
+"""How the names of an adapter's two parameters end; what is before is the name of the layer that it belongs to."""
 _DIGEST_CHUNK = 1 << 24
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
@@ -49,17 +51,17 @@ class Bucket:
             for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
         ]
 
-    def pack(self, tensors: dict[str, Tensor], device: torch.device) -> Tensor:
+    def pack(self, tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
         """The flat buffer, uint8[num_bytes], cast to the bucket's dtypes. Of split tensors, on every rank."""
         parts = [tensor.to(device).contiguous().flatten().view(torch.uint8) for tensor in self._whole_tensors(tensors)]
         return torch.cat(parts)
 
-    def gather(self, tensors: dict[str, Tensor]) -> None:
+    def gather(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes part in another rank's `pack`."""
         for _ in self._whole_tensors(tensors):
             pass
 
-    def _whole_tensors(self, tensors: dict[str, Tensor]) -> Iterator[Tensor]:
+    def _whole_tensors(self, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
         for name, dtype in zip(self.names, self.dtypes, strict=True):
             yield whole(tensors[name].detach().to(DTYPES[dtype]))  # what travels between ranks is as small
 
@@ -126,13 +128,13 @@ def digest(received: Iterable[tuple[Bucket, Tensor]]) -> str:
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
 
 
-def digest_of(buckets: Iterable[Bucket], tensors: dict[str, Tensor]) -> str:
+def digest_of(buckets: Iterable[Bucket], tensors: Mapping[str, Tensor]) -> str:
     """The digest that these tensors have when they travel in these buckets."""
     device = next(iter(tensors.values())).device
     return digest((bucket, flat_digest(bucket.pack(tensors, device))) for bucket in buckets)
 
 
-def publish(group: BroadcastGroup, buckets: Sequence[Bucket], tensors: dict[str, Tensor]) -> str:
+def publish(group: BroadcastGroup, buckets: Sequence[Bucket], tensors: Mapping[str, Tensor]) -> str:
     """Broadcasts one version from rank 0; returns the digest of what was sent."""
     return Outgoing(buckets, tensors, group.device).send(group)
 
@@ -146,7 +148,7 @@ class Outgoing:
     every rank makes one of these for; only the first has a group to send to.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], tensors: dict[str, Tensor], device: torch.device | None) -> None:
+    def __init__(self, buckets: Sequence[Bucket], tensors: Mapping[str, Tensor], device: torch.device | None) -> None:
         """`device`: where the buckets are put together; None at a rank that only gives its parts."""
         self._buckets, self._tensors, self._device = buckets, tensors, device
         self._num_gathered = 0

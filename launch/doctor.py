@@ -94,7 +94,8 @@ def examine(config: Config, start_ray: bool) -> Iterator[Check]:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     sglang = config.rollout.engine == "sglang"
-    extras = project["optional-dependencies"]["gpu"] if sglang else []
+    wanted = {"gpu": sglang, "lora": config.lora.rank > 0}
+    extras = [line for name, lines in project["optional-dependencies"].items() if wanted.get(name) for line in lines]
     yield check_python(platform.python_version(), project["requires-python"])
     for requirement in [*project["dependencies"], *extras]:
         yield check_package(requirement, installed)

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from asyncrl import config as configuration
 from asyncrl.config import Config
@@ -79,7 +78,7 @@ def replay(folder: Path, checkpoints: Path, words: Sequence[str] = ()) -> Iterat
                 if told:
                     yield f"step {version}: {told}"
             part.learner.step(batch)
-        if not differs and digest_of(part.learner.buckets, weights_of(part)) != schedule.digests[version]:
+        if not differs and digest_of(part.learner.buckets, part.learner.published()) != schedule.digests[version]:
             differs = True
             yield f"step {version}: the weights have another digest than in the run{'' if version else ' at its start'}"
         if version in saved and (told := first_difference(part, saved[version])):
@@ -108,10 +107,6 @@ def read_group(folder: Path, number: int, digest: str) -> tuple[Group, str]:
     if (group := groups.read(folder, number, digest)) is not None:
         return group, ""
     return groups.read_any(folder, number), f"{path.name} is not the file that was written in the run"
-
-
-def weights_of(part: LearnerPart) -> dict[str, Tensor]:
-    return dict(part.learner.model.named_parameters())
 
 
 def first_difference(part: LearnerPart, saved: Path) -> str:

@@ -112,6 +112,12 @@ def test_gpu_memory_counts_the_share_that_sglang_takes():
     assert doctor.check_gpu_memory(config(), 10**9, [H100, T4]).status == "FAIL"
     assert doctor.check_gpu_memory(config(), 7 * 10**9, [H100]).status == "FAIL"
     assert doctor.check_gpu_memory(config("learner.num_gpus=4"), 7 * 10**9, [H100]).status == "ok"
+    assert doctor.check_gpu_memory(config("lora.rank=16"), 7 * 10**9, [H100]).status == "ok"
+    alone = ["lora.rank=16", "rollout.engine=sglang", "rollout.dtype=bfloat16"]
+    assert doctor.check_gpu_memory(config(*alone), 30 * 10**9, [H100]).status == "FAIL", "of the learner"
+    assert doctor.check_gpu_memory(config(*alone, "learner.num_gpus=4"), 30 * 10**9, [H100]).status == "ok"
+    alone += ["learner.num_gpus=4", "lora.sync=adapter"]
+    assert doctor.check_gpu_memory(config(*alone), 30 * 10**9, [H100]).status == "FAIL", "the base is kept"
     low, high = (f"rollout.gpu_memory_utilization={share}" for share in (0.3, 0.9))
     assert doctor.check_gpu_memory(config(*shared, low), 10**9, [H100]).status == "ok"
     assert doctor.check_gpu_memory(config(*shared, high), 10**9, [H100]).status == "FAIL"
@@ -120,6 +126,7 @@ def test_gpu_memory_counts_the_share_that_sglang_takes():
 def test_disk_counts_the_checkpoints():
     assert doctor.check_disk(config(), 10**9, 100.0).status == "ok"
     assert doctor.check_disk(config(), 10**9, 20.0).status == "FAIL"
+    assert doctor.check_disk(config("lora.rank=16"), 10**9, 20.0).status == "ok"
     assert doctor.check_disk(config("checkpoint.keep=20"), 10**9, 100.0).status == "FAIL"
 
 

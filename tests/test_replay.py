@@ -43,6 +43,15 @@ def test_an_asynchronous_run_is_reproduced_exactly(folder, capsys):
     assert "exact: 6 steps on 24 groups" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("sync", ["merged", "adapter"])
+def test_a_run_of_adapters_is_reproduced_exactly(tmp_path, capsys, sync):
+    config = small(tmp_path, *WORDS, "lora.rank=4", f"lora.sync={sync}", "num_steps=2")
+    result = run(job.train(config, quiet=True))
+    assert tool.main([str(result.folder)]) == 0
+    assert "exact: 2 steps" in capsys.readouterr().out
+    assert tool.main([str(result.folder), "lora.alpha=33"]) == 1
+
+
 def test_a_changed_group_is_named_with_its_step_and_what_it_does_to_the_weights(folder, capsys):
     number, digest = tool.read_schedule(folder / "journal.bin").batches[4][1]
     group = groups.read(folder / "groups", number, digest)

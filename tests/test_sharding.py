@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 from helpers import trajectory
+from safetensors.torch import load_file
 from torch import distributed
 
 from asyncrl import config as configuration
@@ -38,6 +39,15 @@ WHOLE_STEP = [  # advantages and a threshold that no rank can compute from its o
     "algorithm.loss.reward_kl=0.1",
     "algorithm.loss.reward_kl_level=sequence",
     "algorithm.preset=m2po",
+]
+
+LORA = [
+    *SMALL,
+    "lora.rank=3",  # which two and four ranks share out unevenly
+    "learner.learning_rate=1e-2",
+    "algorithm.loss.reference_kl=0.1",
+    "algorithm.loss.reward_kl=0.1",
+    "learner.activation_checkpointing=true",
 ]
 
 
@@ -94,6 +104,7 @@ def make_learner(ranks, folder, words):
         model, reference = (load_model(folder, dtype=torch.float32, device="cpu") for _ in range(2))
     else:
         model, reference = empty_model(folder), empty_model(folder)
+    torch.manual_seed(0)  # adapters start at random
     return Learner(configuration.load(None, words), model, 40, reference=reference, ranks=ranks)
 
 
@@ -120,6 +131,7 @@ def assert_close(some, others, rtol=0.0, atol=1e-5):
         ([[12, 3, 1], [2, 9, 4, 12, 1, 1, 6]], EVERYTHING),  # groups of different sizes, a different share at each rank
         ([[12, 2, 1]], SMALL),  # with four ranks, one has nothing to train
         ([[12, 3, 1], [2, 9, 4, 12, 1, 1, 6]], WHOLE_STEP),
+        ([[12, 3, 1], [2, 9, 4, 12, 1, 1, 6]], LORA),
     ],
 )
 def test_ranks_train_as_one(on_ranks, folder, num_ranks, sizes, words):
@@ -144,11 +156,11 @@ ON_GPUS = [pytest.param("cuda", 1, marks=pytest.mark.gpu), pytest.param("cuda", 
 
 
 @pytest.mark.parametrize(("device", "num_ranks"), [("cpu", 2), *ON_GPUS])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bfloat16 lora"])
 def test_ranks_of_any_device_and_precision_train_as_one_cpu(on_ranks, folder, device, num_ranks, dtype):
     close = 1e-3 if dtype == "float32" else 0.05
     batches = [make_groups([[3, 9, 12, 5], [1, 2, 12, 12]], seed) for seed in range(3)]
-    words = [*SMALL, f"learner.dtype={dtype}"]
+    words = [*(LORA if "lora" in dtype else SMALL), f"learner.dtype={dtype.split()[0]}"]
     metrics, weights, _ = train(Ranks(), folder, words, batches)
     (found, trained, _), *_ = on_ranks(num_ranks, train, folder, words, batches, device=device)
     for name in ("gradient/norm", "gradient/cosine", "policy/entropy", "mismatch/k3"):
@@ -170,8 +182,9 @@ def go_on(ranks, config, folder, root, batch):
     return part.learner.version, part.learner.weights(), part.learner.state()
 
 
-def test_a_checkpoint_loads_anywhere_and_goes_on_with_any_number_of_ranks(on_ranks, folder, tmp_path):
-    config = configuration.load(None, SMALL)
+@pytest.mark.parametrize("words", [SMALL, LORA], ids=["whole", "lora"])
+def test_a_checkpoint_loads_anywhere_and_goes_on_with_any_number_of_ranks(on_ranks, folder, tmp_path, words):
+    config = configuration.load(None, words)
     batches = [make_groups([[3, 9, 12, 5], [1, 2, 12, 12]], seed) for seed in range(2)]
     on_ranks(2, save_after_a_step, config, folder, tmp_path / "two", batches[0])
     save_after_a_step(None, config, folder, tmp_path / "one", batches[0])
@@ -179,6 +192,8 @@ def test_a_checkpoint_loads_anywhere_and_goes_on_with_any_number_of_ranks(on_ran
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
     loaded = [load_model(path, dtype=torch.float32, device="cpu").state_dict() for path in (two, one)]
     assert_close(*loaded)
+    if words is LORA:
+        assert_close(*(load_file(path / "adapter" / "adapter_model.safetensors") for path in (two, one)))
 
     version, weights, state = go_on(None, config, folder, tmp_path / "one", batches[1])
     assert version == 2
@@ -192,9 +207,9 @@ def test_a_checkpoint_loads_anywhere_and_goes_on_with_any_number_of_ranks(on_ran
         assert_close(of_state, state)
 
 
-def publish_twice(ranks, folder, batch, meetings):
+def publish_twice(ranks, folder, more, batch, meetings):
     """Once to an engine that leaves in the middle, then to one that stays."""
-    words = [*SMALL, "weights.bucket_mb=0.2", "weights.timeout_s=20", "rollout.dtype=bfloat16"]
+    words = [*more, "weights.bucket_mb=0.2", "weights.timeout_s=20", "rollout.dtype=bfloat16"]
     learner = make_learner(ranks, folder, words)
     learner.step(batch)
     sent = []
@@ -221,7 +236,8 @@ def receive(meeting, num_buckets=None):
     return buckets, received
 
 
-def test_full_weights_leave_the_first_rank_also_after_an_engine_left_in_the_middle(on_ranks, folder):
+@pytest.mark.parametrize("words", [SMALL, LORA], ids=["whole", "lora"])
+def test_full_weights_leave_the_first_rank_also_after_an_engine_left_in_the_middle(on_ranks, folder, words):
     found = []
     with multiprocessing.get_context("forkserver").Manager() as manager:
         meetings = [manager.Queue() for _ in range(2)]
@@ -232,7 +248,7 @@ def test_full_weights_leave_the_first_rank_also_after_an_engine_left_in_the_midd
 
         thread = threading.Thread(target=engines)
         thread.start()
-        (sent, weights), *others = on_ranks(2, publish_twice, folder, make_groups([[3, 9, 12, 5]]), meetings)
+        (sent, weights), *others = on_ranks(2, publish_twice, folder, words, make_groups([[3, 9, 12, 5]]), meetings)
         thread.join(40)
     ((buckets, received),) = found
     assert len(buckets) > 3

@@ -12,11 +12,16 @@ from asyncrl.monitor import metrics
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "asyncrl").rglob("*.py"))
 
-HOMES = {"ray": {"runtime/cluster.py"}, "transformers": {"model.py"}, "tensorboard": {"monitor/sinks.py"}}
+HOMES = {
+    "ray": {"runtime/cluster.py"},
+    "transformers": {"model.py"},
+    "tensorboard": {"monitor/sinks.py"},
+    "peft": {"training/lora.py"},
+}
 
 # Each layer may import itself and the ones before it.
 LAYERS = [
-    {"types", "tables", "algo.method", "algo.own", "algo.presets", "config", "rules", "transport", "monitor.timeline"}
+    {"types", "algo.method", "algo.own", "algo.presets", "tables", "config", "rules", "transport", "monitor.timeline"}
     | {"sandbox.confine", "sandbox"},
     {
         "evaluation",
@@ -45,6 +50,7 @@ LAYERS = [
         "recovery.checkpoint",
         "recovery.prompts",
         "training.packing",
+        "training.lora",
         "training.critic",
         "training.shaping",
         "training.scoring",
@@ -60,6 +66,7 @@ LAYERS = [
         "engine.sglang",
         "engine.sglang_launch",
         "engine.sglang_scheduler",
+        "engine.sglang_weights",
         "envs.tools",
         "envs.sql",
         "envs.code",

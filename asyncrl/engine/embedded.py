@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -63,10 +63,12 @@ class EmbeddedEngine:
         max_length: int,
         on_update: OnUpdate = "keep",
         address: str = "127.0.0.1",
+        updated: Mapping[str, Tensor] | None = None,
     ) -> None:
         """At most `max_running` requests run at once, the rest wait; prompt and completion fit in `max_length` tokens.
 
         `address` is this node's own, for the broadcast group. The weights that the model comes with are version 0.
+        `updated`: those of its parameters that an update brings, by default all.
         """
         self.num_tokens = 0
         self.num_prefill_tokens = 0
@@ -85,7 +87,7 @@ class EmbeddedEngine:
         self._group: BroadcastGroup | None = None
         # Names that the current update has yet to bring; None while no part of one has arrived.
         self._missing: set[str] | None = None
-        self._parameters: dict[str, Tensor] = dict(model.named_parameters())
+        self._parameters: dict[str, Tensor] = dict(updated or model.named_parameters())
         self._version: Version = 0
         self._digests: dict[Version, str] = {0: CHECKPOINT}
         self._received: list[Bucket] = []

@@ -7,7 +7,7 @@
     pause ------------------------------->   stop between batches (in place, or back to the queue)
     command "settle" -------------------->   wait for the device: nothing of the old weights still runs
     command "release" ------------------->   give GPU memory back (the requests are in the queue); "restore": take it
-    command "receive" ------------------->   broadcast -> digest of what arrived -> model.load_weights
+    command "receive" ------------------->   broadcast -> digest of what arrived -> the model (`sglang_weights.py`)
     command "resume" -------------------->   all parameters arrived? new version, new salt -> digest
     continue ---------------------------->   go on
 
@@ -29,10 +29,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from asyncrl.transport import BroadcastGroup, Rendezvous
-from asyncrl.weights import Bucket, digest, flat_digest
+from asyncrl.engine.sglang_weights import ReceivedWeights
+from asyncrl.transport import Rendezvous
+from asyncrl.weights import Bucket
 
 if TYPE_CHECKING:
     _Scheduler = Any
@@ -89,7 +90,7 @@ class SchedulerMixin(_Scheduler):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         # A completion ends at the stop tokens that its request names, and at no others.
         self.model_config.hf_eos_token_id = None
-        self._weights = ReceivedWeights(self.tp_worker.model_runner.model, self.ps.tp_rank)
+        self._weights = ReceivedWeights(self.tp_worker.model_runner.model, self.ps.tp_rank, self.ps.tp_size)
         _replace_sampling()
 
     @_exits_on_error
@@ -213,98 +214,6 @@ class SchedulerMixin(_Scheduler):  # type: ignore[misc]
         if started:
             # SGLang's own abort would overtake the last tokens: this goes the way that tokens go.
             self.output_streamer.stream_output(started, True)
-
-
-class ReceivedWeights:
-    """The weights of one scheduler process: where they come from and what proves that they are complete.
-
-    The digest is of the tensors as they arrived and were handed to the model's loader. That the loader put them
-    everywhere is proved once: before the first update all parameters are set to NaN, and after it none may be left.
-    Later updates must bring the names that this one brought.
-    """
-
-    def __init__(self, model: nn.Module, tp_rank: int) -> None:
-        self._model, self._tp_rank = model, tp_rank
-        self.device = next(model.parameters()).device
-        self._checksums = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._group: BroadcastGroup | None = None
-        self._arrived: list[tuple[Bucket, Tensor]] = []
-        self._changed = self._lost = False
-        self._complete: frozenset[str] | None = None
-
-    def lose(self) -> list[Tensor]:
-        """From here on the model has no weights until a whole update has come. Returns what no update brings."""
-        self._lost = True
-        return list(self._model.buffers())
-
-    def join(self, where: Rendezvous, first_rank: int, address: str) -> None:
-        """Enters a group. An update that was cut short in the one before starts over from its first bucket."""
-        if self._group is not None:
-            self._group.leave()
-        self._arrived.clear()
-        self._group = BroadcastGroup(where, first_rank + self._tp_rank, address)
-
-    def receive(self, bucket: Bucket) -> None:
-        """Takes part in one broadcast and loads what came; checked after it, so that no other member waits."""
-        if self._group is None:
-            raise RuntimeError("the engine is in no broadcast group")
-        flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._group.device)
-        self._group.broadcast(flat)
-        twice = self._names() & set(bucket.names)
-        if twice:
-            raise RuntimeError(f"parameter {min(twice)!r} arrived twice in one update")
-        if self._complete is None and not self._changed:
-            self._poison()
-        self._changed = True
-        self._model.load_weights(list(bucket.unpack(flat)))  # type: ignore[operator]
-        self._arrived.append((bucket, self._checksum(flat)))
-
-    def _checksum(self, flat: Tensor) -> Tensor:
-        """On a stream of its own, so that the next bucket's broadcast does not wait for it."""
-        if self._checksums is None:
-            return flat_digest(flat)
-        self._checksums.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._checksums):
-            value = flat_digest(flat)
-        flat.record_stream(self._checksums)
-        return value
-
-    def finish(self) -> str | None:
-        """The digest of the update that ends here, None if nothing arrived. Raises `RuntimeError` for a partial one."""
-        if not self._changed:
-            if self._lost:
-                raise RuntimeError("the memory of the weights was given back and no update has come since")
-            return None
-        if self._complete is None:
-            names = [name for name, _ in self._model.named_parameters()]
-            missing = [name for name, parameter in self._model.named_parameters() if _has_nan(parameter)]
-        else:
-            names, missing = list(self._complete), sorted(self._complete - self._names())
-        if missing:
-            raise RuntimeError(
-                f"the update is partial: {len(missing)} of {len(names)} parameters did not arrive "
-                f"({', '.join(missing[:3])}, ...)"
-            )
-        self._complete = self._names()
-        if self._checksums is not None:
-            self._checksums.synchronize()
-        whole = digest(self._arrived)
-        self._arrived.clear()
-        self._changed = self._lost = False
-        return whole
-
-    def _names(self) -> frozenset[str]:
-        return frozenset(name for bucket, _ in self._arrived for name in bucket.names)
-
-    @torch.no_grad()
-    def _poison(self) -> None:
-        for parameter in self._model.parameters():
-            if parameter.is_floating_point():
-                parameter.fill_(torch.nan)
-
-
-def _has_nan(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and bool(tensor.isnan().any())
 
 
 def _synchronize(device: torch.device) -> None:

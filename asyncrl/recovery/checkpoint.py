@@ -2,6 +2,7 @@
 
     checkpoints/step-000120/   model.safetensors, config.json, tokenizer files
                                learner/: optimizer.safetensors, random.safetensors, cursor.json
+                               adapter/: adapter_model.safetensors, adapter_config.json (runs with LoRA)
                                manifest.json: the BLAKE2 checksum of each of these files
 The learner's part has a folder of its own because engines take every *.safetensors beside the model's for weights.
 Written under a temporary name, synced to disk file by file and renamed when complete, so a folder of this name was
@@ -59,10 +60,11 @@ def save(
     weights: dict[str, Tensor],
     optimizer: dict[str, Tensor],
     keep: int,
+    more: Callable[[Path], None] | None = None,
 ) -> Path:
     """Writes one checkpoint atomically and deletes all but the newest `keep`. Returns its folder.
 
-    `weights` are those of `model`, whole: its own may be split between ranks.
+    `weights` are those of `model`, whole: its own may be split between ranks. `more` adds files of its own.
     """
 
     def fill(folder: Path) -> None:
@@ -70,6 +72,8 @@ def save(
         tokenizer.save_pretrained(folder)
         state = {name: tensor.contiguous() for name, tensor in optimizer.items()}
         save_file(state, folder / _LEARNER / "optimizer.safetensors")
+        if more is not None:
+            more(folder)
 
     return write(root, cursor, fill, keep=keep)
 
@@ -93,7 +97,7 @@ def write(root: Path, cursor: Cursor, fill: Callable[[Path], None], *, keep: int
             checksums = list(threads.map(lambda name: _sync_and_sum(partial / name), names))
         manifest = Manifest(dict(zip(names, checksums, strict=True)))
         (partial / _MANIFEST).write_bytes(msgspec.json.encode(manifest))
-        for path in (partial / _MANIFEST, partial / _LEARNER, partial):
+        for path in (partial / _MANIFEST, *(path for path in partial.iterdir() if path.is_dir()), partial):
             _sync(path)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
+from msgspec.structs import replace
 from torch import nn
 
 from asyncrl.config import Config
@@ -17,6 +19,7 @@ from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.rollout import Attempts, Rollout
 from asyncrl.runtime.placement import Placement
 from asyncrl.training.learner import Learner, row_length
+from asyncrl.training.lora import Adapters, refuse_adapters
 from asyncrl.training.sharding import Ranks
 from asyncrl.types import Sampling
 from asyncrl.weights import DTYPES
@@ -56,12 +59,17 @@ async def build_rollout(
 async def _build_engine(config: Config, folder: str, placement: Placement, max_length: int, address: str) -> Engine:
     settings = config.rollout
     if settings.engine == "embedded":
+        model = load_model(folder, dtype=DTYPES[settings.dtype], device=placement.device)
+        adapters = None
+        if config.lora.sync == "adapter":
+            adapters = Adapters(model, replace(config.lora, alpha=config.lora.rank)).named()  # they arrive scaled
         return EmbeddedEngine(
-            load_model(folder, dtype=DTYPES[settings.dtype], device=placement.device),
+            model,
             max_running=settings.max_running,
             max_length=max_length,
             on_update=settings.on_update,
             address=address,
+            updated=adapters,
         )
     from asyncrl.engine.sglang import SGLangEngine  # an optional package
 
@@ -99,9 +107,10 @@ class LearnerPart:
         self._keep = config.checkpoint.keep
         self._tokenizer = load_tokenizer(folder)
         env = load_env(config.env.path, self._tokenizer, config.env.args)
-        model = _learner_model(str(resume or folder), placement, ranks)
+        # Adapters come from a checkpoint by themselves, to the base that they were trained on.
+        model = _learner_model(folder if resume is None or config.lora.rank else str(resume), placement, ranks)
         reference = None
-        if config.loss.needs_reference:  # a resumed run keeps the reference of its beginning
+        if config.loss.needs_reference and not config.lora.rank:  # a resumed run keeps the reference of its beginning
             reference = _learner_model(folder, placement, ranks)
         critic = None
         if config.loss.needs_critic and config.critic.backbone == "own":
@@ -117,6 +126,10 @@ class LearnerPart:
             ranks=ranks,
         )
         if resume is not None:
+            if self.learner.adapters is not None:
+                self.learner.adapters.load(resume)
+            else:
+                refuse_adapters(resume)
             self.learner.load_state(checkpoint.load_optimizer(resume), checkpoint.load_cursor(resume).version)
             checkpoint.load_random_state(resume)
 
@@ -124,10 +137,20 @@ class LearnerPart:
         """Writes a checkpoint at the first rank. Every rank."""
         if cursor.version != self.learner.version:
             raise RuntimeError(f"asked to save version {cursor.version}, the learner is at {self.learner.version}")
-        weights, optimizer = self.learner.weights(), self.learner.state()
-        if self.learner.ranks.is_first:
-            model, tokenizer = self.learner.model, self._tokenizer
-            checkpoint.save(root, cursor, model, tokenizer, weights=weights, optimizer=optimizer, keep=self._keep)
+        learner, adapters = self.learner, self.learner.adapters
+        weights, optimizer = learner.weights(), learner.state()
+        more = partial(adapters.save, tensors=adapters.tensors(learner.ranks)) if adapters is not None else None
+        if learner.ranks.is_first:
+            checkpoint.save(
+                root,
+                cursor,
+                learner.model,
+                self._tokenizer,
+                weights=weights,
+                optimizer=optimizer,
+                keep=self._keep,
+                more=more,
+            )
 
 
 def _learner_model(path: str, placement: Placement, ranks: Ranks | None) -> nn.Module:

@@ -134,10 +134,21 @@ def compare(name: str, need: float, have: float, remedy: str) -> Check:
 
 
 def model_gb(config: Config, parameters: int) -> tuple[float, float]:
-    """Of the learner (float32 weights, gradients, two moments; reference, critic) and of one engine's weights."""
+    """Of the learner (float32 weights, gradients, two moments; reference, critic) and of one engine's weights.
+
+    With LoRA the learner's weights have neither, and count as they are loaded, in float32; adapters count for nothing.
+    An SGLang engine that gets adapters alone has two copies of its layers.
+    """
     critic = 16 if config.loss.needs_critic and config.critic.backbone == "own" else 0
-    learner = parameters * ((20 if config.loss.needs_reference else 16) + critic) / 1e9
-    return learner, parameters * BYTES[config.rollout.dtype] / 1e9 / config.rollout.tensor_parallel_size
+    policy = 4 if config.lora.rank else 20 if config.loss.needs_reference else 16
+    copies = 2 if config.lora.sync == "adapter" and config.rollout.engine == "sglang" else 1
+    engine = parameters * copies * BYTES[config.rollout.dtype] / config.rollout.tensor_parallel_size
+    return parameters * (policy + critic) / 1e9, engine / 1e9
+
+
+def saved_gb(config: Config, parameters: int) -> float:
+    """Of a checkpoint: float32 weights, and the two moments of what is trained."""
+    return parameters * (4 if config.lora.rank else 12) / 1e9
 
 
 def check_host_memory(config: Config, has_gpus: bool, parameters: int, have_gb: float | None) -> Check:
@@ -147,8 +158,8 @@ def check_host_memory(config: Config, has_gpus: bool, parameters: int, have_gb: 
     on_gpu = config.device == "cuda" or (config.device == "auto" and has_gpus)
     learner, engine = model_gb(config, parameters)
     models = learner + config.num_engines * engine
-    if on_gpu:  # the first of several learner ranks puts weights and two moments together, for a checkpoint
-        models = parameters * 12 / 1e9 if config.learner.num_gpus > 1 else 0.0
+    if on_gpu:  # several learner ranks, or LoRA, put a checkpoint together in it
+        models = saved_gb(config, parameters) if config.learner.num_gpus > 1 or config.lora.rank else 0.0
     num_processes = config.num_engines + config.learner.num_gpus + 1
     need = STORE_GB + num_processes * PROCESS_GB[on_gpu] + models
     return compare("host memory", need, have_gb, "lower rollout.num_actors, or take a smaller model")
@@ -170,7 +181,7 @@ def check_gpu_memory(config: Config, parameters: int, gpus: Sequence[Gpu]) -> Ch
 
 def check_disk(config: Config, parameters: int, free_gb: float) -> Check:
     """For checkpoints of weights and two moments; one more than are kept exists while it is written."""
-    need = (config.checkpoint.keep + 1) * parameters * 12 / 1e9 + 0.1
+    need = (config.checkpoint.keep + 1) * saved_gb(config, parameters) + 0.1
     return compare("disk", need, free_gb, "free some space, lower checkpoint.keep, or move run_dir")
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from asyncrl.algo.loss import Columns, policy_loss, second_moment_bound
 from asyncrl.config import Config
 from asyncrl.model import decoder_layers, use_attention
 from asyncrl.training.critic import Critic
+from asyncrl.training.lora import Adapters
 from asyncrl.training.packing import Batch, MicroBatch, pack
 from asyncrl.training.scoring import Scorer, recompute_activations
 from asyncrl.training.shaping import shape
@@ -74,23 +75,22 @@ class Learner:
         self._row_tokens = row_tokens
         self._address, self._backend = address, backend
         self.ranks = ranks or Ranks()
-        if self.loss.needs_reference and reference is None:
-            raise RuntimeError("the loss has a KL term against a reference model, and none was given")
+        self.adapters = Adapters(model, config.lora, bfloat16=self._uses_bfloat16(model)) if config.lora.rank else None
         self._num_flops = FlopCounter(model)
         self._scorer = self._make_scorer(model)
-        self._reference = self._make_scorer(reference) if reference is not None else None
+        self._reference = self._make_reference(reference)
         self._device = next(model.parameters()).device
         self._critic = self._make_critic(critic) if self.loss.needs_critic else None
         settings = config.learner
         self.optimizer = torch.optim.AdamW(
-            model.parameters(),
+            self._trained().values(),
             lr=settings.learning_rate,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
             fused=self._device.type == "cuda",
         )
         self.buckets: list[Bucket] = make_buckets(
-            model.named_parameters(), config.rollout.dtype, int(config.weights.bucket_mb * 2**20)
+            self.published().items(), config.rollout.dtype, int(config.weights.bucket_mb * 2**20)
         )
         self._meetings: dict[Audience, tuple[Rendezvous, TCPStore]] = {}
         self._groups: dict[Audience, BroadcastGroup] = {}
@@ -104,6 +104,18 @@ class Learner:
     def _uses_bfloat16(self, model: nn.Module) -> bool:
         wanted = self._config.learner.dtype
         return wanted == "bfloat16" or (wanted == "auto" and self._device_type(model) == "cuda")
+
+    def _make_reference(self, model: nn.Module | None) -> Callable[[MicroBatch], tuple[Tensor, Tensor]] | None:
+        if not self.loss.needs_reference:
+            return None
+        if self.adapters is not None:
+            return self.adapters.without(self._scorer)
+        if model is None:
+            raise RuntimeError("the loss has a KL term against a reference model, and none was given")
+        return self._make_scorer(model)
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def _make_critic(self, model: nn.Module | None) -> Critic:
         settings = self._config.critic
@@ -180,7 +192,7 @@ class Learner:
         bound = self._m2_bound(parts) if self.loss.trust == "m2" else None
         self.optimizer.zero_grad(set_to_none=True)
         seen = [self._backward(part, bound) for part in parts]
-        norm = float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)))
+        norm = float(whole(nn.utils.clip_grad_norm_(self._trained().values(), settings.max_grad_norm)))
         told = {"gradient/norm": norm, "gradient/cosine": self._watch.cosine()}
         metrics = measure(seen, batch, self.ranks) | shaped | told
         self._gradient = _Gradient(batch, norm, metrics, time.perf_counter() - began)
@@ -241,7 +253,7 @@ class Learner:
         if group is None and self.ranks.is_first:
             raise RuntimeError("prepare() before join()")
         device = group.device if group is not None else None
-        self._outgoing[audience] = Outgoing(self.buckets, dict(self.model.named_parameters()), device)
+        self._outgoing[audience] = Outgoing(self.buckets, self.published(), device)
 
     def broadcast(self, audience: Audience = "rollouts") -> str:
         """Sends the prepared weights to every engine, from the first rank; returns their digest there. Every rank."""
@@ -249,16 +261,22 @@ class Learner:
             raise RuntimeError("broadcast() before join() and prepare()")
         return self._outgoing.pop(audience).send(self._groups.get(audience))
 
+    def published(self) -> Mapping[str, Tensor]:
+        """What an update sends, as named tensors; split ones where there are several ranks."""
+        return self.adapters.published() if self.adapters else dict(self.model.named_parameters())
+
     def weights(self) -> dict[str, Tensor]:
         """Full weights and buffers as named tensors at the first rank, for a checkpoint; tied ones once. Every rank."""
         once: dict[int, tuple[str, Tensor]] = {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             once.setdefault(id(tensor), (name, tensor))
-        return collect(list(once.values()), self.ranks)
+        named = dict(once.values())
+        tensors = self.adapters.merged(named) if self.adapters else named
+        return collect(tensors.items(), self.ranks, to_host=tensors is not named)
 
     def state(self) -> dict[str, Tensor]:
         """Optimizer state and critic as named tensors, for a checkpoint, at the first rank. Every rank."""
-        names = [name for name, _ in self.model.named_parameters()]
+        names = list(self._trained())
         states = self.optimizer.state_dict()["state"]
         named = [(f"{names[index]}.{key}", value) for index, values in states.items() for key, value in values.items()]
         critic = self._critic.state() if self._critic else {}
@@ -267,7 +285,7 @@ class Learner:
     def load_state(self, tensors: dict[str, Tensor], version: Version) -> None:
         """The inverse of `state`, from the full tensors, whatever number of ranks saved them."""
         state: dict[int, dict[str, Tensor]] = {}
-        for index, (name, parameter) in enumerate(self.model.named_parameters()):
+        for index, (name, parameter) in enumerate(self._trained().items()):
             moments = {key: split_like(tensors[f"{name}.{key}"], parameter) for key in ("exp_avg", "exp_avg_sq")}
             state[index] = moments | {"step": tensors[f"{name}.step"]}
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})

@@ -9,7 +9,7 @@ All of these wait for every rank, so ranks make the same calls in the same order
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed import TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from asyncrl.transport import Rendezvous
 
@@ -112,6 +112,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def replicate(tensor: Tensor) -> Tensor:
+    """A split tensor with all of its rows on every rank, to compute with split ones; others as they are."""
+    return tensor.redistribute(placements=[Replicate()]) if isinstance(tensor, DTensor) else tensor
+
+
 def own(tensor: Tensor) -> Tensor:
     """This rank's rows; a tensor that is not split is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -141,8 +146,8 @@ def split_like(full: Tensor, parameter: Tensor) -> Tensor:
     )
 
 
-def collect(tensors: Sequence[tuple[str, Tensor]], ranks: Ranks) -> dict[str, Tensor]:
-    """Full tensors by name at the first rank, in host memory where they were split; empty elsewhere.
+def collect(tensors: Iterable[tuple[str, Tensor]], ranks: Ranks, *, to_host: bool = False) -> dict[str, Tensor]:
+    """Full tensors by name at the first rank, in host memory where they were split or `to_host`; empty elsewhere.
 
     One at a time: beyond its own parts, no rank but the first holds more than a single full tensor.
     """
@@ -150,5 +155,5 @@ def collect(tensors: Sequence[tuple[str, Tensor]], ranks: Ranks) -> dict[str, Te
     for name, tensor in tensors:
         full = whole(tensor.detach())
         if ranks.is_first:
-            found[name] = full.cpu() if isinstance(tensor, DTensor) else full
+            found[name] = full.cpu() if to_host or isinstance(tensor, DTensor) else full
     return found

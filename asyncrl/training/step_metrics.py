@@ -81,10 +81,11 @@ class GradientWatch:
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         generator = torch.Generator().manual_seed(0)
-        total = sum(parameter.numel() for parameter in model.parameters())
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        total = sum(parameter.numel() for parameter in trained)
         share = min(1.0, _NUM_WATCHED / total)
         self._slices = []
-        for parameter in model.parameters():
+        for parameter in trained:
             chosen = torch.randint(
                 parameter.numel(), (math.ceil(parameter.numel() * share),), generator=generator
             )  # of the full tensor, so that the slice is the same for any number of ranks

@@ -2,7 +2,8 @@
 
 Model FLOPs are those of one forward and one backward pass over what was packed (PaLM 2204.02311, appendix B): 6 for
 each weight and input token, of the head 6 for each weight and trained token, and 12 for each layer, attention
-dimension and pair of tokens that see each other. What is computed again in the backward pass does not count.
+dimension and pair of tokens that see each other. A frozen weight has no gradient of its own to compute: 4 in place of
+6. What is computed again in the backward pass does not count.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from asyncrl.training.packing import MicroBatch
 
@@ -26,10 +27,10 @@ class FlopCounter:
         config = model.config
         heads = config.num_attention_heads  # type: ignore[union-attr]
         size = getattr(config, "head_dim", None) or config.hidden_size // heads  # type: ignore[union-attr, operator]
-        self._pair = 12.0 * config.num_hidden_layers * heads * size  # type: ignore[union-attr, operator]
-        self._head = 6.0 * model.get_output_embeddings().weight.numel()  # type: ignore[operator]
+        self._pair = 12.0 * float(config.num_hidden_layers * heads * size)  # type: ignore[union-attr, operator]
+        self._head = _of_weight(model.get_output_embeddings().weight)  # type: ignore[operator]
         tables = {id(table.weight) for table in (model.get_input_embeddings(), model.get_output_embeddings())}  # type: ignore[operator]
-        self._token = 6.0 * sum(weight.numel() for weight in model.parameters() if id(weight) not in tables)
+        self._token = sum(_of_weight(weight) for weight in model.parameters() if id(weight) not in tables)
 
     def __call__(self, micro_batches: Sequence[MicroBatch]) -> float:
         """Model FLOPs of one forward and one backward pass over all of them."""
@@ -39,6 +40,10 @@ class FlopCounter:
             pairs = int((part.positions[held] + 1).sum())  # a token sees itself and all before it
             total += self._token * int(held.sum()) + self._pair * pairs + self._head * len(part.targets)
         return total
+
+
+def _of_weight(weight: Tensor) -> float:
+    return (6.0 if weight.requires_grad else 4.0) * weight.numel()
 
 
 def peak_flops(device: torch.device) -> float:

@@ -13,6 +13,7 @@ import torch
 
 from asyncrl.model import build_tiny, load_model
 from asyncrl.types import Sampling
+from asyncrl.weights import LORA_A, LORA_B
 
 Run = Callable[..., Any]
 
@@ -39,6 +40,36 @@ class World:
     async def started(self) -> None:
         """Returns when requests sent before have made a few tokens."""
         await self.engine.generate([5, 6], Sampling(7), 99)
+
+
+@dataclass
+class AdapterWorld(World):
+    """A world whose updates are adapters alone: `old` is the base, `new` the base with them merged."""
+
+    adapters: dict[str, torch.Tensor]
+
+    async def reset(self, on_update: str = "keep") -> None:
+        await self.learner.meet(self.engine)
+        self.engine.on_update = on_update
+        idle = {name: tensor * (0.0 if name.endswith(LORA_B) else 1.0) for name, tensor in self.adapters.items()}
+        await self.learner.update(0, idle, self.engine)
+
+    async def publish_new(self, version: int) -> str:
+        return await self.learner.update(version, self.adapters, self.engine)
+
+
+def adapted(world: World, engine: Any, targets: tuple[str, ...]) -> AdapterWorld:
+    """The same base on another engine, with random adapters of rank 4 on the layers of these names."""
+    adapters, new = {}, copy.deepcopy(world.old)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in new.named_parameters():
+        stem = name.removesuffix(".weight")
+        if stem.endswith(targets):
+            rows, columns = parameter.shape
+            a, b = (torch.randn(shape, generator=generator) * 0.1 for shape in ((4, columns), (rows, 4)))
+            adapters |= {stem + LORA_A: a, stem + LORA_B: b}
+            parameter.data += b @ a
+    return AdapterWorld(world.folder, engine, world.learner, world.old, new, adapters)
 
 
 def runner_of(runner: asyncio.Runner) -> Run:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from sglang_learner import buckets_of
-from sglang_world import Run, World, start
+from sglang_world import Run, World, adapted, start
 
 from asyncrl.types import Completion, Sampling
 
@@ -78,6 +78,25 @@ def test_the_boundary_is_where_the_versions_say(world, run, mode):
 @pytest.mark.parametrize("mode", ["keep", "recompute"])
 def test_tensor_parallel_engines_take_updates_in_flight(wide, run, mode):
     check_boundary(wide, run, mode)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "targets"), [(1, ("q_proj", "gate_proj", "down_proj")), (2, ("k_proj", "v_proj", "o_proj", "up_proj"))]
+)
+def test_adapters_alone_make_the_weights_that_were_merged(world, run, ranks, targets):
+    """They go into fused and split layers, some of which have no adapter in a part of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if ranks == 2:
+            if os.cpu_count() == 1:
+                pytest.skip("needs two CPU cores")
+            patch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
+        engine = run(start(world.folder, max_length=512, tensor_parallel_size=ranks), 120)
+    try:
+        adapters = adapted(world, engine, targets)
+        for mode in ("keep", "recompute"):
+            check_boundary(adapters, run, mode)
+    finally:
+        run(engine.close())
 
 
 def test_many_updates_in_a_row_reach_both_tensor_parallel_ranks(wide, run):

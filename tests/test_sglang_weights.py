@@ -1,0 +1,88 @@
+"""Adapters that are added to the weights of a model like SGLang's, whose loader fuses layers. Needs no SGLang."""
+
+import pytest
+import torch
+from torch import nn
+
+from asyncrl.engine.sglang_weights import AddedProducts
+from asyncrl.weights import LORA_A, LORA_B
+
+SIZE, RANK = 8, 2
+ROWS = {"q": slice(0, 8), "k": slice(8, 12), "v": slice(12, 16)}
+
+
+class Fused(nn.Module):
+    """One parameter holds three layers, as the loader knows; another is a layer of its own."""
+
+    def __init__(self, dtype=torch.float32, lost=()):
+        super().__init__()
+        self.qkv = nn.Linear(SIZE, 16, bias=False, dtype=dtype)
+        self.out = nn.Linear(SIZE, SIZE, dtype=dtype)
+        self.lost = lost
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            layer = name.removesuffix(".weight")
+            if layer not in self.lost:
+                place = self.qkv.weight.data[ROWS[layer]] if layer in ROWS else getattr(self, layer).weight.data
+                place.copy_(tensor)
+
+
+def adapters(seed, *layers, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for layer in layers:
+        rows = ROWS[layer].stop - ROWS[layer].start if layer in ROWS else SIZE
+        found[layer + LORA_A] = torch.randn(RANK, SIZE, generator=generator).to(dtype)
+        found[layer + LORA_B] = torch.randn(rows, RANK, generator=generator).to(dtype)
+    return found
+
+
+def product(factors, layer):
+    return factors[layer + LORA_B].float() @ factors[layer + LORA_A].float()
+
+
+def test_the_product_is_added_where_the_loader_puts_the_layer_and_nothing_else_changes():
+    model = Fused()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    added = AddedProducts(model, 1)
+    for seed in (1, 2, 3):
+        factors = adapters(seed, "q", "v", "out")
+        added.add(factors)
+        for layer in ("q", "v"):
+            expected = before["qkv.weight"][ROWS[layer]] + product(factors, layer)
+            assert torch.equal(model.qkv.weight[ROWS[layer]], expected)
+        assert torch.equal(model.qkv.weight[ROWS["k"]], before["qkv.weight"][ROWS["k"]])
+        assert torch.equal(model.out.weight, before["out.weight"] + product(factors, "out"))
+        assert torch.equal(model.out.bias, before["out.bias"])
+
+
+def test_nothing_drifts_over_many_updates():
+    model = Fused(torch.bfloat16)
+    added, first = AddedProducts(model, 1), adapters(0, "q", dtype=torch.bfloat16)
+    added.add(first)
+    wanted = model.qkv.weight.detach().clone()
+    for seed in range(1, 20):
+        added.add(adapters(seed, "q", dtype=torch.bfloat16))
+    assert not torch.equal(model.qkv.weight, wanted)
+    added.add(first)
+    assert torch.equal(model.qkv.weight, wanted)
+
+
+def test_a_loader_that_drops_a_layer_is_found_out_and_the_base_is_left():
+    model = Fused(lost=("v",))
+    before = model.qkv.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"put 64 of 96 weights .* set lora.sync=merged"):
+        AddedProducts(model, 1).add(adapters(0, "q", "v"))
+    assert torch.equal(model.qkv.weight, before)
+
+
+def test_half_an_adapter_and_a_model_that_computes_from_its_weights_are_refused():
+    factors = adapters(0, "q")
+    del factors["q" + LORA_A]
+    with pytest.raises(RuntimeError, match="adapter of 'q' arrived in half"):
+        AddedProducts(Fused(), 1).add(factors)
+    model = Fused()
+    model.post_load_weights = lambda: None
+    with pytest.raises(RuntimeError, match=r"set lora\.sync=merged"):
+        AddedProducts(model, 1).add(adapters(0, "q"))
