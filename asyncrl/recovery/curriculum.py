@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from asyncrl.config import CurriculumConfig
-from asyncrl.recovery.journal import Admitted, Generated, Record, Resumed, Saved, Synced, checksum_of
+from asyncrl.recovery.journal import Admitted, Dropped, Generated, Record, Resumed, Saved, Synced, checksum_of
 from asyncrl.types import Prompt, Version
 
 Bucket: TypeAlias = Literal["new", "hard", "between", "easy"]
@@ -99,8 +99,9 @@ class Curriculum:
                 if visits is not None and passed is not None:
                     insort(visits, _Visit(number, newest, passed))
                     self.version = max(self.version, newest)  # an engine may have it before all of them do
-                if not self._replaying:  # a journal may hold a later life of this draw
-                    self._keys.pop(number, None)
+                self._close([number])
+            case Dropped(ids=ids):
+                self._close(ids)
             case Synced(version=version):
                 self.version = max(self.version, version)
             case Saved(kept=kept):
@@ -138,6 +139,11 @@ class Curriculum:
     def _visits_of(self, number: int) -> list[_Visit] | None:
         key = self._keys.get(number)
         return None if key is None else self._visits.setdefault(key, [])
+
+    def _close(self, numbers: Iterable[int]) -> None:
+        """No result of these draws is to come; in a journal that is read again one may, of a later life."""
+        for number in () if self._replaying else numbers:
+            self._keys.pop(number, None)
 
     def _forget(self, oldest: Version) -> None:
         """Leaves out what no resume at a kept version can bring to matter again."""
