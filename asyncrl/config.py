@@ -183,6 +183,20 @@ class CriticConfig(_Section, frozen=True, kw_only=True):
     """GAE: 0 trusts the critic after one token, 1 uses the rewards alone."""
 
 
+class CurriculumConfig(_Section, frozen=True, kw_only=True):
+    """Draws that are left out by pass rate; `asyncrl/recovery/curriculum.py` says what that does to training."""
+
+    by: Literal["off", "prompt", "source"] = "off"
+    """What a pass rate is of: each prompt, for data that come again, or each source (an environment of a mixture, or a
+    value of a data set's source column)."""
+    visits: int = 2
+    """Last groups that the rate is a mean over; with less, nothing is left out. More for sources, such as 64."""
+    bounds: tuple[float, float] = (0.0, 1.0)
+    """A rate up to the first is too hard, from the second on too easy."""
+    skip: float = 0.8
+    """Probability that a draw that is too hard or too easy is left out."""
+
+
 class EvalConfig(_Section, frozen=True, kw_only=True):
     every: int = 20
     """Steps between held-out evaluations; 0 is never. The last step is always evaluated."""
@@ -194,7 +208,7 @@ class EvalConfig(_Section, frozen=True, kw_only=True):
     """0 is greedy."""
     top_p: float = 1.0
     pass_reward: float = 1.0
-    """The reward from which on an attempt passes, for pass@k."""
+    """The reward from which on an attempt passes, for pass@k and for the curriculum."""
     num_actors: int = 0
     """Engines for evaluation alone: they hold the version under evaluation still while the rollout actors go on. With
     none, rollout actors evaluate, and later weights reach their attempts."""
@@ -274,6 +288,7 @@ class Config(_Section, frozen=True, kw_only=True):
     lora: LoraConfig = LoraConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     critic: CriticConfig = CriticConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
     eval: EvalConfig = EvalConfig()
     weights: WeightsConfig = WeightsConfig()
     cluster: ClusterConfig = ClusterConfig()

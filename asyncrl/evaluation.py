@@ -39,7 +39,7 @@ def summarize(groups: Sequence[Group], version: Version, pass_reward: float) -> 
 
 
 def by_source(groups: Sequence[Group], area: str) -> dict[str, float]:
-    """`area/NAME`: the mean reward of each environment of a mixture; nothing for an environment that is none."""
+    """`area/NAME`: the mean reward of each source of prompts, such as the environments of a mixture."""
     rewards: dict[str, list[float]] = defaultdict(list)
     for group in groups:
         if group.prompt.source:

@@ -37,6 +37,7 @@ from asyncrl.model import load_tokenizer
 from asyncrl.monitor.metrics import Metrics, plot, verdict
 from asyncrl.pool import RolloutHandle, RolloutPool
 from asyncrl.recovery import checkpoint
+from asyncrl.recovery.curriculum import Curriculum
 from asyncrl.recovery.guard import StepGuard
 from asyncrl.recovery.journal import Journal, Resumed, Started
 from asyncrl.recovery.prompts import PromptQueue
@@ -91,7 +92,12 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
     ):
         _say_how_it_begins(metrics, config, journal, baselines, getattr(env, "skipped", {}))
         prompts = PromptQueue(
-            env.prompts("train", config.seed), journal, folder / "groups", keep_groups=config.journal.keep_groups
+            env.prompts("train", config.seed),
+            journal,
+            folder / "groups",
+            keep_groups=config.journal.keep_groups,
+            curriculum=None if config.curriculum.by == "off" else Curriculum(config.curriculum, config.seed),
+            pass_reward=config.eval.pass_reward,
         )
         async with runtime.open_actors(config, initial, saved, folder / "groups") as (learner, actors):
             system = make_system(

@@ -207,7 +207,7 @@ async def publish(system: System, groups: Sequence[Group], learnt: dict[str, flo
         clock.lap("sync")  # else what the learner waited for weights is a part of the step after
     buffered = buffer.release()
     row = measure(groups) | learnt | synced | clock.metrics() | measure_buffer(buffer, buffered)
-    row["journal/unstored"] = float(system.prompts.num_unstored)
+    row |= system.prompts.metrics()
     system.metrics.step(version, row, buffer.max_lag)
     if system.control is not None and (decision := system.control.decide(row)) is not None:
         buffer.allow(system.control.staleness)

@@ -14,6 +14,7 @@ def check(config: Config) -> None:
     _check_secrets(config.env.args, "env.args")
     _check_secrets(config.rollout.engine_args, "rollout.engine_args")
     _check_critic(config)
+    _check_curriculum(config)
     _check_lora(config)
     loss = config.loss
     rollout, buffer = config.rollout, config.buffer
@@ -109,6 +110,17 @@ def _check_critic(config: Config) -> None:
         )
 
 
+def _check_curriculum(config: Config) -> None:
+    if not 0 <= config.curriculum.skip < 1:
+        raise ValueError(
+            f"curriculum.skip must be at least 0 and below 1, got {config.curriculum.skip}: what is always left out "
+            "would never come back; 0.95 keeps one draw in twenty"
+        )
+    hard, easy = config.curriculum.bounds
+    if not 0 <= hard < easy <= 1:
+        raise ValueError(f"curriculum.bounds are pass rates with 0 <= hard < easy <= 1, got {hard} and {easy}")
+
+
 def _check_lora(config: Config) -> None:
     targets = config.lora.targets
     if not targets or "" in list(targets):
@@ -159,6 +171,7 @@ _AT_LEAST = {
     "critic.warmup_steps": 0,
     "critic.clip": 0,
     "critic.max_grad_norm": 0,
+    "curriculum.visits": 1,
     "eval.every": 0,
     "eval.num_prompts": 1,
     "eval.num_samples": 1,

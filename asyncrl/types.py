@@ -38,7 +38,7 @@ class Prompt:
     target: str
     """What its environment needs to score an attempt."""
     source: str = ""
-    """The environment that drew it, by its name in a mixture."""
+    """The environment that drew it, by its name in a mixture; or the value of a data set's source column."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,9 @@
 
 MODEL_OR_RUN is a Hugging Face id or folder, or a run folder: then its configuration and newest checkpoint are taken.
 --n 4 is four attempts at each prompt, sampled at temperature 1; without it one greedy attempt. The engine is the
-embedded one, on a GPU or a CPU, or SGLang with rollout.engine=sglang. --output FILE also writes the result as JSON,
-with every prompt's rewards.
+embedded one, on a GPU or a CPU, or SGLang with rollout.engine=sglang. Without a configuration a completion has 512
+tokens; rollout.max_new_tokens=N is another budget. --output FILE also writes the result as JSON, with every prompt's
+rewards.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ import uvloop
 
 from asyncrl import config as configuration
 from asyncrl.config import Config
+from asyncrl.envs.faults import EnvFault
+
+_MAX_NEW_TOKENS = 512
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = resolve(options)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             result = runner.run(evaluate(config))
-    except ValueError as error:
+    except (ValueError, EnvFault) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(report(result))
@@ -66,6 +70,8 @@ def resolve(options: argparse.Namespace) -> Config:
     asked = [f"env.path={options.env}"] if options.env else []
     if options.n is not None:
         asked += [f"eval.num_samples={options.n}", f"eval.temperature={1.0 if options.n > 1 else 0.0}"]
+    if not files:
+        asked.append(f"rollout.max_new_tokens={_MAX_NEW_TOKENS}")
     return configuration.load(
         files[0] if files else None, [f"model.path={model}", "warmup.num_steps=0", *asked, *words]
     )
@@ -129,6 +135,8 @@ def report(result: dict[str, Any]) -> str:
     lines += [f"no skill     {score:.4f}  ({name})" for name, score in result["no_skill"].items()]
     lines += [f"skipped rows of the data: {count}, {reason}" for reason, count in result["skipped_rows"].items()]
     lines.append(f"truncated    {metrics['eval/truncated']:.4f}")
+    if metrics["eval/truncated"] == 1:
+        lines[-1] += "  every attempt ran out of tokens: raise rollout.max_new_tokens"
     lines.append(f"mean length  {metrics['eval/mean_length']:.1f} tokens, {result['tokens_per_s']:.0f} tokens/s")
     return "\n".join(lines)
 

@@ -81,6 +81,14 @@ def test_reward_functions_see_prompt_completion_and_columns(tmp_path):
         assert attempt(env, prompt, str(number)).reward == 0
 
 
+def test_a_column_may_name_the_source_of_prompts(tmp_path):
+    env = make(tmp_path / "data.jsonl", source_column="level")
+    for prompt in itertools.islice(env.prompts("train", 0), 30):
+        assert prompt.source == str(json.loads(prompt.target)["columns"]["level"])
+    with pytest.raises(ValueError, match="has no column 'grade'"):
+        next(make(tmp_path / "data.jsonl", source_column="grade").prompts("train", 0))
+
+
 def test_several_reward_functions_are_weighted_and_reported(tmp_path):
     both = ["test_dataset:level_reward", "test_dataset:length_reward"]
     env = make(tmp_path / "data.jsonl", reward=both, weights=[1.0, 0.5])
@@ -113,6 +121,7 @@ def test_the_no_skill_score_is_that_of_the_most_frequent_target(tmp_path):
         ({"prompt": "text"}, "has no column 'text': name one that it has, which are answer, level, question"),
         ({"target": "solution"}, "has no column 'solution'"),
         ({"reward": "test_dataset:nothing"}, r"env\.args\.reward 'test_dataset:nothing'.*has no 'nothing'"),
+        ({"reward": "math:pi"}, r"env\.args\.reward 'math:pi' is 3\.14.*name a function"),
         ({"reward": "nowhere:f"}, r"env\.args\.reward 'nowhere:f': no module 'nowhere'"),
         ({"weights": [1, 2]}, "weights has 2 entries for 1 reward function"),
         ({"max_prompt_tokens": 20}, r"prompt longer than 20 tokens: it has \d+ tokens: raise env.args.max_prompt_tok"),
@@ -184,6 +193,21 @@ def test_a_reward_that_is_no_finite_number_is_refused(tmp_path, returned, messag
     env = make(tmp_path / "data.jsonl", reward=broken)
     with pytest.raises(ValueError, match=message):
         attempt(env, next(env.prompts("train", 0)), "1")
+
+
+def test_a_function_gets_the_arguments_that_it_names(tmp_path):
+    def plain(completions, answer):
+        return [float(text == right) for text, right in zip(completions, answer, strict=True)]
+
+    env = make(tmp_path / "data.jsonl", reward=plain)
+    prompt = next(env.prompts("train", 0))
+    right = json.loads(prompt.target)["columns"]["answer"]
+    assert attempt(env, prompt, right).reward == 1.0
+    missing = make(tmp_path / "data.jsonl", reward="asyncrl.envs.rewards:exact_match")
+    with pytest.raises(
+        ValueError, match=r"'exact_match' takes 'target', which is no column of the data.*env\.args\.target"
+    ):
+        attempt(missing, prompt, right)
 
 
 @pytest.mark.parametrize("name", ["slow_reward", "blocking_reward"])

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from helpers import run
+from helpers import TextTokenizer, attempt, run
 
 from asyncrl.envs.base import load_env
 from asyncrl.model import build_tiny, load_tokenizer
@@ -94,6 +94,22 @@ def test_demonstrations_are_of_mixed_quality_and_never_held_out(tokenizer):
         falling += text == answer[::-1]
     assert 0.25 < right / 2000 < 0.33
     assert 0.40 < falling / 2000 < 0.50
+
+
+def test_the_largest_of_three_counts_as_the_last_number_of_a_reply_that_ended():
+    env = load_env("asyncrl.envs.numbers:LargestOfThree", TextTokenizer(), {})
+    train, heldout = (draw(env, split, 0, 100) for split in ("train", "heldout"))
+    assert not {p.token_ids for p in train} & {p.token_ids for p in heldout}
+    assert max(len(p.token_ids) for p in train + heldout) == env.max_prompt_tokens
+    for prompt in train[:20]:
+        text = TextTokenizer().decode(prompt.token_ids)
+        numbers = [int(number) for number in text.partition("largest: ")[2].partition("?")[0].split(", ")]
+        assert prompt.target == str(max(numbers))
+        assert attempt(env, prompt, f"Not {min(numbers)}, but {max(numbers)}.").reward == 1.0
+        assert attempt(env, prompt, str(min(numbers))).reward == 0.0
+        assert attempt(env, prompt, str(max(numbers)), finish="length").reward == 0.0
+    firsts = [TextTokenizer().decode(p.token_ids).partition("largest: ")[2][:2] == p.target for p in heldout]
+    assert env.baselines(heldout) == {"first number": sum(firsts) / len(firsts)}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from helpers import run, trajectory
 
 from asyncrl import config as configuration
 from asyncrl import job
+from asyncrl.envs.digits import LargestDigit
 from asyncrl.evaluation import interval, ks, pass_at_k, summarize
 from asyncrl.model import build_tiny
 from asyncrl.monitor import metrics
@@ -148,6 +149,7 @@ def test_a_model_is_evaluated_with_several_attempts(tmp_path, capsys):
     folder = tmp_path / "tiny"
     build_tiny(folder, seed=0)
     words = ["--env", "asyncrl.envs.digits:LargestDigit", "--n", "4", "eval.num_prompts=16", "eval.temperature=2"]
+    words.append("rollout.max_new_tokens=2")
     assert evaluate.main([str(folder), *words]) == 0
     out = capsys.readouterr().out
     assert "16 prompts x 4, temperature 2" in out
@@ -156,6 +158,30 @@ def test_a_model_is_evaluated_with_several_attempts(tmp_path, capsys):
     assert evaluate.main([str(folder), "eval.num_samples=4"]) == 2
     assert "greedy samples of a prompt are all equal" in capsys.readouterr().err
     assert evaluate.main([str(tmp_path / "nothing")]) == 2
+
+
+def test_without_a_configuration_a_completion_has_room():
+    assert evaluate.resolve(evaluate.parse(["tiny"])).rollout.max_new_tokens == 512
+    assert evaluate.resolve(evaluate.parse(["tiny", "rollout.max_new_tokens=9"])).rollout.max_new_tokens == 9
+    assert evaluate.resolve(evaluate.parse(["tiny", "configs/sort_digits.toml"])).rollout.max_new_tokens < 512
+
+
+class Broken(LargestDigit):
+    async def play(self, prompt, generate):
+        await generate(prompt.token_ids)
+        raise ValueError("no such scorer")
+
+
+def test_what_spoils_an_evaluation_is_told_in_one_line(tmp_path, capsys):
+    words = ["tiny", "--env", "test_evaluation:Broken", "eval.num_prompts=2", f"run_dir={tmp_path}"]
+    assert evaluate.main([*words, "rollout.max_new_tokens=2"]) == 2
+    assert capsys.readouterr().err.startswith("error: Broken raised ValueError('no such scorer')")
+
+
+def test_attempts_that_all_ran_out_of_tokens_are_pointed_out(tmp_path, capsys):
+    words = ["tiny", "eval.num_prompts=2", f"run_dir={tmp_path}"]
+    assert evaluate.main([*words, "rollout.max_new_tokens=1"]) == 0
+    assert "1.0000  every attempt ran out of tokens: raise rollout.max_new_tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("num_actors", [0, 1])

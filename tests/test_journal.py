@@ -62,7 +62,7 @@ def test_a_group_takes_about_130_bytes(tmp_path):
     first = 1_000_000
     for number in range(first, first + 32):
         journal.append(Admitted(id=number, checksum=2**32 - 1))
-        journal.append(Generated(id=number, oldest=9000, newest=9001, stored="0" * 32))
+        journal.append(Generated(id=number, oldest=9000, newest=9001, stored="0" * 32, passed=0.5))
     journal.append(Batch(step=9002, ids=tuple(range(first, first + 32))))
     journal.append(Synced(version=9002, digest="0" * 16))
     assert 120 < journal.num_bytes / 32 < 135

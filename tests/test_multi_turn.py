@@ -332,19 +332,3 @@ def test_answers_are_equal_as_numbers_or_as_texts():
     assert same_answer("1,234.0", "1234")
     assert same_answer(" Paris", "Paris")
     assert not same_answer("", "0")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "has no rows"),
-        ("{", "line 1 is no JSON"),
-        ("[1]", "a row is an object with columns"),
-        ('{"question": "?"}', "lacks the column 'answer'; it has question"),
-    ],
-)
-def test_bad_data_is_refused_by_name(tokenizer, tmp_path, content, message):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        load_env(TASKS["tools:ToolUse"], tokenizer, {"data": str(path)})

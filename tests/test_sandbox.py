@@ -4,6 +4,7 @@ import asyncio
 import os
 import platform
 import socket
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -118,6 +119,75 @@ def test_the_parent_is_out_of_reach(harm):
     assert "PermissionError" in outcome.stderr
     assert outcome.stdout == ""
     assert (os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0)) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "os.chmod(path, 0o777)",
+        "os.chown(path, -1, os.getgid())",
+        "os.utime(path, (0, 0))",
+        "os.setxattr(path, 'user.note', b'seen')",
+        "os.truncate(path, 0)",
+        "os.symlink(path, 'link')",
+        "os.link(path, 'link')",
+        "os.rename('main.py', 'other.py')",
+        "os.unlink('main.py')",
+    ],
+)
+def test_files_of_the_same_user_stay_as_they_are(tmp_path, change):
+    path = tmp_path / "theirs"
+    path.write_text("theirs")
+    before = path.stat()
+    outcome = attempt(f"import os\npath = {str(path)!r}\n{change}\nprint('done')")
+    assert "PermissionError" in outcome.stderr
+    assert outcome.stdout == ""
+    after = path.stat()
+    assert (after.st_mode, after.st_mtime_ns, after.st_ctime_ns) == (
+        before.st_mode,
+        before.st_mtime_ns,
+        before.st_ctime_ns,
+    )
+
+
+def test_what_happens_to_other_files_cannot_be_watched():
+    code = "import ctypes\nlibc = ctypes.CDLL(None)\nprint(libc.inotify_add_watch(libc.inotify_init(), b'/tmp', 0xfff))"
+    assert attempt(code).stdout == "-1\n"
+
+
+def test_no_datagram_reaches_a_socket_outside(tmp_path):
+    """One end of a pair of datagram sockets may send to any socket with a name; no `socket` call is needed."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
+        server.bind(str(tmp_path / "socket"))
+        pair = "a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)"
+        outcome = attempt(f"import socket\n{pair}\na.sendto(b'in', {str(tmp_path / 'socket')!r})\nprint('sent')")
+        assert "PermissionError" in outcome.stderr
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.recv(2)
+
+
+@pytest.mark.parametrize("command", [0x8901, 0x8902])  # FIOSETOWN, SIOCSPGRP
+def test_no_signal_goes_out_by_way_of_a_socket(command):
+    """A socket's owner gets a signal of choice, SIGKILL too, when something arrives on it."""
+    victim = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    code = f"""import fcntl, os, socket, struct
+a, b = socket.socketpair()
+fcntl.ioctl(a, {command}, struct.pack("i", {victim.pid}))
+fcntl.fcntl(a, 10, 9)  # F_SETSIG, SIGKILL
+fcntl.fcntl(a, fcntl.F_SETFL, os.O_ASYNC)
+b.send(b"now")
+print("sent")"""
+    outcome = attempt(code)
+    victim.communicate(b"\n")
+    assert "PermissionError" in outcome.stderr
+    assert outcome.stdout == ""
+    assert victim.returncode == 0
+
+
+def test_an_event_loop_and_pairs_of_streams_still_work():
+    code = "import asyncio, os, sys\nos.set_inheritable(0, True)\nos.set_blocking(0, False)\nprint(os.isatty(0))"
+    assert attempt(f"{code}\nasyncio.run(asyncio.sleep(0))").explain() == ""
 
 
 @pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_FSIZE", "RLIMIT_CPU"])

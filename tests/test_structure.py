@@ -40,6 +40,7 @@ LAYERS = [
         "monitor.view",
         "staleness",
         "recovery.journal",
+        "recovery.curriculum",
         "recovery.groups",
         "recovery.watchdog",
     },

@@ -15,6 +15,8 @@ Style: TypeAlias = Literal["auto", "chat", "plain", "raw"]
 Message: TypeAlias = dict[str, str]
 """`role` and `content`."""
 
+_REPLY = "(the reply of the model)"
+
 
 @dataclass(frozen=True)
 class ChatFormat:
@@ -27,13 +29,26 @@ class ChatFormat:
 
     def __post_init__(self) -> None:
         if self.style == "chat" and not self.tokenizer.chat_template:
-            raise ValueError("env.args.style is 'chat', but the tokenizer has no chat template: set it to 'plain'")
+            raise ValueError(
+                "the tokenizer has no chat template, which env.args.style 'chat' and environments of several turns "
+                "need: take a model with one, or set env.args.style to 'plain' where the environment has it"
+            )
         if self._resolved == "raw" and (self.system_prompt or self.examples):
             raise ValueError("env.args.style 'raw' adds nothing to a prompt: leave system_prompt and num_shots out")
 
     def encode(self, question: str | Sequence[Message]) -> list[int]:
         """Token ids of the prompt for a question, or for a conversation that the model has to go on with."""
         return list(self.tokenizer.encode(self.render(question), add_special_tokens=False))
+
+    def encode_answer(self, answer: str | Sequence[Message], last: int) -> list[int]:
+        """Token ids between the end of a reply, whose last token is `last`, and the start of the next.
+
+        The template ends the turn after the reply; where its end is the stop token just sampled, it is not repeated.
+        """
+        opened = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _REPLY}]
+        text = self.render([*opened, *_messages(answer)]).partition(_REPLY)[2]
+        after = list(self.tokenizer.encode(text, add_special_tokens=False))
+        return after[1:] if after[:1] == [last] else after
 
     def encode_reply(self, reply: str) -> list[int]:
         """Token ids of a reply as the model should have given it, the end token included."""
@@ -42,7 +57,7 @@ class ChatFormat:
 
     def render(self, question: str | Sequence[Message]) -> str:
         """The text of the prompt."""
-        asked = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+        asked = _messages(question)
         if self._resolved == "raw":
             return "".join(message["content"] for message in asked)
         messages = [*self._opening(), *asked]
@@ -62,6 +77,10 @@ class ChatFormat:
         for question, reply in self.examples:
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
         return messages
+
+
+def _messages(said: str | Sequence[Message]) -> list[Message]:
+    return [{"role": "user", "content": said}] if isinstance(said, str) else list(said)
 
 
 def _plain(message: Message) -> str:

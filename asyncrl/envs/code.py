@@ -67,8 +67,11 @@ class CodeTask(MultiTurn):
         super().__init__(tokenizer, data=data, max_turns=max_turns, max_context_tokens=max_context_tokens)
 
     def opening(self, row: Row) -> list[Message]:
-        if not read_tests(field(row, "public_test_cases")) + read_tests(row.get("private_test_cases", "[]")):
+        tests = read_tests(field(row, "public_test_cases")) + read_tests(row.get("private_test_cases", "[]"))
+        if not tests:
             raise ValueError(f"a row has no tests: {row['question_content'][:200]!r}")
+        if any(test.functional for test in tests) and not _function(row):
+            raise ValueError(f"tests call a function, and metadata has no func_name: {row['question_content'][:200]!r}")
         text = f"{field(row, 'question_content')}\nWrite Python in one ```python block."
         if row.get("starter_code"):
             text += f" Complete this:\n```python\n{row['starter_code']}\n```"
@@ -87,7 +90,7 @@ class _CodeEpisode:
         self._sandbox, self._feedback, self._program = sandbox, feedback, ""
         self._public = read_tests(row["public_test_cases"])
         self._private = read_tests(row.get("private_test_cases", "[]"))
-        self._function = json.loads(row.get("metadata") or "{}").get("func_name")
+        self._function = _function(row)
 
     async def respond(self, reply: str) -> str | None:
         blocks = re.findall(r"```(?:python)?\n(.*?)```", reply, re.DOTALL)
@@ -145,13 +148,35 @@ def _same_word(a: str, b: str) -> bool:
 def read_tests(column: str) -> list[UnitTest]:
     """The tests of a column: JSON, or, as LiveCodeBench packs the private ones, base64 of zlib of a pickled JSON text.
 
-    Raises `ValueError` if it is neither, or if the pickle holds anything but text.
+    Raises `ValueError` if it is neither, if the pickle holds anything but text, and for a test that lacks its input or
+    output, or whose output is no JSON where a function has to return it: no program could pass.
     """
     try:
         cases: list[dict[str, Any]] = json.loads(column)
     except json.JSONDecodeError:
         cases = json.loads(_unpack(column))
-    return [UnitTest(case["input"], case["output"], case.get("testtype") == "functional") for case in cases]
+    return [_read_test(case) for case in cases]
+
+
+def _read_test(case: dict[str, Any]) -> UnitTest:
+    try:
+        test = UnitTest(case["input"], case["output"], case.get("testtype") == "functional")
+        if test.functional:
+            json.loads(test.output)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"a test needs input and output, which is JSON for a function: {error!r}: {str(case)[:100]}"
+        ) from error
+    return test
+
+
+def _function(row: Row) -> str | None:
+    """The name of the function that tests call."""
+    try:
+        name: str | None = json.loads(row.get("metadata") or "{}").get("func_name")
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"a row's metadata is no JSON object: {error}: {row['metadata'][:100]!r}") from error
+    return name
 
 
 class _TextOnly(pickle.Unpickler):

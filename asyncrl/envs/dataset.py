@@ -29,11 +29,13 @@ from asyncrl.types import Prompt, Trajectory
 
 @dataclass(frozen=True, slots=True)
 class _Example:
-    """A row that is ready to be drawn. `scoring` is JSON of what scoring needs, `reply` a right completion or empty."""
+    """A row that is ready to be drawn. `scoring` is JSON of what scoring needs; `reply`, a right completion, and
+    `source` may be empty."""
 
     token_ids: tuple[int, ...]
     scoring: str
     reply: str
+    source: str
 
 
 class DatasetEnv:
@@ -49,6 +51,7 @@ class DatasetEnv:
         prompt: str = "prompt",
         target: str = "",
         reply: str = "",
+        source_column: str = "",
         name: str | None = None,
         train: str = "train",
         heldout: str = "",
@@ -62,7 +65,8 @@ class DatasetEnv:
     ) -> None:
         """`source`, `name`: as in `envs.data.read_rows`. `prompt`, `target`, `reply`: columns; a prompt is a text or a
         list of messages, `target` also reaches the reward functions under that name, `reply` is a right completion,
-        which worked examples (`num_shots`, the first rows of `train`) and the supervised warm-up need. `train`,
+        which worked examples (`num_shots`, the first rows of `train`) and the supervised warm-up need. `source_column`:
+        a column, such as a level, by whose values rewards are reported and a curriculum may choose. `train`,
         `heldout`: splits; without `heldout` a tenth of the rows is held out by hash. A row whose prompt is longer than
         `max_prompt_tokens`, or that cannot be used for another reason, is an error, or skipped and counted in
         `skipped`. `end_required`: a completion that ran out of tokens has reward 0.
@@ -71,7 +75,7 @@ class DatasetEnv:
         self.skipped: Counter[str] = Counter()
         self._tokenizer, self._end_required, self._bad_rows = tokenizer, end_required, bad_rows
         self._source, self._name, self._train, self._heldout = source, name, train, heldout
-        self._prompt, self._target, self._reply = prompt, target, reply
+        self._prompt, self._target, self._reply, self._source_column = prompt, target, reply, source_column
         self._rewards = Rewards(reward, weights, timeout_s)
         self._num_shots = num_shots
         self._bare_format = ChatFormat(tokenizer, style, system_prompt)
@@ -92,7 +96,8 @@ class DatasetEnv:
             order = list(range(len(examples)))
             random.Random(f"{split} {seed} {epoch}").shuffle(order)
             for index in order:
-                yield Prompt(count, examples[index].token_ids, examples[index].scoring)
+                one = examples[index]
+                yield Prompt(count, one.token_ids, one.scoring, one.source)
                 count += 1
             epoch += 1
 
@@ -130,7 +135,7 @@ class DatasetEnv:
     @property
     def columns(self) -> list[str]:
         """Columns that the data must have."""
-        return [column for column in (self._prompt, self._target, self._reply) if column]
+        return [one for one in (self._prompt, self._target, self._reply, self._source_column) if one]
 
     def clean(self, row: Row) -> Row:
         """The row as it is used. Raises `ValueError` for one that cannot be."""
@@ -188,7 +193,8 @@ class DatasetEnv:
             scoring = json.dumps({"prompt": prompt, "columns": columns})
         except TypeError as error:
             raise ValueError(f"{self._source}: a column holds more than text, numbers and lists: {error}") from error
-        return _Example(token_ids, scoring, str(row[self._reply]) if self._reply else "")
+        reply, source = (str(row[name]) if name else "" for name in (self._reply, self._source_column))
+        return _Example(token_ids, scoring, reply, source)
 
     def _refuse(self, what: str, reason: str, detail: str) -> None:
         if self._bad_rows == "error":

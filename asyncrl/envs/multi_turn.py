@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from asyncrl.envs.base import Generate, Split, Tokenizer, split_of
-from asyncrl.envs.chat import Message
+from asyncrl.envs.chat import ChatFormat, Message
 from asyncrl.envs.data import Row, read_rows
 from asyncrl.types import Completion, Finish, Prompt, Trajectory, Version
 
@@ -56,9 +56,9 @@ class MultiTurn:
             raise ValueError(f"env.args.max_turns must be at least 1, got {max_turns}")
         self.max_prompt_tokens = max_context_tokens
         self._max_turns = max_turns
-        self._tokenizer = tokenizer
+        self._tokenizer, self._chat = tokenizer, ChatFormat(tokenizer, "chat")
         self._rows = {str(number): row for number, row in enumerate(read_rows(str(data), "train"))}
-        self._prompts = {name: encode_chat(tokenizer, self.opening(row)) for name, row in self._rows.items()}
+        self._prompts = {name: tuple(self._chat.encode(self.opening(row))) for name, row in self._rows.items()}
         for name, token_ids in self._prompts.items():
             if len(token_ids) > max_context_tokens:
                 raise ValueError(
@@ -67,7 +67,12 @@ class MultiTurn:
                 )
         names: dict[Split, list[str]] = {"train": [], "heldout": []}
         for name, row in self._rows.items():
-            names[row.get("split") or split_of(json.dumps(row, sort_keys=True))].append(name)
+            split = row.get("split") or split_of(json.dumps(row, sort_keys=True))
+            if split not in names:
+                raise ValueError(
+                    f"row {name} of {data} has the split {split!r}: write 'train' or 'heldout', or nothing"
+                )
+            names[split].append(name)
         self._names = names
 
     def opening(self, row: Row) -> list[Message]:
@@ -111,7 +116,7 @@ class MultiTurn:
                 out_of_turns = turns == self._max_turns
                 if out_of_turns:
                     break
-                given = encode_answer(self._tokenizer, completion, answer)
+                given = self._chat.encode_answer(answer, int(completion.token_ids[-1]))
                 if len(transcript.token_ids) + len(given) > self.max_prompt_tokens:
                     finish = "length"
                     break
@@ -162,29 +167,10 @@ class Transcript:
         )
 
 
-def encode_chat(tokenizer: Tokenizer, messages: list[Message]) -> tuple[int, ...]:
-    """Token ids of a conversation, up to where the model is to reply."""
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
-
-
-_REPLY = "(the reply of the model)"
-
-
-def encode_answer(tokenizer: Tokenizer, completion: Completion, answer: str | list[Message]) -> list[int]:
-    """Token ids between the end of a reply and the start of the next: what the chat template puts there.
-
-    The template ends the turn after the reply; where its end is the stop token just sampled, it is not repeated.
-    """
-    messages = [{"role": "user", "content": answer}] if isinstance(answer, str) else answer
-    conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _REPLY}, *messages]
-    text = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-    after = list(tokenizer.encode(text.partition(_REPLY)[2], add_special_tokens=False))
-    return after[1:] if after[:1] == completion.token_ids[-1:].tolist() else after
-
-
 def field(row: Row, name: str) -> Any:
-    """Column `name` of a row. Raises `ValueError` that names the columns there are."""
+    """Column `name` of a row. Raises `ValueError` that names the columns there are, and for one with nothing in it."""
     if name not in row:
         raise ValueError(f"a row lacks the column {name!r}; it has {', '.join(sorted(row))}")
+    if row[name] is None or row[name] == "":
+        raise ValueError(f"a row has nothing in the column {name!r}: remove it, or correct the data: {str(row)[:200]}")
     return row[name]

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from asyncrl.envs.base import Generate, Split, Tokenizer, single_turn, split_of
+from asyncrl.envs.chat import ChatFormat
 from asyncrl.types import Prompt, Trajectory
 
 _QUESTION = "Which number is the largest: {}? Answer with the number only."
@@ -16,8 +17,8 @@ class LargestOfThree:
     """Reward 1 when the last number of the reply is the largest of the three, and the reply ended by itself."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self.max_prompt_tokens = max(len(self._encode(_QUESTION.format(f"{n}, {n}, {n}"))) for n in range(10, 100))
+        self._tokenizer, self._chat = tokenizer, ChatFormat(tokenizer, "chat")
+        self.max_prompt_tokens = max(len(self._chat.encode(_QUESTION.format(f"{n}, {n}, {n}"))) for n in range(10, 100))
 
     def prompts(self, split: Split, seed: int) -> Iterator[Prompt]:
         rng = random.Random(f"{split} {seed}")
@@ -26,7 +27,7 @@ class LargestOfThree:
             numbers = rng.sample(range(10, 100), 3)
             question = _QUESTION.format(", ".join(map(str, numbers)))
             if split_of(question) == split:
-                yield Prompt(count, self._encode(question), str(max(numbers)))
+                yield Prompt(count, tuple(self._chat.encode(question)), str(max(numbers)))
                 count += 1
 
     async def play(self, prompt: Prompt, generate: Generate) -> Trajectory:
@@ -44,8 +45,3 @@ class LargestOfThree:
     def _numbers(self, prompt: Prompt) -> list[str]:
         question = self._tokenizer.decode(list(prompt.token_ids)).partition("largest:")[2]
         return re.findall(r"\d+", question)
-
-    def _encode(self, question: str) -> tuple[int, ...]:
-        messages = [{"role": "user", "content": question}]
-        text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))

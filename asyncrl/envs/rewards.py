@@ -2,7 +2,8 @@
 
 Every argument is a list with one entry an attempt, and so is what the function returns. Prompts and completions are
 texts, or lists of messages where the data set has conversations. An attempt is scored by itself, so lists have length
-1. A function without `async` runs in a thread: generation goes on beside it.
+1. A function without `**columns` gets what its signature names. One without `async` runs in a thread: generation goes
+on beside it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from asyncrl.envs.base import import_object
 Reward: TypeAlias = str | Callable[..., Any]
 """`module:function`, or the function."""
 
+_REST, _REST_BY_NAME = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+
 
 class Rewards:
     """One or more reward functions, added up with weights."""
@@ -27,7 +30,11 @@ class Rewards:
         thread goes on, as Python cannot end one."""
         each = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
         self._functions = [import_object(one, "env.args.reward") if isinstance(one, str) else one for one in each]
-        self._names: list[str] = [function.__name__ for function in self._functions]
+        for name, function in zip(each, self._functions, strict=True):
+            if not callable(function):
+                raise ValueError(f"env.args.reward {name!r} is {function!r}: name a function")
+        self._names: list[str] = [getattr(one, "__name__", type(one).__name__) for one in self._functions]
+        self._parameters = [inspect.signature(function).parameters for function in self._functions]
         self._weights = [1.0] * len(self._functions) if weights is None else list(weights)
         if len(self._weights) != len(self._functions) or not self._functions:
             raise ValueError(
@@ -42,7 +49,7 @@ class Rewards:
         """The weighted sum, and each function's own reward by its name if there are several.
 
         As in TRL, a function that returns None for an attempt takes no part in it. Raises `ValueError` for a reward
-        that is no finite number and `TimeoutError` for a call that takes too long.
+        that is no finite number or a column that is not there, and `TimeoutError` for a call that takes too long.
         """
         reply: Any = completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
         arguments = {name: [value] for name, value in columns.items()} | {
@@ -52,8 +59,11 @@ class Rewards:
         }
         each: dict[str, float] = {}
         total = 0.0
-        for name, weight, function in zip(self._names, self._weights, self._functions, strict=True):
-            value = _single(name, await self._call(name, function, arguments))
+        for name, weight, function, parameters in zip(
+            self._names, self._weights, self._functions, self._parameters, strict=True
+        ):
+            taken = _taken(name, parameters, arguments)
+            value = _single(name, await self._call(name, function, taken))
             if value is not None:
                 each[name] = value
                 total += weight * value
@@ -78,6 +88,20 @@ def exact_match(prompts: list[Any], completions: list[Any], target: list[Any], *
     del prompts
     texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
     return [float(text.strip() == str(wanted).strip()) for text, wanted in zip(texts, target, strict=True)]
+
+
+def _taken(name: str, parameters: Mapping[str, inspect.Parameter], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that a function with these parameters is called with."""
+    named = {key: one for key, one in parameters.items() if one.kind not in (_REST, _REST_BY_NAME)}
+    missing = [key for key, one in named.items() if one.default is one.empty and key not in arguments]
+    if missing:
+        raise ValueError(
+            f"reward function {name!r} takes {missing[0]!r}, which is no column of the data (there are "
+            f"{', '.join(sorted(arguments))}); for 'target' name the column of right answers in env.args.target"
+        )
+    if any(one.kind is _REST_BY_NAME for one in parameters.values()):
+        return arguments
+    return {key: arguments[key] for key in named if key in arguments}
 
 
 def _single(name: str, returned: Any) -> float | None:

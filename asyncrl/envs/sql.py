@@ -59,8 +59,8 @@ class TextToSQL(MultiTurn):
         super().__init__(tokenizer, data=data, max_turns=max_turns, max_context_tokens=max_context_tokens)
 
     def opening(self, row: Row) -> list[Message]:
-        _, tables = build(field(row, "schema"))
-        field(row, "sql")
+        database, tables = build(field(row, "schema"))
+        check_query(database, field(row, "sql"))
         return [
             {"role": "system", "content": _SYSTEM.format(schema=tables)},
             {"role": "user", "content": field(row, "question")},
@@ -112,6 +112,18 @@ class _SQLEpisode:
             raise QueryError(outcome.explain())
         rows: list[Any] = json.loads(outcome.stdout)
         return rows
+
+
+def check_query(database: bytes, query: str) -> None:
+    """Raises `ValueError` for a right query that the database cannot even plan: it would score every answer 0."""
+    connection = sqlite3.connect(":memory:")
+    try:
+        connection.deserialize(database)
+        connection.execute(f"EXPLAIN {query}")
+    except (sqlite3.Error, sqlite3.Warning) as error:
+        raise ValueError(f"a row's right query does not run: {error}: {query[:200]!r}") from error
+    finally:
+        connection.close()
 
 
 def build(schema: str) -> tuple[bytes, str]:

@@ -22,6 +22,7 @@ from asyncrl.monitor.samples import Samples
 from asyncrl.monitor.sinks import Prometheus, Sink, TensorBoard, WeightsAndBiases
 from asyncrl.monitor.terminal import open_terminal
 from asyncrl.monitor.timeline import Timeline
+from asyncrl.recovery.curriculum import METRICS as CURRICULUM
 from asyncrl.training.shaping import METRICS as SHAPING
 from asyncrl.types import Group
 
@@ -74,7 +75,7 @@ METRICS: dict[str, str] = {
 """Every metric that any run logs, with its meaning; `ONLY_WITH` has more. `completion/` also holds what an
 environment reports itself, and `reward/NAME` and `eval/NAME` are the mean rewards of each environment of a mixture."""
 
-ONLY_WITH = SHAPING
+ONLY_WITH = SHAPING | CURRICULUM
 """Metrics of runs that use what they measure."""
 
 OVERVIEW: dict[str, dict[str, list[str]]] = {

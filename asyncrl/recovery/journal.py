@@ -55,7 +55,7 @@ class Started(_Record, frozen=True, array_like=True, kw_only=True, tag="started"
 
 
 class Admitted(_Record, frozen=True, array_like=True, kw_only=True, tag="admitted"):
-    """The prompt is about to be played; a second time after a resume."""
+    """The prompt is drawn, to be played (a second time after a resume) or to be dropped at once by a curriculum."""
 
     id: int
     checksum: int
@@ -68,6 +68,8 @@ class Generated(_Record, frozen=True, array_like=True, kw_only=True, tag="genera
     newest: Version
     stored: str
     """Digest of the file with the group's tokens; empty if it was not stored."""
+    passed: float | None = None
+    """Share of the attempts whose reward reached `eval.pass_reward`; None in journals from before it was written."""
 
 
 class Batch(_Record, frozen=True, array_like=True, kw_only=True, tag="batch"):
@@ -246,6 +248,7 @@ class Journal:
         self.num_bytes = 0
         self._unsynced = 0
         self._file: int | None = None
+        self._path = path
         if path is None:
             return
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
@@ -263,19 +266,24 @@ class Journal:
         for record in records:
             self.accounts.apply(record)
 
-    def append(self, record: Record) -> None:
-        """Writes the record, then books it. Raises `OSError` if the disk does not take it."""
+    def append(self, *records: Record) -> None:
+        """Writes the records at once, then books them. Raises `OSError` if the disk does not take them."""
         if self._file is not None:
-            frame = _frame(msgspec.msgpack.encode(record))
+            frame = b"".join(_frame(msgspec.msgpack.encode(record)) for record in records)
             written = os.write(self._file, frame)
             if written < len(frame):  # a disk that fills up takes a part
                 os.ftruncate(self._file, self.num_bytes)
                 raise OSError(f"the journal took {written} of {len(frame)} bytes: the disk is full or failing")
             self.num_bytes += len(frame)
-            self._unsynced += 1
+            self._unsynced += len(records)
             if self._unsynced >= _UNSYNCED:
                 self.sync()
-        self.accounts.apply(record)
+        for record in records:
+            self.accounts.apply(record)
+
+    def records(self) -> list[Record]:
+        """All that the file holds; nothing where there is none."""
+        return read(self._path)[0] if self._path else []
 
     def sync(self) -> None:
         """Everything written so far survives a power failure once this returns."""

@@ -1,5 +1,6 @@
 """The run's prompts: drawn in order, written to the journal, each trained or dropped with a reason, none lost.
 
+draw ----> (left out by the curriculum: dropped with that reason)
 issue ---> (played, or finished before a crash) ---> generated ---> trained(step)
                                                           '-------> dropped(reason)
 """
@@ -14,7 +15,19 @@ from pathlib import Path
 
 from asyncrl.recovery import groups as files
 from asyncrl.recovery.checkpoint import Cursor
-from asyncrl.recovery.journal import Account, Admitted, Batch, Dropped, Generated, Journal, Saved, Synced, checksum_of
+from asyncrl.recovery.curriculum import Curriculum
+from asyncrl.recovery.journal import (
+    Account,
+    Admitted,
+    Batch,
+    Dropped,
+    Generated,
+    Journal,
+    Record,
+    Saved,
+    Synced,
+    checksum_of,
+)
 from asyncrl.types import Group, Prompt, Version
 
 
@@ -36,8 +49,11 @@ class PromptQueue:
         folder: Path | None = None,
         *,
         keep_groups: bool = False,
+        curriculum: Curriculum | None = None,
+        pass_reward: float = 1.0,
     ) -> None:
         """`source`: the endless prompts of the run, from the first one. `folder`: where groups are stored, if they are.
+        `pass_reward`: the reward from which on an attempt counts as passed, in the journal and for the curriculum.
 
         Raises `ValueError` if an open prompt is no longer the one that was admitted under its id.
         """
@@ -45,8 +61,13 @@ class PromptQueue:
         self._accounts = self.journal.accounts
         self._source, self._folder, self._keep_groups = source, folder, keep_groups
         again = {account.id: account for account in self._accounts if not account.settled or account.stored}
-        drawn = islice(source, self._accounts.next_id)
+        drawn: Iterator[Prompt] = islice(source, self._accounts.next_id)
+        self._curriculum, self._pass_reward = curriculum, pass_reward
+        if curriculum is not None:
+            drawn = map(curriculum.meet, drawn)
         self._again = deque(_checked(prompt, again[prompt.id]) for prompt in drawn if prompt.id in again)
+        if curriculum is not None:
+            curriculum.replay(self.journal.records())
         self._finished: dict[int, Finished] = {}
         self.num_unstored = 0
         """Groups that could not be written to disk."""
@@ -75,17 +96,23 @@ class PromptQueue:
 
     def issue(self) -> tuple[Prompt, Finished | None]:
         """The next prompt to play; or one that was played before the crash, with its group."""
-        prompt = self._again.popleft() if self._again else next(self._source)
-        finished = self._finished.pop(prompt.id, None)
-        if finished is None:
-            self.journal.append(Admitted(id=prompt.id, checksum=checksum_of(prompt)))
-        return prompt, finished
+        while True:
+            again = bool(self._again)
+            prompt = self._again.popleft() if again else next(self._source)
+            finished = self._finished.pop(prompt.id, None)
+            if finished is not None:
+                return prompt, finished
+            admitted = Admitted(id=prompt.id, checksum=checksum_of(prompt))
+            left_out = self._left_out(prompt, again)
+            self._write(admitted, *left_out)
+            if not left_out:
+                return prompt, None
 
     def generated(self, group: Group) -> bool:
         """The group is finished and about to enter the buffer; whether its tokens are on disk, or need not be."""
-        self.journal.append(
-            Generated(id=group.prompt.id, oldest=group.oldest, newest=group.newest, stored=group.stored)
-        )
+        number, oldest, newest = group.prompt.id, group.oldest, group.newest
+        passed = sum(reward >= self._pass_reward for reward in group.rewards) / len(group.rewards)
+        self._write(Generated(id=number, oldest=oldest, newest=newest, stored=group.stored, passed=passed))
         if group.stored:
             self._stored.add(group.prompt.id)
         elif self._folder is not None:
@@ -95,20 +122,20 @@ class PromptQueue:
 
     def training(self, groups: Sequence[Group], step: Version) -> None:
         """The batch is about to be trained in this optimizer step."""
-        self.journal.append(Batch(step=step, ids=tuple(group.prompt.id for group in groups)))
+        self._write(Batch(step=step, ids=tuple(group.prompt.id for group in groups)))
 
     def drop(self, ids: Sequence[int], reason: str, version: Version) -> None:
         """These prompts are given up by a learner at `version`."""
-        self.journal.append(Dropped(ids=tuple(ids), reason=reason, version=version))
+        self._write(Dropped(ids=tuple(ids), reason=reason, version=version))
 
     def synced(self, version: Version, digest: str) -> None:
         """Every engine holds the version. Deletes files of groups that no resume can need any more."""
-        self.journal.append(Synced(version=version, digest=digest))
+        self._write(Synced(version=version, digest=digest))
         self._delete_unneeded()
 
     def saved(self, version: Version, kept: Sequence[Version]) -> None:
         """A checkpoint of `version` is complete, and `kept` are on disk."""
-        self.journal.append(Saved(version=version, kept=tuple(kept)))
+        self._write(Saved(version=version, kept=tuple(kept)))
         self._delete_unneeded()
         self._accounts.forget_settled()
 
@@ -120,6 +147,24 @@ class PromptQueue:
         """Where a resumed run goes on. What it says is on disk once this returns."""
         self.journal.sync()
         return Cursor(version, self._accounts.next_id, self._accounts.open_ids, self.journal.num_bytes)
+
+    def metrics(self) -> dict[str, float]:
+        """What a step logs about the prompts."""
+        row = {"journal/unstored": float(self.num_unstored)}
+        return row | self._curriculum.metrics(self._accounts.totals()) if self._curriculum else row
+
+    def _left_out(self, prompt: Prompt, again: bool) -> list[Record]:
+        """The record of a draw that the curriculum leaves out; empty if it is played."""
+        if self._curriculum is None:
+            return []
+        reason = self._curriculum.reason(self._curriculum.meet(prompt), again=again)
+        return [Dropped(ids=(prompt.id,), reason=reason, version=self._curriculum.version)] if reason else []
+
+    def _write(self, *records: Record) -> None:
+        self.journal.append(*records)
+        if self._curriculum is not None:
+            for record in records:
+                self._curriculum.apply(record)
 
     def _read(self, account: Account, published: Mapping[Version, str], steps_to_wait: int) -> Group | None:
         accounts = self._accounts

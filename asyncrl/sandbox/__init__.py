@@ -6,19 +6,23 @@
 
 What holds, for root and for other users alike, without privileges (`confine` has the mechanism of each):
 
-    network           no socket can be opened (seccomp)
+    network           no socket can be opened, but pairs of streams to itself (seccomp)
     processes         no new ones, threads only (seccomp); so each limit below is a limit of the whole program
-    other processes   no signals, no access to their memory, limits, priorities, or files in /proc (seccomp, Landlock)
+    other processes   no signals, also none through a socket's owner, no access to their memory, limits, priorities, or
+                      files in /proc (seccomp, Landlock)
     files             its folder, the Python library and the system's libraries, all read-only; no others (Landlock)
-    disk              nothing can be written, not even to a file in memory (Landlock, RLIMIT_FSIZE 0)
+    disk              nothing can be written, not even to a file in memory (Landlock, RLIMIT_FSIZE 0), and no file gets
+                      another mode, owner, time or attribute (seccomp)
     memory            RLIMIT_AS
     time              RLIMIT_CPU; on the wall clock a kill from outside
     environment       empty
     output            cut at `output_bytes`, and the program killed
 
-What does not: the kernel itself is shared, and a program may find out that it is watched. The Python is the standard
-library alone, as installed packages may lie beside data that holds the answers. Needs Linux on x86-64 with Landlock
-(5.13 or later); elsewhere `run` raises `RuntimeError`. It never runs a program with less protection.
+What does not: the kernel itself is shared, and a program may find out that it is watched. It can ask of any path
+whether it exists and how large it is. Threads are as many as fit into the memory (some 1,300 by Python alone in 512
+MB), for as long as the program may run. The Python is the standard library alone, as installed packages may lie beside
+data that holds the answers. Needs Linux on x86-64 with Landlock (5.13 or later); elsewhere `run` raises `RuntimeError`.
+It never runs a program with less protection.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
 
 In order: limits of `setrlimit`; root gives its capabilities up; no new privileges (`prctl`); Landlock leaves the paths
 in `readable` for reading, the names below `listable`, and nothing else of the file system; a seccomp filter refuses new
-processes, sockets, signals to others, and what reaches across processes. All of it needs no privilege, is the same for
-root and for others, holds for the rest of this process's life, and passes through `exec`. Linux on x86-64 with Landlock
-(5.13 or later).
+processes, sockets, signals to others, what reaches across processes, and changes to the mode, owner and times of files,
+which Landlock leaves alone. All of it needs no privilege, is the same for root and for others, holds for the rest of
+this process's life, and passes through `exec`. Linux on x86-64 with Landlock (5.13 or later).
 
 See landlock(7), seccomp(2), and the kernel's Documentation/userspace-api/seccomp_filter.rst.
 """
@@ -55,6 +55,15 @@ REFUSED = {
     # their priority, processors and placement
     "setpriority": 141, "sched_setparam": 142, "sched_setscheduler": 144, "sched_setaffinity": 203,
     "sched_setattr": 314, "ioprio_set": 251, "migrate_pages": 256, "move_pages": 279,
+    # mode, owner, times and attributes of any file of this user's, which takes no right to open it
+    "chmod": 90, "fchmod": 91, "fchmodat": 268, "fchmodat2": 452,
+    "chown": 92, "fchown": 93, "lchown": 94, "fchownat": 260,
+    "utime": 132, "utimes": 235, "futimesat": 261, "utimensat": 280,
+    "setxattr": 188, "lsetxattr": 189, "fsetxattr": 190, "setxattrat": 463,
+    "removexattr": 197, "lremovexattr": 198, "fremovexattr": 199, "removexattrat": 466,
+    "file_setattr": 469, "truncate": 76,
+    # what others do with files
+    "inotify_add_watch": 254, "fanotify_init": 300,
     # memory that outlives the process
     "shmget": 29, "semget": 64, "msgget": 68, "mq_open": 240,
     # namespaces, and parts of the kernel that no program here needs
@@ -63,8 +72,19 @@ REFUSED = {
 }  # fmt: skip
 """System calls that fail with EPERM, and their numbers on x86-64."""
 
-_CLONE, _CLONE3, _FCNTL, _PRLIMIT = 56, 435, 72, 302
+_CLONE, _CLONE3, _FCNTL, _PRLIMIT, _IOCTL, _SOCKETPAIR = 56, 435, 72, 302, 16, 53
 _CLONE_THREAD, _F_SETOWN, _F_SETOWN_EX = 0x00010000, 8, 15
+_NO_STREAM = 0b110
+"""Bits of a socket's type that a stream does not have."""
+_IOCTLS = {
+    "TCGETS": 0x5401,
+    "TIOCGWINSZ": 0x5413,
+    "FIONREAD": 0x541B,
+    "FIONBIO": 0x5421,
+    "FIOCLEX": 0x5451,
+    "FIONCLEX": 0x5450,
+}
+"""What Python asks of a stream. Others set whom signals of a socket go to, or the flags of a file."""
 
 
 def main() -> None:
@@ -140,6 +160,8 @@ def call_filter() -> bytes:
     lines += _refuse_by_argument(_PRLIMIT, 0, _EQUAL, 0, unless=True)  # the limits of another process
     for command in (_F_SETOWN, _F_SETOWN_EX):  # whom the signals of a file go to
         lines += _refuse_by_argument(_FCNTL, 1, _EQUAL, command)
+    lines += _refuse_by_argument(_SOCKETPAIR, 1, _ANY_BIT, _NO_STREAM)  # datagrams go to any socket that has a name
+    lines += _allow_by_argument(_IOCTL, 1, tuple(_IOCTLS.values()))
     lines.append((_RETURN, 0, 0, _ALLOW))
     return b"".join(struct.pack("HBBI", *line) for line in lines)
 
@@ -152,6 +174,18 @@ def _refuse_by_argument(
         (_EQUAL, 0, 4, number),
         (_LOAD, 0, 0, _ARGUMENTS_AT + 8 * argument),
         (test, int(unless), int(not unless), value),
+        (_RETURN, 0, 0, _ERRNO | errno.EPERM),
+        (_LOAD, 0, 0, _SYSCALL_AT),
+    ]
+
+
+def _allow_by_argument(number: int, argument: int, values: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
+    """Refuses call `number` unless the low half of an argument is one of `values`."""
+    count = len(values)
+    return [
+        (_EQUAL, 0, count + 3, number),
+        (_LOAD, 0, 0, _ARGUMENTS_AT + 8 * argument),
+        *((_EQUAL, count - place, 0, value) for place, value in enumerate(values)),
         (_RETURN, 0, 0, _ERRNO | errno.EPERM),
         (_LOAD, 0, 0, _SYSCALL_AT),
     ]

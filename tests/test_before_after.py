@@ -1,0 +1,80 @@
+"""The command that says what a run added: its stages, that it goes on where it stopped, and its table."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent.parent / "bench"))
+
+import before_after
+
+from launch import evaluate
+from launch import run as launch_run
+
+CONFIG = str(Path(__file__).parent.parent / "configs" / "sort_digits.toml")
+WORDS = [
+    "runtime=local",
+    "eval.every=0",
+    "num_steps=2",
+    "warmup.num_steps=2",
+    "learner.groups_per_step=2",
+    "eval.num_prompts=12",
+]
+
+
+def test_each_stage_is_done_once_and_the_table_has_both(tmp_path, monkeypatch, capsys):
+    called = []
+
+    def call(script, words, minutes=None):
+        called.append((script, words, minutes))
+        main = {"evaluate.py": evaluate.main, "run.py": launch_run.main}[script]
+        assert main(words) == 0
+
+    monkeypatch.setattr(before_after, "call", call)
+    monkeypatch.setattr(before_after, "warmed_up", before_after._prepare)
+    command = [CONFIG, "--folder", str(tmp_path), "--minutes", "3", "--eval", "eval.num_prompts=8", *WORDS]
+    assert before_after.main(command) == 0
+    assert [script for script, _, _ in called] == [*["evaluate.py"] * 2, "run.py", *["evaluate.py"] * 2]
+    assert [minutes for _, _, minutes in called] == [None, None, 3, None, None]
+    results = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert {name: one["num_prompts"] for name, one in results.items()} == dict.fromkeys(results, 8)
+    assert {name: one["num_samples"] for name, one in results.items()} == {
+        "before-greedy": 1, "before-sampled": 4, "after-greedy": 1, "after-sampled": 4,
+    }  # fmt: skip
+    assert results["before-greedy"]["model"].startswith(str(tmp_path / "cache"))
+    assert results["after-greedy"]["model"].endswith("step-000002")
+    table = before_after.table(tmp_path)
+    assert "greedy, 8 x 1: mean reward" in table
+    assert "sampled, 8 x 4: pass@4" in table
+    before_after.main(command)
+    assert len(called) == 5, "all of it was there"
+    (tmp_path / "trained.txt").unlink()
+    monkeypatch.setattr(before_after, "call", lambda *given: called.append(given))
+    before_after.main(command)
+    ((script, words, _),) = called[5:]
+    assert (script, words[0]) == ("run.py", "--resume"), "a run that was not complete is gone on with"
+    capsys.readouterr()
+
+
+def test_differences_are_of_the_same_prompts():
+    before = {"env_args": {}, "num_prompts": 2, "prompts": [{"rewards": [1, 1]}, {"rewards": [0, 1]}]}
+    after = before | {"prompts": [{"rewards": [0, 1]}, {"rewards": [0, 0]}]}
+    assert before_after._difference(before, after) == "-0.500 (-0.500 to -0.500)"
+    with pytest.raises(ValueError, match="other prompts"):
+        before_after._difference(before, after | {"env_args": {"heldout": "test"}})
+
+
+def test_a_process_that_should_end_is_told_and_one_that_fails_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(before_after, "LAUNCH", tmp_path)
+    (tmp_path / "waits.py").write_text(
+        "import pathlib, signal, sys\n"
+        "signal.signal(signal.SIGINT, lambda *_: (pathlib.Path(sys.argv[1]).write_text('told'), sys.exit(0)))\n"
+        "signal.pause()\n"
+    )
+    before_after.call("waits.py", [str(tmp_path / "told")], minutes=1 / 60)
+    assert (tmp_path / "told").read_text() == "told"
+    (tmp_path / "fails.py").write_text("raise SystemExit(3)")
+    with pytest.raises(Exception, match="exit status 3"):
+        before_after.call("fails.py", [])
