@@ -163,9 +163,7 @@ class _Piece:
 _Row: TypeAlias = list[_Piece]
 
 
-def _pieces(
-    groups: Sequence[Sequence[Trajectory]], trained: Iterator[np.ndarray], share_prompts: bool
-) -> list[_Piece]:
+def _pieces(groups: Sequence[Sequence[Trajectory]], trained: Iterator[np.ndarray], share_prompts: bool) -> list[_Piece]:
     pieces: list[_Piece] = []
     for number, group in enumerate(groups):
         members = list(zip(group, trained, strict=False))  # the next ones of all
