@@ -16,8 +16,22 @@ def check(config: Config) -> None:
     _check_critic(config)
     _check_curriculum(config)
     _check_lora(config)
-    loss = config.loss
-    rollout, buffer = config.rollout, config.buffer
+    _check_correction(config)
+    _check_rollout(config)
+    if config.learner.num_gpus > 1 and config.runtime == "local":
+        raise ValueError(
+            f"learner.num_gpus is {config.learner.num_gpus} and runtime 'local' is one process: set runtime=cluster, "
+            "or learner.num_gpus=1"
+        )
+    if config.eval.num_samples > 1 and config.eval.temperature == 0:
+        raise ValueError(
+            f"eval.num_samples is {config.eval.num_samples} and eval.temperature is 0: greedy samples of a prompt are "
+            "all equal; set eval.temperature=1, or eval.num_samples=1"
+        )
+
+
+def _check_correction(config: Config) -> None:
+    loss, rollout, buffer = config.loss, config.rollout, config.buffer
     if not loss.is_corrected and not config.algorithm.allow_uncorrected:
         remedy = "choose a corrected preset such as async_default, or set algorithm.allow_uncorrected=true"
         if buffer.highest_staleness > 0 or buffer.reuse > 1:
@@ -36,11 +50,10 @@ def check(config: Config) -> None:
             f"a group baseline needs at least two samples: rollout.group_size is {rollout.group_size} and the preset's "
             f"center is {loss.center!r}; raise rollout.group_size or set algorithm.loss.center=none"
         )
-    if config.learner.num_gpus > 1 and config.runtime == "local":
-        raise ValueError(
-            f"learner.num_gpus is {config.learner.num_gpus} and runtime 'local' is one process: set runtime=cluster, "
-            "or learner.num_gpus=1"
-        )
+
+
+def _check_rollout(config: Config) -> None:
+    rollout = config.rollout
     if rollout.engine == "embedded" and (rollout.tensor_parallel_size > 1 or rollout.engine_args):
         raise ValueError(
             f"rollout.tensor_parallel_size ({rollout.tensor_parallel_size}) and rollout.engine_args "
@@ -58,11 +71,6 @@ def check(config: Config) -> None:
         raise ValueError(
             "rollout.on_update 'keep' keeps the cache that rollout.release_memory gives away: set "
             "rollout.on_update=recompute, or rollout.release_memory=false"
-        )
-    if config.eval.num_samples > 1 and config.eval.temperature == 0:
-        raise ValueError(
-            f"eval.num_samples is {config.eval.num_samples} and eval.temperature is 0: greedy samples of a prompt are "
-            "all equal; set eval.temperature=1, or eval.num_samples=1"
         )
     if config.algorithm.overlong_tail > rollout.max_new_tokens:
         raise ValueError(

@@ -1,6 +1,7 @@
 """The pool of rollout actors, on actors that do as they are told: load, retries, deaths, and updates that go wrong."""
 
 import asyncio
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from helpers import run, trajectory
 
 from asyncrl.engine.base import Engine
 from asyncrl.pool import ActorDied, AllActorsDied, RolloutFailed, RolloutPool
+from asyncrl.recovery.journal import Journal
 from asyncrl.recovery.supervisor import Supervisor, request
 from asyncrl.rollout import Rollout, UpdateReport, make_group, sample_seed
 from asyncrl.transport import Rendezvous
@@ -220,10 +222,11 @@ def test_the_number_of_actors_follows_what_is_asked(tmp_path):
         supervisor = Supervisor(pool, start, tmp_path, target=2, first_number=2, max_replacements=0, say=print)
         watch = asyncio.ensure_future(supervisor.run(asyncio.Lock(), lambda: pool.update_weights(Learner())))
         (tmp_path / "config.json").touch()
-        for wanted in (4, 1):
-            request(tmp_path, wanted)
-            while len(pool.actors) != wanted:
-                await asyncio.sleep(0.01)
+        with closing(Journal(tmp_path / "journal.bin")):
+            for wanted in (4, 1):
+                request(tmp_path, wanted)
+                while len(pool.actors) != wanted:
+                    await asyncio.sleep(0.01)
         watch.cancel()
         assert not (tmp_path / "control.json").exists()
 
@@ -232,6 +235,8 @@ def test_the_number_of_actors_follows_what_is_asked(tmp_path):
         request(tmp_path, 0)
     with pytest.raises(ValueError, match="no run folder"):
         request(tmp_path / "elsewhere", 2)
+    with pytest.raises(ValueError, match=r"has ended: go on with launch/run\.py --resume"):
+        request(tmp_path, 2)
 
 
 @pytest.mark.parametrize("fault", ["digest", "error"])

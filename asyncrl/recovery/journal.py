@@ -322,6 +322,18 @@ def read(path: Path) -> tuple[list[Record], int, int]:
     return records, end, len(data)
 
 
+def in_use(path: Path) -> bool:
+    """Whether a process holds the journal: the run that it belongs to is in progress."""
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def _frame(payload: bytes) -> bytes:
     return _HEADER.pack(_MAGIC, len(payload), zlib.crc32(payload)) + payload
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from asyncrl.pool import RolloutHandle, RolloutPool
+from asyncrl.recovery import journal
 
 _LOOK_S = 0.5
 _CONTROL = "control.json"
@@ -35,6 +36,8 @@ def request(folder: Path, num_rollout_actors: int) -> None:
         raise ValueError(f"{folder} is no run folder: it has no config.json")
     if num_rollout_actors < 1:
         raise ValueError(f"a run needs at least 1 rollout actor, got {num_rollout_actors}")
+    if not journal.in_use(folder / "journal.bin"):
+        raise ValueError(f"{folder} is the folder of a run that has ended: go on with launch/run.py --resume {folder}")
     partial = folder / f".{_CONTROL}.partial"
     partial.write_bytes(msgspec.json.encode(Control(num_rollout_actors)))
     partial.rename(folder / _CONTROL)
