@@ -198,6 +198,7 @@ async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
         if system.control is not None and (decision := system.control.decide(row)) is not None:
             buffer.allow(system.control.staleness)
             system.metrics.say(decision)
+            system.metrics.timeline.mark("buffer", "staleness", decision=decision)
         if config.checkpoint.every and learner.version % config.checkpoint.every == 0:
             await save(system)
         if config.eval.every and learner.version % config.eval.every == 0:
