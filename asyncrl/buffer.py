@@ -80,7 +80,7 @@ class Buffer:
         self._next_number = 0
         self._pending: dict[int, Ticket] = {}  # admitted, not finished; in order of admission
         self._ready: dict[int, _Entry] = {}  # finished, not trained
-        self._taken: list[_Entry] = []  # the batch being trained
+        self._taken: deque[list[_Entry]] = deque()  # the batches being trained or not yet live, the oldest first
         self._replays: dict[int, _Entry] = {}  # trained fewer than `reuse` times
         self._admissions: deque[asyncio.Future[None]] = deque()
         self._changed = asyncio.Event()
@@ -89,7 +89,7 @@ class Buffer:
     @property
     def charged(self) -> int:
         """Slots in use."""
-        return len(self._pending) + len(self._ready) + len(self._taken) + len(self._replays)
+        return len(self._pending) + len(self._ready) + sum(map(len, self._taken)) + len(self._replays)
 
     @property
     def staleness(self) -> int:
@@ -154,10 +154,11 @@ class Buffer:
         """Waits for the next batch of P groups for a learner at `version`; empty once the buffer is closed.
 
         Untrained groups go first; where they do not fill the batch, groups that were trained fewer than `reuse` times
-        do. Raises `RuntimeError` if a group is older than the bound: that would be a bug in this file.
+        do. The batch before may still be on its way to the engines, the one before that not. Raises `RuntimeError` if a
+        group is older than the bound: that would be a bug in this file.
         """
-        if self._taken:
-            raise RuntimeError("take() before release() of the batch before")
+        if len(self._taken) > 1:
+            raise RuntimeError("take() with two batches before it not released")
         while not self._closed:
             if batch := self._select(version):
                 break
@@ -169,13 +170,13 @@ class Buffer:
             lag = version - entry.group.oldest
             if lag > self.max_lag:
                 raise RuntimeError(f"group {entry.group.prompt.id} has lag {lag}, above the bound {self.max_lag}")
-        self._taken = batch
+        self._taken.append(batch)
         return [entry.group for entry in batch]
 
     def release(self) -> float:
-        """The weights trained on the batch are live: frees its slots. Returns the batch's mean wait in seconds."""
+        """The weights trained on the oldest batch are live: frees its slots. Returns its mean wait in seconds."""
         now = time.monotonic()
-        batch, self._taken = self._taken, []
+        batch = self._taken.popleft()
         for entry in batch:
             entry.uses += 1
             if entry.uses < self.reuse:
@@ -184,10 +185,9 @@ class Buffer:
         return sum(now - entry.ready_at for entry in batch) / max(len(batch), 1)
 
     def discard(self, reason: str) -> None:
-        """The batch was not trained and will not be: frees its slots, counted under `reason`."""
-        self.dropped[reason] += len(self._taken)
-        self._taken = []
-        self._wake_admissions(self.capacity - self.charged)
+        """The newest batch was not trained and will not be: frees its slots, counted under `reason`."""
+        self.dropped[reason] += len(self._taken.pop())
+        self._wake_admissions(self._limit - self.charged)
 
     def close(self) -> None:
         """No more admissions and no more batches: those waiting get None and []."""

@@ -195,6 +195,8 @@ class WeightsConfig(_Section, frozen=True, kw_only=True):
     """Bound on joining a broadcast group and on each broadcast."""
     backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
     """ "auto" is NCCL between GPUs, CUDA IPC on one GPU that is shared, and gloo elsewhere."""
+    overlap: bool = True
+    """Compute the next step's gradient while weights travel, where staleness and a learner of one rank allow it."""
 
 
 class ClusterConfig(_Section, frozen=True, kw_only=True):
@@ -269,6 +271,12 @@ class Config(_Section, frozen=True, kw_only=True):
     def num_engines(self) -> int:
         """Rollout actors, those for evaluation included."""
         return self.rollout.num_actors + self.eval.num_actors
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a gradient is computed while weights travel. Ranks that share a model would mix up the two."""
+        alone = self.learner.num_gpus == 1 and not self.rollout.release_memory
+        return self.weights.overlap and alone and self.buffer.highest_staleness > 0
 
     @property
     def loss(self) -> presets.Loss:

@@ -31,7 +31,7 @@ from asyncrl.algo import own
 from asyncrl.buffer import Buffer
 from asyncrl.config import Config, to_tree
 from asyncrl.envs.base import load_env
-from asyncrl.loop import LearnerHandle, System, run
+from asyncrl.loop import run
 from asyncrl.model import load_tokenizer
 from asyncrl.monitor.metrics import Metrics, plot, verdict
 from asyncrl.pool import RolloutHandle, RolloutPool
@@ -42,6 +42,7 @@ from asyncrl.recovery.prompts import PromptQueue
 from asyncrl.recovery.supervisor import Supervisor
 from asyncrl.recovery.watchdog import Watchdog
 from asyncrl.staleness import StalenessControl
+from asyncrl.system import LearnerHandle, System
 from asyncrl.training.warmup import prepare
 from asyncrl.types import Prompt
 
@@ -105,6 +106,7 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
                 metrics.say(f"{what}: {', '.join(f'{reason} {count}' for reason, count in counts.most_common())}")
         if found := verdict(folder):
             metrics.say(found.sentence)
+            metrics.say(found.bound)
         metrics.say(report(result, config.num_steps))
     return result
 

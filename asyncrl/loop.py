@@ -5,10 +5,11 @@
                    |a slot     |                          v
                    |                              [  bounded buffer  ]
                    |                                      |
-    learn:         |   take ----> learner.step ----> update_weights ----> release
-                   |   |waits for                    |waits for every        |
-                   |   |P groups                     |engine's load          |
-                   '---------------- frees P slots <-------------------------'
+    learn:         |   take ----> gradient ----> apply ----> update_weights ----> release
+                   |   |waits for                |waits for  |waits for every        |
+                   |   |P groups                 |the update |engine's load, beside  |
+                   |                             |before     |the next gradient      |
+                   '---------------- frees P slots <---------------------------------'
 
     evaluate:      every N steps, beside the others; nothing waits for it
 
@@ -20,63 +21,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Protocol
 
 from asyncrl.buffer import Buffer, Ticket
-from asyncrl.config import Config
-from asyncrl.evaluation import by_source, summarize
-from asyncrl.monitor.metrics import Metrics
-from asyncrl.pool import AllActorsDied, LearnerLink, RolloutFailed, RolloutPool, ToEvaluators
-from asyncrl.recovery import checkpoint
-from asyncrl.recovery.checkpoint import Cursor
-from asyncrl.recovery.guard import REASON, StepGuard
-from asyncrl.recovery.prompts import Finished, PromptQueue
-from asyncrl.recovery.supervisor import Supervisor
-from asyncrl.recovery.watchdog import Stalled, Watchdog
-from asyncrl.staleness import StalenessControl
+from asyncrl.evaluation import by_source
+from asyncrl.pool import AllActorsDied, RolloutFailed, ToEvaluators
+from asyncrl.recovery.guard import REASON
+from asyncrl.recovery.prompts import Finished
+from asyncrl.recovery.watchdog import Stalled
+from asyncrl.system import System, evaluate, save, settle, start_evaluation, sync_journal, synchronize
 from asyncrl.types import Group, Prompt
 
 _UNSTORED = (
     "the group of prompt {} could not be written to groups/ (is the disk full?); after a crash it is played again"
 )
-
-
-class LearnerHandle(LearnerLink, Protocol):
-    """The learner as the driver sees it; both runtimes have one."""
-
-    async def step(self, groups: Sequence[Group]) -> dict[str, float]: ...
-    async def save(self, folder: Path, cursor: Cursor) -> None: ...
-
-
-@dataclass(slots=True)
-class System:
-    """What a run is made of."""
-
-    config: Config
-    prompts: PromptQueue
-    heldout: Sequence[Prompt]
-    rollouts: RolloutPool
-    learner: LearnerHandle
-    buffer: Buffer
-    metrics: Metrics
-    checkpoints: Path
-    guard: StepGuard
-    watchdog: Watchdog
-    supervisor: Supervisor | None = None
-    updating: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held by whoever steps the learner or updates weights."""
-    failed_in_a_row: int = 0
-    """Prompts that were given up since the last one that was finished."""
-    evaluated: set[int] = field(default_factory=set)
-    evaluators: RolloutPool | None = None
-    """Engines for evaluation alone, which hold one version still; without them the rollout actors evaluate."""
-    evaluations: set[asyncio.Task[None]] = field(default_factory=set)
-    """Those under way."""
-    control: StalenessControl | None = None
-    """Moves the admitted staleness; without one it stays what the buffer was made with."""
 
 
 async def run(system: System) -> None:
@@ -90,7 +48,7 @@ async def run(system: System) -> None:
                 await start_evaluation(system, tasks)  # where the curve starts
             producers = [tasks.create_task(produce(system)) for _ in range(system.buffer.capacity)]
             if system.supervisor is not None:
-                helpers.append(tasks.create_task(system.supervisor.run(system.updating, lambda: synchronize(system))))
+                helpers.append(tasks.create_task(system.supervisor.run(system.stepping, lambda: synchronize(system))))
             await learn(system, tasks)
             stopped_early = system.learner.version < system.config.num_steps
             system.buffer.close()
@@ -169,69 +127,66 @@ def give_up(system: System, ticket: Ticket, prompt: Prompt, error: RolloutFailed
 
 
 async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
-    """Drains the buffer, one optimizer step a batch."""
-    learner, buffer, config = system.learner, system.buffer, system.config
-    span = partial(system.metrics.timeline.span, "learner")
+    """Drains the buffer, one optimizer step a batch; on return the last version is live."""
+    learner, config, timeline = system.learner, system.config, system.metrics.timeline
     while learner.version < config.num_steps:
         clock = _Clock()
-        with span("wait for groups"), system.watchdog.wait("take", f"{buffer.groups_per_step} finished groups"):
-            groups = await buffer.take(learner.version)
+        with timeline.span("learner", "wait for groups"):
+            groups = await take(system)
         if not groups:
-            return
-        system.metrics.timeline.count("buffer", "ready", buffer.num_ready)
-        check_digests(groups, system.rollouts.published)
+            break
         clock.lap("wait")
-        async with system.updating:
-            with span("step", version=learner.version + 1):
-                learnt = await step(system, groups)
-            if learnt is None:
-                continue
-            clock.lap("step")
-            with span("update weights", version=learner.version):
-                synced = await synchronize(system)
-        clock.lap("sync")
-        buffered = buffer.release()
-        row = measure(groups) | learnt | synced | clock.metrics() | measure_buffer(buffer, buffered)
-        row["journal/unstored"] = float(system.prompts.num_unstored)
-        system.metrics.step(learner.version, row, buffer.max_lag)
-        tasks.create_task(system.metrics.sample(learner.version, groups))
-        if system.control is not None and (decision := system.control.decide(row)) is not None:
-            buffer.allow(system.control.staleness)
-            system.metrics.say(decision)
-            system.metrics.timeline.mark("buffer", "staleness", decision=decision)
-        if config.checkpoint.every and learner.version % config.checkpoint.every == 0:
+        async with system.stepping:
+            learnt = await step(system, groups, clock)
+        if learnt is None:
+            continue
+        version = learner.version
+        system.update = tasks.create_task(publish(system, groups, learnt, clock))
+        tasks.create_task(system.metrics.sample(version, groups))
+        await asyncio.sleep(0)  # the update begins: weights are asked for before the next gradient
+        saves = config.checkpoint.every and version % config.checkpoint.every == 0
+        evaluates = config.eval.every and version % config.eval.every == 0
+        if saves or evaluates or not config.overlaps:
+            await settle(system)
+        if saves:
             await save(system)
-        if config.eval.every and learner.version % config.eval.every == 0:
+        if evaluates:
             await start_evaluation(system, tasks)
+    await settle(system)
 
 
-async def start_evaluation(system: System, tasks: asyncio.TaskGroup) -> None:
-    """Evaluates the current version beside the run. Evaluators get it first; while they are busy with an older one,
-    they are not waited for: the evaluation is left out, and said to be."""
-    if system.evaluators is not None and system.evaluations:
-        system.metrics.say(f"eval {system.learner.version} | left out, another is under way: raise eval.every")
-        return
-    if system.evaluators is not None:
-        version = system.learner.version
-        with (
-            system.watchdog.wait("sync", f"version {version} to be live on every evaluator"),
-            system.metrics.timeline.span("learner", "update evaluators", version=version),
-        ):
-            await system.evaluators.update_weights(ToEvaluators(system.learner))
-    task = tasks.create_task(evaluate(system))
-    system.evaluations.add(task)
-    task.add_done_callback(system.evaluations.discard)
+async def take(system: System) -> list[Group]:
+    """Waits for a batch; empty once the buffer is closed."""
+    buffer = system.buffer
+    with system.watchdog.wait("take", f"{buffer.groups_per_step} finished groups"):
+        groups = await buffer.take(system.learner.version)
+    system.metrics.timeline.count("buffer", "ready", buffer.num_ready)
+    return groups
 
 
-async def step(system: System, groups: Sequence[Group]) -> dict[str, float] | None:
-    """One optimizer step; None if the learner refused it, which drops the groups."""
+async def step(system: System, groups: Sequence[Group], clock: _Clock) -> dict[str, float] | None:
+    """One optimizer step; None if the learner refused it, which drops the groups.
+
+    The gradient is computed while the version before still travels. The weights change once that is live everywhere.
+    """
     learner, version = system.learner, system.learner.version
+    if any(used not in system.rollouts.published for group in groups for used in group.digests):
+        await settle(system)  # an engine was so fast that the newest version is not live on the others yet
+        clock.lap("sync")
+    check_digests(groups, system.rollouts.published)
     if system.config.rollout.release_memory:
         with system.watchdog.wait("release", "every rollout actor to give its memory to the learner"):
             await system.rollouts.release()
     system.prompts.training(groups, version + 1)
-    with system.watchdog.wait("step", f"the learner's step {version + 1}"):
-        learnt = await learner.step(groups)
+    span, wait = partial(system.metrics.timeline.span, "learner", "step"), partial(system.watchdog.wait, "step")
+    with span(version=version + 1), wait(f"the gradient of the learner's step {version + 1}"):
+        await learner.gradient(groups)
+    clock.lap("step")
+    await settle(system)
+    clock.lap("sync")
+    with span(), wait(f"the learner's step {version + 1}"):
+        learnt = await learner.apply()
+    clock.lap("step")
     if learner.version > version:
         system.guard.passed()
         return learnt | {"learner/skipped": float(system.guard.num_skipped)}
@@ -244,55 +199,20 @@ async def step(system: System, groups: Sequence[Group]) -> dict[str, float] | No
     return None
 
 
-async def synchronize(system: System) -> dict[str, float]:
-    """The learner's version on every engine, and in the journal."""
-    with system.watchdog.wait("sync", f"version {system.learner.version} to be live on every rollout actor"):
-        measured = await system.rollouts.update_weights(system.learner)
-    version = system.learner.version
-    system.prompts.synced(version, system.rollouts.published[version])
-    return measured
-
-
-async def sync_journal(system: System) -> None:
-    """Bounds what a power failure can take from the journal. A killed process loses nothing of it anyhow."""
-    while True:
-        await asyncio.sleep(system.config.journal.sync_s)
-        await asyncio.to_thread(system.prompts.journal.sync)
-
-
-async def evaluate(system: System) -> None:
-    """Held-out attempts. On rollout actors, later weights may arrive under them, which `eval/mixed_versions` counts."""
-    version = system.learner.version
-    if version not in system.evaluated:
-        system.evaluated.add(version)
-        told = f"the held-out prompts on version {version}"
-        timeline = system.metrics.timeline
-        with timeline.span("evaluation", "evaluation", version=version), system.watchdog.wait("evaluate", told):
-            groups = await (system.evaluators or system.rollouts).evaluate(system.heldout)
-        system.metrics.evaluation(version, summarize(groups, version, system.config.eval.pass_reward))
-
-
-async def save(system: System, *, last: bool = False) -> None:
-    """A checkpoint of the current version. The learner waits for it, generation does not.
-
-    A disk that refuses it is reported and the run goes on from the checkpoints before, unless this was its last chance.
-    """
-    version = system.learner.version
-    if system.prompts.is_saved(version):
-        return
-    try:
-        with (
-            system.metrics.timeline.span("learner", "checkpoint", version=version),
-            system.watchdog.wait("save", f"the checkpoint of version {version}"),
-        ):
-            await system.learner.save(system.checkpoints, system.prompts.cursor(version))
-    except OSError as error:
-        if last:
-            raise
-        system.metrics.say(f"alarm: no checkpoint of version {version}: {error}; the next try is at the next one")
-        return
-    kept = [checkpoint.version_of(folder) for folder in checkpoint.folders(system.checkpoints)]
-    system.prompts.saved(version, kept or [version])
+async def publish(system: System, groups: Sequence[Group], learnt: dict[str, float], clock: _Clock) -> None:
+    """Makes the version that was trained on `groups` live, frees their slots, and tells about the step."""
+    version, buffer = system.learner.version, system.buffer
+    synced = await synchronize(system)
+    if not system.config.overlaps:
+        clock.lap("sync")  # else what the learner waited for weights is a part of the step after
+    buffered = buffer.release()
+    row = measure(groups) | learnt | synced | clock.metrics() | measure_buffer(buffer, buffered)
+    row["journal/unstored"] = float(system.prompts.num_unstored)
+    system.metrics.step(version, row, buffer.max_lag)
+    if system.control is not None and (decision := system.control.decide(row)) is not None:
+        buffer.allow(system.control.staleness)
+        system.metrics.say(decision)
+        system.metrics.timeline.mark("buffer", "staleness", decision=decision)
 
 
 def check_digests(groups: Sequence[Group], published: dict[int, str]) -> None:
@@ -345,7 +265,8 @@ class _Clock:
 
     def lap(self, name: str) -> None:
         now = time.monotonic()
-        self._laps[name], self._last = now - self._last, now
+        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
+        self._last = now
 
     def metrics(self) -> dict[str, float]:
         total = self._last - self._begin

@@ -24,13 +24,14 @@ from asyncrl import job
 from asyncrl.buffer import Buffer
 from asyncrl.config import Config
 from asyncrl.envs.base import load_env
-from asyncrl.loop import System, run
+from asyncrl.loop import run
 from asyncrl.model import load_tokenizer
 from asyncrl.monitor import metrics
 from asyncrl.monitor.metrics import Metrics
 from asyncrl.pool import RolloutPool
 from asyncrl.recovery.guard import StepGuard
 from asyncrl.recovery.prompts import PromptQueue
+from asyncrl.system import System
 from asyncrl.training.warmup import prepare
 from asyncrl.types import Group, Version
 
@@ -103,11 +104,16 @@ async def generate(
 
 async def train(learner: Any, batches: list[list[Group]], skip: int) -> float:
     for batch in batches[:skip]:
-        await learner.step(batch)
+        await step(learner, batch)
     began = time.perf_counter()
     for batch in batches[skip:]:
-        await learner.step(batch)
+        await step(learner, batch)
     return sum(map(len, batches[skip:])) / (time.perf_counter() - began)
+
+
+async def step(learner: Any, batch: list[Group]) -> None:
+    await learner.gradient(batch)
+    await learner.apply()
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ class Simulation:
 
     def __init__(self, buffer: Buffer, choices) -> None:
         self.buffer, self.choices = buffer, choices
-        self.version, self.admitted = 0, 0
+        self.version, self.live, self.admitted = 0, 0, 0
         self.generating: dict[int, tuple[Ticket, int]] = {}
         self.trained: Counter[int] = Counter()
         self.dropped: set[int] = set()
@@ -50,7 +50,7 @@ class Simulation:
         limit = (self.buffer.staleness + 1) * self.buffer.groups_per_step
         while self.buffer.charged < limit:
             ticket = await self.buffer.admit()
-            self.generating[ticket.number] = (ticket, self.version)
+            self.generating[ticket.number] = (ticket, self.live)
             self.admitted += 1
         assert limit <= self.buffer.charged <= self.buffer.capacity  # above the limit only after it was lowered
         assert not await ready(self.buffer.admit())
@@ -71,8 +71,14 @@ class Simulation:
             batch.extend(await self.buffer.take(self.version))
 
         while not await ready(take()):
+            if self.live < self.version and self.choices([True, False]):
+                await self.go_live()
+                continue
             await self.fill()  # reused groups that expired gave their slots back, and producers take them at once
-            assert self.generating, "the buffer waits although nothing is being generated"
+            if not self.generating:
+                assert self.live < self.version, "the buffer waits although nothing is being generated"
+                await self.go_live()
+                continue
             self.finish_one()
             await self.fill()
         numbers = [item.prompt.id for item in batch]
@@ -80,7 +86,14 @@ class Simulation:
         self.batches.append(numbers)
         self.lags += [self.version - item.oldest for item in batch]
         self.trained.update(numbers)
+        if self.live < self.version:  # this batch's gradient was computed while the weights travelled
+            await self.go_live()
         self.version += 1
+        if self.choices([True, False]):
+            await self.go_live()
+
+    async def go_live(self) -> None:
+        self.live = self.version
         self.buffer.release()
         await self.fill()
 

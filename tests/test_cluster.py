@@ -87,13 +87,15 @@ def test_actors_run_uvloop_agree_on_weights_and_a_killed_one_loses_no_prompt(tmp
             groups = await asyncio.gather(*plays)
             assert [group.prompt for group in groups] == prompts
             assert pool.failures == {"actor died": 1}
-            await learner.step(groups[:4])
+            await learner.gradient(groups[:4])
+            await learner.apply()
             report = await pool.update_weights(learner)
             assert report["rollout/num_actors"] == 2
             assert set(pool.published) == {0, 1}
             assert len(set(pool.published.values())) == 2
             os.kill(facts[0]["pid"], signal.SIGKILL)
-            await learner.step(groups[4:8])
+            await learner.gradient(groups[4:8])
+            await learner.apply()
             assert (await pool.update_weights(learner))["rollout/num_actors"] == 1, "found out during the update"
             assert (await pool.run(prompts[0])).oldest == 2
 

@@ -23,6 +23,7 @@ from asyncrl.recovery import checkpoint, journal
 from asyncrl.recovery.journal import Dropped
 from asyncrl.recovery.prompts import PromptQueue
 from asyncrl.runtime.local import open_actors
+from asyncrl.training.learner import Learner
 from asyncrl.training.warmup import prepare
 from asyncrl.types import Group, Prompt
 
@@ -57,7 +58,8 @@ async def synchronous(config):
         for _ in range(config.num_steps):
             batch = list(itertools.islice(prompts, config.learner.groups_per_step))
             groups = await asyncio.gather(*(actors[i % len(actors)].run(prompt) for i, prompt in enumerate(batch)))
-            await learner.step(groups)
+            await learner.gradient(groups)
+            await learner.apply()
             await learner.prepare()
             await asyncio.gather(
                 learner.broadcast(), *(actor.update_weights(learner.buckets, learner.version) for actor in actors)
@@ -86,6 +88,40 @@ def test_weights_change_under_requests_and_the_bound_holds(tmp_path):
     assert 0 < max(row["lag/max"] for row in rows) <= bound == 3
     assert max(row["completion/mixed_versions"] for row in rows) > 0
     assert max(row["lag/span"] for row in rows) > 0
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_gradient_is_computed_while_weights_travel_and_applied_afterwards(tmp_path, monkeypatch, overlap):
+    """Each version is held on its way until the next gradient is there, or the test says that none came."""
+    events, computed = [], threading.Semaphore(0)
+    gradient, apply, broadcast = Learner.gradient, Learner.apply, Learner.broadcast
+
+    def watched_gradient(learner, groups):
+        gradient(learner, groups)
+        if learner.version:
+            events.append(("gradient", learner.version + 1))
+            computed.release()
+
+    def watched_apply(learner):
+        events.append(("apply", learner.version + 1))
+        return apply(learner)
+
+    def held_broadcast(learner, audience):
+        if overlap and 0 < learner.version < 3:
+            assert computed.acquire(timeout=30), "no gradient was computed while the weights waited"
+        events.append(("sent", learner.version))
+        return broadcast(learner, audience)
+
+    monkeypatch.setattr(Learner, "gradient", watched_gradient)
+    monkeypatch.setattr(Learner, "apply", watched_apply)
+    monkeypatch.setattr(Learner, "broadcast", held_broadcast)
+    words = ["num_steps=3", "buffer.max_staleness=2", f"weights.overlap={str(overlap).lower()}"]
+    assert run(job.train(small(tmp_path, *words), quiet=True)).version == 3
+    if overlap:
+        between = [("gradient", 2), ("sent", 1), ("apply", 2), ("gradient", 3), ("sent", 2), ("apply", 3)]
+    else:
+        between = [("sent", 1), ("gradient", 2), ("apply", 2), ("sent", 2), ("gradient", 3), ("apply", 3)]
+    assert events == [("sent", 0), ("apply", 1), *between, ("sent", 3)]
 
 
 def test_a_run_folder_holds_everything_it_promises(tmp_path):

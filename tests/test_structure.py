@@ -70,6 +70,7 @@ LAYERS = [
         "training.warmup",
     },
     {"recovery.guard", "recovery.supervisor"},
+    {"system"},
     {"loop"},
     {"runtime.placement", "runtime.stacks", "runtime.parts", "runtime.local", "runtime.cluster"},
     {"job", "runtime.preflight"},

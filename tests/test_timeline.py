@@ -64,7 +64,7 @@ def test_the_waits_of_a_step():
     spans = [
         Span("learner", "wait for groups", -1, 3),
         Span("learner", "step", 3, 8),
-        Span("learner", "update weights", 8, 9),
+        Span("learner", "wait for weights", 8, 9),
         Span("learner", "checkpoint", 9, 9.5),
         Span("learner", "update evaluators", 9.5, 9.75),
         Span("evaluator 0", "evaluation", 9.75, 20),
@@ -127,6 +127,15 @@ def test_the_advice_names_who_waits_and_what_to_change(step, words, balanced):
     found = blame([step, step])
     assert words in found.sentence
     assert found.balanced_actors == balanced
+
+
+def test_the_bound_is_the_work_of_the_busier_side():
+    found = blame([row(groups=3.8, idle=0.1), row(groups=3.8, idle=0.3)])
+    assert found.overlap == pytest.approx(0.8)
+    assert found.bound == (
+        "80% of the ideal overlap: a step took 10 s, of which the busier side, the rollout actors, worked 8 s"
+    )
+    assert blame([row(weights=3.0, idle=0.9)]).overlap == pytest.approx(0.7), "a weight update is no work of a side"
 
 
 def test_no_steps_no_blame():

@@ -27,7 +27,7 @@ METRICS: dict[str, str] = {
 
 _LEARNER = {
     "wait for groups": "wait/learner_for_groups_s",
-    "update weights": "wait/learner_for_weights_s",
+    "wait for weights": "wait/learner_for_weights_s",
     "checkpoint": "wait/learner_for_checkpoint_s",
     "update evaluators": "wait/learner_for_evaluation_s",
 }
@@ -86,14 +86,19 @@ class Blame:
     num_actors: int
     balanced_actors: int
     """Rollout actors at which neither side would wait, if throughput grew with their number."""
+    overlap: float
+    """Measured throughput over its bound: the share of the time in which the busier of the two sides worked."""
     sentence: str
+    bound: str
+    """The measured time of a step beside the least possible one, in a sentence."""
 
 
 def blame(rows: Sequence[Mapping[str, float]]) -> Blame | None:
     """Sums up the metric rows of a run's steps; None before there are any.
 
     The balance: N actors were busy for the share b of the time and the learner for the share l (steps and updates).
-    Both would always be busy with N * b / l actors to one learner.
+    Both would always be busy with N * b / l actors to one learner. The bound: with devices of their own and nothing
+    else to do, the two sides overlap until the busier one never stops, so a step takes no less than its work.
     """
     rows = [row for row in rows if row.get("wait/window_s")]
     if not rows:
@@ -108,7 +113,14 @@ def blame(rows: Sequence[Mapping[str, float]]) -> Blame | None:
     engine_busy = 1 - sum(row["rollout/idle"] * row["wait/window_s"] for row in rows) / total_s
     learner_busy = sum(row["time/step_s"] + row["time/sync_s"] for row in rows) / total_s
     balanced = max(1, math.ceil(round(num_actors * engine_busy / max(learner_busy, 1e-9), 2)))
-    return Blame(shares, num_actors, balanced, _advice(shares, num_actors, balanced))
+    works = {"rollout actors": engine_busy, "learner": sum(row["time/step_s"] for row in rows) / total_s}
+    busier = max(works, key=works.__getitem__)
+    step_s = total_s / len(rows)
+    bound = (
+        f"{works[busier]:.0%} of the ideal overlap: a step took {step_s:.3g} s, of which the busier side, the {busier}, "
+        f"worked {works[busier] * step_s:.3g} s"
+    )
+    return Blame(shares, num_actors, balanced, works[busier], _advice(shares, num_actors, balanced), bound)
 
 
 def _advice(shares: Mapping[str, float], num_actors: int, balanced: int) -> str:

@@ -70,7 +70,7 @@ METRICS: dict[str, str] = {
     **WAITS,
     "time/wait_s": "seconds of the step spent waiting for groups",
     "time/step_s": "seconds of the step spent in the learner",
-    "time/sync_s": "seconds of the step spent in the weight update",
+    "time/sync_s": "seconds of the step that the learner waited for weights to go live",
     "time/total_s": "seconds of the step",
 }
 """Every metric that any run logs, with its meaning; `ONLY_WITH` has more. `completion/` also holds what an

@@ -37,6 +37,7 @@ from asyncrl.weights import Bucket
 _Started = TypeVar("_Started")
 _STORE_BYTES = 512 * 2**20
 _MAX_CONCURRENCY = 100_000  # prompts wait in the engine, not in front of the actor
+_SENDING = "sending"
 
 
 class RolloutActor:
@@ -75,7 +76,7 @@ class RolloutActor:
 
 
 class LearnerActor:
-    """The process of one learner rank."""
+    """The process of one learner rank. Weights are sent by a thread of their own, beside a gradient."""
 
     def __init__(self, config: Config, folder: str, resume: Path | None, placement: Placement) -> None:
         torch.set_num_threads(config.learner.num_threads)
@@ -95,8 +96,11 @@ class LearnerActor:
         self._learner = self._part.learner
         return self._learner.version, self._learner.buckets, _process_facts()
 
-    def step(self, *groups: Sequence[Trajectory]) -> tuple[Version, dict[str, float]]:
-        metrics = self._learner.step(groups)
+    def gradient(self, *groups: Sequence[Trajectory]) -> None:
+        self._learner.gradient(groups)
+
+    def apply(self) -> tuple[Version, dict[str, float]]:
+        metrics = self._learner.apply()
         return self._learner.version, metrics
 
     def rendezvous(self, world_size: int, audience: Audience) -> Rendezvous:
@@ -105,9 +109,11 @@ class LearnerActor:
     def join(self, audience: Audience) -> None:
         self._learner.join(audience)
 
+    @ray.method(concurrency_group=_SENDING)
     def prepare(self, audience: Audience) -> None:
         self._learner.prepare(audience)
 
+    @ray.method(concurrency_group=_SENDING)
     def broadcast(self, audience: Audience) -> str:
         return self._learner.broadcast(audience)
 
@@ -166,9 +172,12 @@ class RemoteLearner:
         self.buckets = buckets
         self.facts = facts
 
-    async def step(self, groups: Sequence[Group]) -> dict[str, float]:
+    async def gradient(self, groups: Sequence[Group]) -> None:
+        await self._all("gradient", *(group.trajectories for group in groups))
+
+    async def apply(self) -> dict[str, float]:
         metrics: dict[str, float]
-        self.version, metrics = await self._all("step", *(group.trajectories for group in groups))
+        self.version, metrics = await self._all("apply")
         return metrics
 
     async def rendezvous(self, world_size: int, audience: Audience = "rollouts") -> Rendezvous:
@@ -261,7 +270,8 @@ async def _place_learner(config: Config, folder: str, resume: Path | None, place
         together = ray.util.placement_group([taken] * num_ranks, strategy="PACK")
         await together.ready()
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(together)
-    learner_class: Any = ray.remote(LearnerActor).options(**options)
+    remote: Any = ray.remote
+    learner_class = remote(concurrency_groups={_SENDING: 1})(LearnerActor).options(**options)
     return [learner_class.remote(config, folder, resume, placement) for _ in range(num_ranks)]
 
 

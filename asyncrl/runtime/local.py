@@ -33,8 +33,11 @@ class LocalLearner:
     def version(self) -> Version:
         return self._learner.version
 
-    async def step(self, groups: Sequence[Group]) -> dict[str, float]:
-        return await asyncio.to_thread(self._learner.step, [group.trajectories for group in groups])
+    async def gradient(self, groups: Sequence[Group]) -> None:
+        await asyncio.to_thread(self._learner.gradient, [group.trajectories for group in groups])
+
+    async def apply(self) -> dict[str, float]:
+        return await asyncio.to_thread(self._learner.apply)
 
     async def rendezvous(self, world_size: int, audience: Audience = "rollouts") -> Rendezvous:
         return self._learner.rendezvous(world_size, audience)

@@ -1,6 +1,9 @@
 """The learner: model, optimizer, one optimizer step per batch, and the weights that go out.
 
-step(groups): pack -> per micro-batch: forward, loss, backward -> clip -> AdamW -> version + 1 -> metrics
+gradient(groups): pack -> per micro-batch: forward, loss, backward -> clip -> diagnostics
+apply():          AdamW -> version + 1 -> metrics
+
+The weights change in `apply` alone, so those of one version can leave while the gradient of the next one is computed.
 
 A learner of several ranks is this on each of them, with the model split between them (`sharding.py`). Every rank takes
 the same groups and trains its share; calls that say "every rank" wait for the others.
@@ -11,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +25,7 @@ from asyncrl.algo.loss import Columns, policy_loss, second_moment_bound
 from asyncrl.config import Config
 from asyncrl.model import decoder_layers, use_attention
 from asyncrl.training.critic import Critic
-from asyncrl.training.packing import MicroBatch, pack
+from asyncrl.training.packing import Batch, MicroBatch, pack
 from asyncrl.training.scoring import Scorer, recompute_activations
 from asyncrl.training.shaping import shape
 from asyncrl.training.sharding import Ranks, collect, shard, split_like, whole
@@ -32,8 +36,18 @@ from asyncrl.types import Trajectory, Version
 from asyncrl.weights import Bucket, Outgoing, make_buckets
 
 
+@dataclass(frozen=True, slots=True)
+class _Gradient:
+    """A gradient that was computed and not yet applied: what it was made of, its norm, and what it tells."""
+
+    batch: Batch
+    norm: float
+    metrics: dict[str, float]
+    seconds: float
+
+
 class Learner:
-    """Owns the training copy of the model, float32. Not thread-safe: one call at a time."""
+    """Owns the training copy of the model, float32. One call at a time, but for what `prepare` says."""
 
     def __init__(
         self,
@@ -80,7 +94,8 @@ class Learner:
         )
         self._meetings: dict[Audience, tuple[Rendezvous, TCPStore]] = {}
         self._groups: dict[Audience, BroadcastGroup] = {}
-        self._outgoing: Outgoing | None = None
+        self._outgoing: dict[Audience, Outgoing] = {}
+        self._gradient: _Gradient | None = None
         self._watch = GradientWatch(model, self.ranks)
 
     def _device_type(self, model: nn.Module) -> str:
@@ -132,10 +147,12 @@ class Learner:
         return scorer
 
     def step(self, groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
-        """One optimizer step on whole groups, on every rank. The version goes up by one if the gradient is finite.
+        """`gradient` and `apply` in one."""
+        self.gradient(groups)
+        return self.apply()
 
-        Returns the metrics of the step over all ranks, at the first one; nothing elsewhere.
-        """
+    def gradient(self, groups: Sequence[Sequence[Trajectory]]) -> None:
+        """The gradient of one optimizer step on whole groups, on every rank; the weights stay what they are."""
         began, varlen = time.perf_counter(), self.attention == "varlen"
         settings = self._config.learner
         batch = pack(
@@ -164,27 +181,33 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         seen = [self._backward(part, bound) for part in parts]
         norm = float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)))
-        metrics = measure(seen, batch, self.ranks)
-        factor = self.ranks.share(learning_rate_factor(self.loss, metrics) if self.ranks.is_first else 0.0)
-        learning_rate = settings.learning_rate * self._warm() * factor
+        told = {"gradient/norm": norm, "gradient/cosine": self._watch.cosine()}
+        metrics = measure(seen, batch, self.ranks) | shaped | told
+        self._gradient = _Gradient(batch, norm, metrics, time.perf_counter() - began)
+
+    def apply(self) -> dict[str, float]:
+        """The optimizer step of the gradient that was computed. The version goes up by one if it is finite.
+
+        Returns the metrics of the step over all ranks, at the first one; nothing elsewhere. Every rank.
+        """
+        if self._gradient is None:
+            raise RuntimeError("apply() before gradient()")
+        began = time.perf_counter()
+        made, self._gradient = self._gradient, None
+        factor = self.ranks.share(learning_rate_factor(self.loss, made.metrics) if self.ranks.is_first else 0.0)
+        learning_rate = self._config.learner.learning_rate * self._warm() * factor
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = learning_rate
-        if math.isfinite(norm):  # else the step is not taken: one such number would be in every weight for ever after
+        if math.isfinite(made.norm):  # else one such number would be in every weight for ever after
             self.optimizer.step()
             self.version += 1
-        cosine = self._watch.cosine()  # which waits for the device: the step is over
-        metrics |= (
-            shaped
-            | speed(batch, time.perf_counter() - began, self._num_flops, self._device, self.ranks)
-            | {
-                "gradient/norm": norm,
-                "gradient/cosine": cosine,
-                "gradient/learning_rate": learning_rate,
-            }
-        )
+        if self._device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # from here on any stream may read the weights
+        seconds = made.seconds + time.perf_counter() - began
+        rates = speed(made.batch, seconds, self._num_flops, self._device, self.ranks)
         if self._config.rollout.release_memory:
             self._make_room()
-        return metrics if self.ranks.is_first else {}
+        return made.metrics | rates | {"gradient/learning_rate": learning_rate} if self.ranks.is_first else {}
 
     def _warm(self) -> float:
         """Share of the learning rate: 0 while a critic learns alone, then rising in a line to 1."""
@@ -210,19 +233,21 @@ class Learner:
         self._groups[audience] = BroadcastGroup(where, 0, self._address, store)
 
     def prepare(self, audience: Audience = "rollouts") -> None:
-        """Gets the current weights ready to leave, while engines still generate. Every rank."""
+        """Gets the current weights ready to leave, while engines still generate. Every rank.
+
+        With one rank, this and `broadcast` may run in a thread of their own beside `gradient`.
+        """
         group = self._groups.get(audience)
         if group is None and self.ranks.is_first:
             raise RuntimeError("prepare() before join()")
         device = group.device if group is not None else None
-        self._outgoing = Outgoing(self.buckets, dict(self.model.named_parameters()), device)
+        self._outgoing[audience] = Outgoing(self.buckets, dict(self.model.named_parameters()), device)
 
     def broadcast(self, audience: Audience = "rollouts") -> str:
         """Sends the prepared weights to every engine, from the first rank; returns their digest there. Every rank."""
-        if self._outgoing is None:
+        if audience not in self._outgoing:
             raise RuntimeError("broadcast() before join() and prepare()")
-        outgoing, self._outgoing = self._outgoing, None
-        return outgoing.send(self._groups.get(audience))
+        return self._outgoing.pop(audience).send(self._groups.get(audience))
 
     def weights(self) -> dict[str, Tensor]:
         """Full weights and buffers as named tensors at the first rank, for a checkpoint; tied ones once. Every rank."""

@@ -1,0 +1,143 @@
+"""What a run is made of, and what happens beside its two coroutines: weight updates, evaluations, checkpoints."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from asyncrl.buffer import Buffer
+from asyncrl.config import Config
+from asyncrl.evaluation import summarize
+from asyncrl.monitor.metrics import Metrics
+from asyncrl.pool import LearnerLink, RolloutPool, ToEvaluators
+from asyncrl.recovery import checkpoint
+from asyncrl.recovery.checkpoint import Cursor
+from asyncrl.recovery.guard import StepGuard
+from asyncrl.recovery.prompts import PromptQueue
+from asyncrl.recovery.supervisor import Supervisor
+from asyncrl.recovery.watchdog import Watchdog
+from asyncrl.staleness import StalenessControl
+from asyncrl.types import Group, Prompt
+
+
+class LearnerHandle(LearnerLink, Protocol):
+    """The learner as the driver sees it; both runtimes have one."""
+
+    async def gradient(self, groups: Sequence[Group]) -> None: ...
+    async def apply(self) -> dict[str, float]: ...
+    async def save(self, folder: Path, cursor: Cursor) -> None: ...
+
+
+@dataclass(slots=True)
+class System:
+    """What a run is made of."""
+
+    config: Config
+    prompts: PromptQueue
+    heldout: Sequence[Prompt]
+    rollouts: RolloutPool
+    learner: LearnerHandle
+    buffer: Buffer
+    metrics: Metrics
+    checkpoints: Path
+    guard: StepGuard
+    watchdog: Watchdog
+    supervisor: Supervisor | None = None
+    stepping: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by whoever steps the learner, or needs that nobody does."""
+    synchronizing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a version goes to the rollout actors."""
+    update: asyncio.Task[None] | None = None
+    """What makes the newest version live, while it is under way or done."""
+    failed_in_a_row: int = 0
+    """Prompts that were given up since the last one that was finished."""
+    evaluated: set[int] = field(default_factory=set)
+    evaluators: RolloutPool | None = None
+    """Engines for evaluation alone, which hold one version still; without them the rollout actors evaluate."""
+    evaluations: set[asyncio.Task[None]] = field(default_factory=set)
+    """Those under way."""
+    control: StalenessControl | None = None
+    """Moves the admitted staleness; without one it stays what the buffer was made with."""
+
+
+async def synchronize(system: System) -> dict[str, float]:
+    """The learner's version on every engine, and in the journal."""
+    async with system.synchronizing:
+        version = system.learner.version
+        with (
+            system.metrics.timeline.span("weights", "update weights", version=version),
+            system.watchdog.wait("sync", f"version {version} to be live on every rollout actor"),
+        ):
+            measured = await system.rollouts.update_weights(system.learner)
+        system.prompts.synced(version, system.rollouts.published[version])
+    return measured
+
+
+async def settle(system: System) -> None:
+    """Waits until the newest version is live. A failure of that cancels this task, through the run's task group."""
+    if system.update is not None:
+        with system.metrics.timeline.span("learner", "wait for weights"):
+            await asyncio.wait({system.update})
+
+
+async def sync_journal(system: System) -> None:
+    """Bounds what a power failure can take from the journal. A killed process loses nothing of it anyhow."""
+    while True:
+        await asyncio.sleep(system.config.journal.sync_s)
+        await asyncio.to_thread(system.prompts.journal.sync)
+
+
+async def start_evaluation(system: System, tasks: asyncio.TaskGroup) -> None:
+    """Evaluates the current version beside the run. Evaluators get it first; while they are busy with an older one,
+    they are not waited for: the evaluation is left out, and said to be."""
+    if system.evaluators is not None and system.evaluations:
+        system.metrics.say(f"eval {system.learner.version} | left out, another is under way: raise eval.every")
+        return
+    if system.evaluators is not None:
+        version = system.learner.version
+        with (
+            system.watchdog.wait("sync", f"version {version} to be live on every evaluator"),
+            system.metrics.timeline.span("learner", "update evaluators", version=version),
+        ):
+            await system.evaluators.update_weights(ToEvaluators(system.learner))
+    task = tasks.create_task(evaluate(system))
+    system.evaluations.add(task)
+    task.add_done_callback(system.evaluations.discard)
+
+
+async def evaluate(system: System) -> None:
+    """Held-out attempts. On rollout actors, later weights may arrive under them, which `eval/mixed_versions` counts."""
+    version = system.learner.version
+    if version not in system.evaluated:
+        system.evaluated.add(version)
+        told = f"the held-out prompts on version {version}"
+        timeline = system.metrics.timeline
+        with timeline.span("evaluation", "evaluation", version=version), system.watchdog.wait("evaluate", told):
+            groups = await (system.evaluators or system.rollouts).evaluate(system.heldout)
+        system.metrics.evaluation(version, summarize(groups, version, system.config.eval.pass_reward))
+
+
+async def save(system: System, *, last: bool = False) -> None:
+    """A checkpoint of the current version. The learner waits for it, generation does not.
+
+    A disk that refuses it is reported and the run goes on from the checkpoints before, unless this was its last chance.
+    """
+    version = system.learner.version
+    if system.prompts.is_saved(version):
+        return
+    try:
+        with (
+            system.metrics.timeline.span("learner", "checkpoint", version=version),
+            system.watchdog.wait("save", f"the checkpoint of version {version}"),
+        ):
+            await system.learner.save(system.checkpoints, system.prompts.cursor(version))
+    except OSError as error:
+        if last:
+            raise
+        system.metrics.say(f"alarm: no checkpoint of version {version}: {error}; the next try is at the next one")
+        return
+    kept = [checkpoint.version_of(folder) for folder in checkpoint.folders(system.checkpoints)]
+    system.prompts.saved(version, kept or [version])
