@@ -8,6 +8,7 @@ nothing about throughput. Several such processes may share one GPU: the snapshot
 from __future__ import annotations
 
 import asyncio
+import gc
 import statistics
 from collections import deque
 from collections.abc import Mapping
@@ -199,4 +200,7 @@ def summary(curve: list[tuple[int, float]], rows: list[dict[str, float]]) -> dic
 
 def run_cell(words: list[str], config_path: Path, lag: int, noise: float = 0.0) -> dict[str, Any]:
     """`train` in a process of its own."""
-    return asyncio.run(train(configuration.load(config_path, words), lag, noise))
+    result = asyncio.run(train(configuration.load(config_path, words), lag, noise))
+    gc.collect()  # models refer to themselves: left alone they would stay beside those of the next cell
+    torch.cuda.empty_cache()  # which other workers may need; nothing happens without a GPU
+    return result

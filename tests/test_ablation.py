@@ -1,5 +1,6 @@
 """The staleness ablation: its statistics, what it measures and in which order, and its two small devices."""
 
+import json
 import math
 import sys
 import time
@@ -13,8 +14,12 @@ import torch
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
 import staleness
+import staleness_mismatch
+import staleness_plots
+import staleness_report
+import staleness_target
 from staleness_cells import Cell, lag_cells
-from staleness_lag import Ring, assign
+from staleness_lag import AVERAGED, Ring, assign
 from staleness_mismatch import NoiseGrid
 from staleness_noise import EngineNoise
 from staleness_stats import Grid, Times, holm, p_value
@@ -162,6 +167,44 @@ def test_a_cell_that_fails_stops_the_run_and_keeps_the_others(folder):
     with pytest.raises(RuntimeError, match="cell a-z-0 failed"):
         staleness.measure([cells[0], bad, cells[1]], folder, 1)
     assert measured(cells, folder) == [True, False]
+
+
+def lag_result(final):
+    names = (*AVERAGED, "auc", "entropy", "gradient_norm_cv")
+    curve = [(0, 0.0), (10, final), (20, final)]
+    return dict.fromkeys(names, 0.25) | {"final": final, "curve": curve, "collapsed": final < 0.5, "k3_first": 0.001}
+
+
+def system_result(step_s):
+    names = ("lag_mean", "lag_max", "tokens_per_s", "effective_tokens_per_s", "learner_idle", "rollout_idle", "sync_s")
+    curve = [(step, 0.05 * step, step * step_s) for step in (0, 10, 20)]
+    return dict.fromkeys(names, 0.5) | {"final": 0.9, "curve": curve, "loop_s": 20 * step_s}
+
+
+def test_the_report_has_a_table_for_everything_that_was_measured(tmp_path, monkeypatch):
+    for module in (staleness_plots, staleness_target, staleness_mismatch):
+        monkeypatch.setattr(module, "draw", lambda *_: None)
+    shared = {"learning_rate": 1e-4, "cpu_s": 1.0, "wall_s": 2.0}
+    finals = {("p", 0): 0.9, ("p", 4): 0.8, ("q", 0): 0.9, ("q", 4): 0.4}
+    cells = [
+        {"layer": layer, "preset": preset, "lag": lag, "seed": seed, "result": lag_result(final - 0.1 * noise)}
+        | shared
+        | ({"noise": noise} if noise else {})
+        for (preset, lag), final in finals.items()
+        for layer, noise in (("a", 0), ("noise", 1))
+        for seed in (0, 1)
+    ] + [
+        {"layer": "b", "preset": "p", "lag": lag, "seed": 0, "order": "fifo", "result": system_result(step_s)} | shared
+        for lag, step_s in ((0, 0.2), (1, 0.1))
+    ]
+    settings = {"words": ["num_steps=20", "run_dir=x"], "config": "c.toml", "target": 0.8, "samples_per_step": 64}
+    text = staleness_report.write(cells, settings, tmp_path)
+    assert "`num_steps=20`. 18 cells, 18 CPU seconds, 36 s on the clock" in text
+    assert "| q | 4 | not reached (0/2) |" in text
+    assert "| 1.0e-03 | q | 2.5e-01 | 0.800 (-0.100 [-0.100, -0.100]) | 0.300, 2 collapsed (" in text
+    assert "| p | fifo | 1 | 1.6 (1/1) | 16 (1/1) | 0.100 | 2.00 | 1.00 | 2.00 | 2.00 |" in text
+    assert text.endswith("| q | 0.900 (k3 2.5e-01) | 0.400, 2 collapsed (k3 2.5e-01) |\n")
+    assert json.loads((tmp_path / "staleness.json").read_text())["cells"] == json.loads(json.dumps(cells))
 
 
 @pytest.fixture(scope="module")
