@@ -23,6 +23,7 @@ SMALL: dict[str, Any] = {
     "system_staleness": "0,1,4",
     "system_seeds": 1,
     "probe_batches": 24,
+    "target": 0.95,
 }
 FULL = SMALL | {
     "preset_list": "async_default,tis2,reinforce,grpo,cispo,prime,decoupled_ppo,topr",
@@ -38,6 +39,7 @@ GPU = SMALL | {
     "layers": "a",
     "learning_rates": "2e-5",
     "seeds": 3,
+    "target": 0.8,
     "workers": 6,
 }
 """One GPU of 80 GB that six cells share."""
