@@ -122,19 +122,21 @@ def check_settings(options: argparse.Namespace) -> dict[str, Any]:
 def measure(cells: Sequence[Cell], folder: Path, workers: int, until: float = math.inf) -> None:
     """Measures the cells that have no file yet, `workers` at a time, and says how long the rest will take.
 
-    A cell that would end after `until`, on the monotonic clock, if it took as long as the longest so far is not begun.
+    A cell is not begun if it would end after `until`, on the monotonic clock, should it take as long as the longest of
+    the latest ones, two for each worker: the first cells of a worker take longer, as they load everything.
     After a cell that fails none is begun either; RuntimeError once those under way are stored.
     """
     missing = deque(cell for cell in cells if not path_of(cell, folder).exists())
     if len(missing) < len(cells):
         print(f"{len(cells) - len(missing)} of {len(cells)} cells are there already")
-    began, walls, count = time.monotonic(), [0.0], len(missing)
+    began, walls, count = time.monotonic(), list[float](), len(missing)
     running: dict[Future[Any], Cell] = {}
     failed: dict[str, Exception] = {}
     context = multiprocessing.get_context("spawn")  # a forked process could not use a GPU
     with ProcessPoolExecutor(workers, mp_context=context, initializer=share_gpu, initargs=(workers,)) as pool:
         while missing or running:
-            while missing and len(running) < workers and time.monotonic() + max(walls) < until:
+            longest = max(walls[-2 * workers :], default=0.0)
+            while missing and len(running) < workers and time.monotonic() + longest < until:
                 cell = missing.popleft()
                 running[pool.submit(timed, cell.call, *cell.arguments)] = cell
             if not running:
@@ -150,9 +152,9 @@ def measure(cells: Sequence[Cell], folder: Path, workers: int, until: float = ma
                     continue
                 walls.append(wall_s)
                 store(path_of(cell, folder), cell.key | {"result": result, "cpu_s": cpu_s, "wall_s": wall_s})
-                left = statistics.fmean(walls[1:]) * (len(missing) + len(running) / 2) / workers
+                left = statistics.fmean(walls) * (len(missing) + len(running) / 2) / workers
                 spent = time.monotonic() - began
-                print(f"[{len(walls) - 1}/{count}] {cell.name} | {spent:.0f} s, about {left:.0f} s left", flush=True)
+                print(f"[{len(walls)}/{count}] {cell.name} | {spent:.0f} s, about {left:.0f} s left", flush=True)
     for name, error in failed.items():
         raise RuntimeError(f"cell {name} failed; the others are kept, and the same words go on from there") from error
 
