@@ -212,6 +212,7 @@ async def publish(system: System, groups: Sequence[Group], learnt: dict[str, flo
     if system.control is not None and (decision := system.control.decide(row)) is not None:
         buffer.allow(system.control.staleness)
         system.metrics.say(decision)
+        system.metrics.timeline.mark("buffer", "staleness", decision=decision)
 
 
 def check_digests(groups: Sequence[Group], published: dict[int, str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from staleness_stats import interval
 
 mpl.use("Agg")
 from matplotlib import pyplot
@@ -17,29 +18,31 @@ Rows = Sequence[dict[str, Any]]
 
 
 def draw(probes: Rows, grid: Any, system: Rows, folder: Path) -> None:
-    """Every plot that the measured cells allow."""
+    """The plots of the three instruments, as far as they were measured."""
     if probes:
-        _save(folder / "probe.png", lambda: _probe(probes))
+        save(folder / "probe.png", lambda: _probe(probes))
     if grid:
-        _save(folder / "final.png", lambda: _final(grid))
-        _save(folder / "rates.png", lambda: _rates(grid))
-        _save(folder / "drift.png", lambda: _drift(grid))
-        _save(folder / "curves.png", lambda: _curves(grid))
-        _save(folder / "masks.png", lambda: _masks(grid))
-        _save(folder / "gradients.png", lambda: _gradients(grid))
+        save(folder / "final.png", lambda: _final(grid))
+        save(folder / "rates.png", lambda: _rates(grid))
+        save(folder / "drift.png", lambda: _drift(grid))
+        save(folder / "curves.png", lambda: _curves(grid))
+        save(folder / "masks.png", lambda: _masks(grid))
+        save(folder / "gradients.png", lambda: _gradients(grid))
     if system:
-        _save(folder / "system.png", lambda: _system(system))
-        _save(folder / "lags.png", lambda: _lags(system))
-        _save(folder / "timeline.png", lambda: _timeline(system))
+        save(folder / "system.png", lambda: _system(system))
+        save(folder / "lags.png", lambda: _lags(system))
+        save(folder / "timeline.png", lambda: _timeline(system))
 
 
-def _save(path: Path, plot: Callable[[], Any]) -> None:
+def save(path: Path, plot: Callable[[], Any]) -> None:
+    """Writes the figure that `plot` returns."""
     figure = plot()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def _panels(count: int, width: float = 4.2, **arguments: Any) -> tuple[Any, Any]:
+def panels(count: int, width: float = 4.2, **arguments: Any) -> tuple[Any, Any]:
+    """A figure and its `count` axes, side by side."""
     figure, axes = pyplot.subplots(
         1, count, figsize=(width * count, 3.8), layout="constrained", squeeze=False, **arguments
     )
@@ -48,16 +51,17 @@ def _panels(count: int, width: float = 4.2, **arguments: Any) -> tuple[Any, Any]
     return figure, axes[0]
 
 
-def _lag_axis(axis: Any, lags: Sequence[int]) -> None:
+def lag_axis(axis: Any, lags: Sequence[int], label: str = "lag S, learner steps") -> None:
+    """A horizontal axis of the lags, in powers of two."""
     axis.set_xscale("symlog", base=2, linthresh=1)
     axis.set_xticks(lags, [str(lag) for lag in lags])
-    axis.set_xlabel("lag S, learner steps")
+    axis.set_xlabel(label)
 
 
 def _probe(rows: Rows) -> Any:
     """Bias against spread, one panel a step and lag."""
     places = list(dict.fromkeys((row["step"], row["lag"]) for row in rows if row["lag"]))
-    figure, axes = _panels(len(places))
+    figure, axes = panels(len(places))
     for axis, (step, lag) in zip(axes, places, strict=True):
         for row in rows:
             if row["step"] == step and row["lag"] in (lag, 0):
@@ -70,9 +74,7 @@ def _probe(rows: Rows) -> Any:
 
 def _final(grid: Any) -> Any:
     """Final accuracy and collapses against the lag, with the rate tuned per lag and with the rate of lag 0."""
-    from staleness_report import interval
-
-    figure, (left, right) = _panels(2, 5.5)
+    figure, (left, right) = panels(2, 5.5)
     for index, preset in enumerate(grid.presets):
         color = f"C{index}"
         tuned = [grid.tuned(preset, lag) for lag in grid.lags]
@@ -90,14 +92,14 @@ def _final(grid: Any) -> Any:
     left.set(title="final held-out accuracy (dashed: rate of S = 0)", ylim=(-0.03, 1.03))
     right.set(title="share of runs that collapsed, all rates", ylim=(-0.03, 1.03))
     for axis in (left, right):
-        _lag_axis(axis, grid.lags)
+        lag_axis(axis, grid.lags)
         axis.legend(fontsize=8)
     return figure
 
 
 def _rates(grid: Any) -> Any:
     """Final accuracy by lag and learning rate, one panel a preset."""
-    figure, axes = _panels(len(grid.presets), 3.2)
+    figure, axes = panels(len(grid.presets), 3.2)
     for axis, preset in zip(axes, grid.presets, strict=True):
         values = np.array([[grid.values(preset, lag, rate).mean() for lag in grid.lags] for rate in grid.rates])
         image = axis.imshow(values, vmin=0, vmax=1, origin="lower", aspect="auto")
@@ -114,7 +116,7 @@ def _rates(grid: Any) -> Any:
 def _drift(grid: Any) -> Any:
     """Sample size and mismatch of every run against S times the learning rate."""
     names = {"ess/token": "ESS, tokens", "ess/sequence": "ESS, trajectories", "mismatch/k3": "k3, nats a token"}
-    figure, axes = _panels(len(names))
+    figure, axes = panels(len(names))
     for axis, (name, title) in zip(axes, names.items(), strict=True):
         for index, preset in enumerate(grid.presets):
             points = [
@@ -132,7 +134,7 @@ def _drift(grid: Any) -> Any:
 
 def _curves(grid: Any) -> Any:
     """Held-out accuracy over the steps, at the best rate, one panel a lag; every seed."""
-    figure, axes = _panels(len(grid.lags), sharey=True)
+    figure, axes = panels(len(grid.lags), sharey=True)
     for axis, lag in zip(axes, grid.lags, strict=True):
         for index, preset in enumerate(grid.presets):
             rate = grid.rate_of(preset, lag)
@@ -149,7 +151,7 @@ def _curves(grid: Any) -> Any:
 
 def _masks(grid: Any) -> Any:
     """Shares of tokens capped and removed, by the sign of the advantage, at the best rate."""
-    figure, axes = _panels(len(grid.presets), 3.4, sharey=True)
+    figure, axes = panels(len(grid.presets), 3.4, sharey=True)
     for axis, preset in zip(axes, grid.presets, strict=True):
         for event, line in (("capped", "-"), ("trust", "--")):
             for sign, color in (("positive", "C2"), ("negative", "C3")):
@@ -158,7 +160,7 @@ def _masks(grid: Any) -> Any:
                     for lag in grid.lags
                 ]
                 axis.plot(grid.lags, values, line, color=color, marker=".", label=f"{event}, {sign}")
-        _lag_axis(axis, grid.lags)
+        lag_axis(axis, grid.lags)
         axis.set(title=preset, ylabel="share of tokens")
         axis.legend(fontsize=7)
     return figure
@@ -166,7 +168,7 @@ def _masks(grid: Any) -> Any:
 
 def _gradients(grid: Any) -> Any:
     """Steadiness of the gradient at the best rate."""
-    figure, axes = _panels(2, 5)
+    figure, axes = panels(2, 5)
     for axis, name, title in zip(
         axes,
         ("gradient_norm_cv", "gradient/cosine"),
@@ -176,15 +178,15 @@ def _gradients(grid: Any) -> Any:
         for preset in grid.presets:
             values = [grid.values(preset, lag, grid.rate_of(preset, lag), name).mean() for lag in grid.lags]
             axis.plot(grid.lags, values, "o-", label=preset)
-        _lag_axis(axis, grid.lags)
+        lag_axis(axis, grid.lags)
         axis.set(title=title)
         axis.legend(fontsize=8)
     return figure
 
 
 def _system(cells: Rows) -> Any:
-    """The real system: accuracy over wall time, time to target with its two factors, lags, utilisation."""
-    figure, (curves, time_axis, lags, idle) = _panels(4)
+    """The real system: accuracy over wall time, seconds a step, lags, utilisation."""
+    figure, (curves, step_axis, lags, idle) = panels(4)
     bounds = sorted({cell["lag"] for cell in cells})
     shares = ["0", "1", "2", "3", "4", "more"]
     for index, bound in enumerate(bounds):
@@ -202,15 +204,9 @@ def _system(cells: Rows) -> Any:
         idle.bar(index + 0.2, 1 - np.mean([run["rollout_idle"] for run in runs]), 0.4, color="C1")
     for cell in cells:
         run = cell["result"]
-        at = cell["lag"]
-        num_steps = run["curve"][-1][0]
-        time_axis.plot(at, run["loop_s"] / num_steps, "sC0", label="seconds a step")
-        if run["to_target_s"] is not None:
-            time_axis.plot(at, run["to_target_s"], "oC1", label="seconds to target")
+        step_axis.plot(cell["lag"], run["loop_s"] / run["curve"][-1][0], "sC0")
     curves.set(title="layer B: accuracy over time", xlabel="loop seconds", ylabel="held-out accuracy")
-    time_axis.set(title="time to target", xlabel="bound S", yscale="log")
-    handles = dict(zip(*reversed(time_axis.get_legend_handles_labels()), strict=True))
-    time_axis.legend(handles.values(), handles.keys(), fontsize=7)
+    step_axis.set(title="seconds a step", xlabel="bound S", ylim=(0, None))
     lags.set(title="measured lag, share of tokens", xlabel="lag")
     lags.set_xticks(range(len(shares)), shares)
     idle.set(title="busy: learner (left), rollout (right)", xlabel="bound S")
@@ -224,7 +220,7 @@ def _lags(cells: Rows) -> Any:
     """Measured lags by order of the buffer, one panel a bound."""
     bounds, orders = sorted({cell["lag"] for cell in cells}), list(dict.fromkeys(cell["order"] for cell in cells))
     shares = ["0", "1", "2", "3", "4", "more"]
-    figure, axes = _panels(len(bounds), 3.4, sharey=True)
+    figure, axes = panels(len(bounds), 3.4, sharey=True)
     for axis, bound in zip(axes, bounds, strict=True):
         for index, order in enumerate(orders):
             runs = [c["result"]["lag_shares"] for c in cells if (c["lag"], c["order"]) == (bound, order)]
@@ -240,7 +236,7 @@ def _timeline(cells: Rows) -> Any:
     """Who works when, over the middle steps of the first run of each bound."""
     colors = {"step": "C0", "group": "C1", "update weights": "C3", "update": "C3", "evaluation": "C4"}
     first = {cell["lag"]: cell["result"]["busy"] for cell in reversed(cells)}
-    figure, axes = _panels(len(first), 5)
+    figure, axes = panels(len(first), 5)
     for axis, bound in zip(axes, sorted(first), strict=True):
         lanes = sorted({lane for lane, *_ in first[bound]})
         for lane, name, begin, end in first[bound]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from staleness_lag import Lab
+from staleness_lag import Lab, assign
 from torch import Tensor
 
 from asyncrl import config as configuration
@@ -36,7 +36,7 @@ async def probe(
     lab = Lab(config)
     snapshots = await _trajectory_of_weights(lab, step)
     judges = {name: lab.make_learner(_frozen(config, name)) for name in dict.fromkeys(["reinforce", *presets])}
-    lab.model.load_state_dict(snapshots[step])
+    assign(lab.model, snapshots[step])
     best: Tensor | float = 0.0
     for batch in await _batches(lab, snapshots[step], step, 8 * num_batches):
         best = best + _gradient(judges["reinforce"], batch, step)[0] / (8 * num_batches)
@@ -54,12 +54,17 @@ async def probe(
 
 
 async def _trajectory_of_weights(lab: Lab, num_steps: int) -> list[dict[str, Tensor]]:
-    snapshots = [lab.weights()]
+    snapshots = [_weights(lab)]
     for step in range(num_steps):
         await lab.sample_from(snapshots[-1], step)
         lab.learner.step(await lab.batch())
-        snapshots.append(lab.weights())
+        snapshots.append(_weights(lab))
     return snapshots
+
+
+def _weights(lab: Lab) -> dict[str, Tensor]:
+    """A copy of the learner's weights, on its device."""
+    return {name: parameter.detach().clone() for name, parameter in lab.model.named_parameters()}
 
 
 async def _batches(lab: Lab, weights: dict[str, Tensor], version: Version, count: int) -> list[Batch]:

@@ -6,7 +6,6 @@ layer A.
 
 from __future__ import annotations
 
-import math
 import re
 import statistics
 import subprocess
@@ -20,14 +19,14 @@ ROOT = Path(__file__).parent.parent
 _NUM_SHOWN = 4
 
 
-def run_job(words: list[str], config_path: Path, target: float) -> dict[str, Any]:
-    """One run of `launch/run.py`; `to_target_s` is loop time until held-out accuracy reached `target`, or None."""
+def run_job(words: list[str], config_path: Path) -> dict[str, Any]:
+    """One run of `launch/run.py`, and what it measured of itself."""
     command = [sys.executable, str(ROOT / "launch" / "run.py"), str(config_path), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     folder = Path(re.findall(r"run folder: (\S+)", done.stdout)[-1])
-    return summary(metrics.read(folder), target) | {"busy": busy(timeline.read(folder / "timeline.jsonl")[0])}
+    return summary(metrics.read(folder)) | {"busy": busy(timeline.read(folder / "timeline.jsonl")[0])}
 
 
 def busy(spans: list[timeline.Span]) -> list[tuple[str, str, float, float]]:
@@ -43,8 +42,8 @@ def busy(spans: list[timeline.Span]) -> list[tuple[str, str, float, float]]:
     ]
 
 
-def summary(rows: list[dict[str, Any]], target: float) -> dict[str, Any]:
-    """Curve, time to target, lags and utilisation of a run, from its metrics.jsonl."""
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Curve (step, held-out accuracy, loop seconds), lags and utilisation of a run, from its metrics.jsonl."""
     steps = [row for row in rows if "reward/mean" in row]
     evaluations = sorted((row for row in rows if "eval/accuracy" in row), key=lambda row: row["version"])
     first = steps[0]["time"] - steps[0]["time/total_s"]  # starting the actors is no part of training
@@ -58,7 +57,6 @@ def summary(rows: list[dict[str, Any]], target: float) -> dict[str, Any]:
         "curve": curve,
         "final": statistics.fmean(accuracies[-3:]),
         "auc": statistics.fmean(accuracies),
-        "to_target_s": next((seconds for _, accuracy, seconds in curve if accuracy >= target), None),
         "loop_s": sum(row["time/total_s"] for row in steps),
         "step_s": mean("time/step_s"),
         "wait_s": mean("time/wait_s"),
@@ -72,6 +70,4 @@ def summary(rows: list[dict[str, Any]], target: float) -> dict[str, Any]:
         "tokens_per_s": mean("rollout/tokens_per_s"),
         "ess": mean("ess/token"),
         "effective_tokens_per_s": mean("rollout/effective_tokens_per_s"),
-        "reached": any(accuracy >= target for accuracy in accuracies),
-        "nan": any(math.isnan(accuracy) for accuracy in accuracies),
     }

@@ -77,6 +77,30 @@ def test_parity_shows_in_the_metrics(folder):
     assert metrics["lag/max"] == 0
 
 
+def scored_by(learner, groups):
+    """The same trajectories with the log-probs that the learner itself gives them."""
+    words = {"row_tokens": 64, "micro_batch_tokens": 16384, "max_new_tokens": 12}
+    (part,) = pack(groups, learner.loss, **words).micro_batches
+    with torch.no_grad():
+        logprobs = learner.score(part)[0].numpy()
+    flat = [trajectory for group in groups for trajectory in group]
+    for place, member in enumerate(part.members.tolist()):
+        own = flat[member].logprobs.copy()
+        own[flat[member].mask] = logprobs[part.sequence.numpy() == place]
+        flat[member] = replace(flat[member], logprobs=own)
+    rest = iter(flat)
+    return [list(itertools.islice(rest, len(group))) for group in groups]
+
+
+def test_with_the_same_numerics_every_ratio_is_exactly_one(folder):
+    """At lag 0 on a CPU in float32: the log-probs of the step are, to the bit, those that its batch came with."""
+    learner = make_learner(folder, "rollout.max_new_tokens=12")
+    metrics = learner.step(scored_by(learner, play(folder, 1.0)))
+    assert metrics["mismatch/ratio_min"] == metrics["mismatch/ratio_max"] == 1
+    assert metrics["mismatch/k1"] == metrics["mismatch/k3"] == 0
+    assert metrics["ess/token"] == pytest.approx(1, abs=1e-12)  # a sum of logarithms rounds
+
+
 def gradients(folder, groups, *words):
     learner = make_learner(folder, "learner.max_grad_norm=1e9", *words)
     learner.step(groups)

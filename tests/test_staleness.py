@@ -5,7 +5,7 @@ from helpers import run
 
 from asyncrl import config as configuration
 from asyncrl import job
-from asyncrl.monitor import metrics
+from asyncrl.monitor import metrics, timeline
 from asyncrl.staleness import PATIENCE, StalenessControl
 
 GOOD = {"ess/token": 0.99, "mismatch/k3": 0.002, "learner/idle": 0.2}
@@ -69,7 +69,11 @@ def test_a_run_moves_its_staleness_and_keeps_the_bound(tmp_path):
     assert rows[0]["buffer/staleness"] == 0
     assert rows[PATIENCE]["buffer/staleness"] == 1
     assert max(row["lag/max"] for row in rows) <= job.make_buffer(config).max_lag
-    assert all(row["rollout/effective_tokens_per_s"] <= row["rollout/tokens_per_s"] * (1 + 1e-9) for row in rows)
+    worth = [row["rollout/tokens_per_s"] * row["ess/token"] for row in rows]
+    assert [row["rollout/effective_tokens_per_s"] for row in rows] == pytest.approx(worth, rel=1e-4)
+    assert max(worth) > 0
+    marks = [span for span in timeline.read(result.folder / "timeline.jsonl")[0] if span.name == "staleness"]
+    assert marks[0].facts["decision"].startswith("staleness 0 -> 1: over 4 steps ess/token 1.000")
 
 
 @pytest.mark.parametrize("bounds", ["[3, 1]", "[-1, 2]"])
