@@ -95,17 +95,23 @@ def live(words: Sequence[str], resume: Path | None, fault: Fault | None, audit: 
 def watch(runtime: str, book: Audit) -> None:
     """Has every deed noted: prompts issued, groups trained, weights sent, prompts dropped."""
     handles = handles_of(runtime)
-    issue, step, send = PromptQueue.issue, handles.learner.step, handles.learner.broadcast
-    append = Journal.append
+    gradient, apply, send = handles.learner.gradient, handles.learner.apply, handles.learner.broadcast
+    issue, append = PromptQueue.issue, Journal.append
+    batch: Sequence[Group] = ()
 
     def issued(queue: PromptQueue) -> tuple[Prompt, Finished | None]:
         prompt, finished = issue(queue)
         book.note("issued", id=prompt.id)
         return prompt, finished
 
-    async def trained(learner: Any, batch: Sequence[Group]) -> dict[str, float]:
+    async def taken(learner: Any, groups: Sequence[Group]) -> None:
+        nonlocal batch
+        batch = groups
+        await gradient(learner, groups)
+
+    async def trained(learner: Any) -> dict[str, float]:
         before = learner.version
-        metrics: dict[str, float] = await step(learner, batch)
+        metrics: dict[str, float] = await apply(learner)
         told = [{"id": g.prompt.id, "oldest": g.oldest, "newest": g.newest, "digests": g.digests} for g in batch]
         if learner.version > before:
             book.note("trained", step=learner.version, groups=told)
@@ -116,13 +122,14 @@ def watch(runtime: str, book: Audit) -> None:
         book.note("sent", version=learner.version, digest=digest)
         return digest
 
-    def appended(journal: Journal, record: Any) -> None:
-        append(journal, record)
-        if isinstance(record, Dropped):
-            book.note("dropped", ids=record.ids, version=record.version)
+    def appended(journal: Journal, *records: Any) -> None:
+        append(journal, *records)
+        for record in records:
+            if isinstance(record, Dropped):
+                book.note("dropped", ids=record.ids, version=record.version)
 
     PromptQueue.issue = issued  # type: ignore[method-assign]
-    handles.learner.step, handles.learner.broadcast = trained, sent
+    handles.learner.gradient, handles.learner.apply, handles.learner.broadcast = taken, trained, sent
     Journal.append = appended  # type: ignore[method-assign]
 
 
@@ -167,9 +174,9 @@ def inject(fault: Fault, runtime: str, book: Audit) -> None:
         return  # one of the environment, from the start
     append, seen = Journal.append, 0
 
-    def counted(journal: Journal, record: Any) -> None:
+    def counted(journal: Journal, *records: Any) -> None:
         nonlocal seen
-        append(journal, record)
+        append(journal, *records)
         seen += 1
         if seen == fault.at:
             if "reply" not in fault.kind:  # which strikes at the update that comes next
