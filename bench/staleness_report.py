@@ -178,5 +178,5 @@ def _system_table(cells: Sequence[Cell]) -> str:
             ]
         )
     head = ["preset", "order", "bound S", "lag mean / max", "final", "loop s", "tokens/s", "tokens/s x ESS"]
-    head += ["idle learner / rollout", "update s"]
+    head += ["idle learner / rollout", "weights exposed, s"]
     return "**Layer B: the asynchronous system**\n\n" + table(head, body)
