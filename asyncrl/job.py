@@ -117,13 +117,7 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
             result = Result(folder, learner.version, metrics.last_accuracy, baselines)
         metrics.ended()
         plot(folder, max(baselines.values()))
-        totals, failures = journal.accounts.totals(), system.rollouts.failures
-        for what, counts in (("prompts", totals), ("dropped groups", buffer.dropped), ("failures", failures)):
-            if counts.total():
-                metrics.say(f"{what}: {', '.join(f'{reason} {count}' for reason, count in counts.most_common())}")
-        if found := verdict(folder):
-            metrics.say(found.sentence)
-            metrics.say(found.bound)
+        _say_what_became_of_it(system)
         metrics.say(report(result, config.num_steps))
     return result
 
@@ -265,6 +259,21 @@ def _say_how_it_begins(
     if journal.torn_bytes:
         metrics.say(f"the journal ended in {journal.torn_bytes} bytes of an incomplete record, now cut off")
     metrics.say(f"starting {config.rollout.num_actors} rollout actors and the learner")
+
+
+def _say_what_became_of_it(system: System) -> None:
+    metrics = system.metrics
+    counted = {
+        "prompts": system.prompts.journal.accounts.totals(),
+        "dropped groups": system.buffer.dropped,
+        "failures": system.rollouts.failures,
+    }
+    for what, counts in counted.items():
+        if counts.total():
+            metrics.say(f"{what}: {', '.join(f'{reason} {count}' for reason, count in counts.most_common())}")
+    if found := verdict(metrics.folder):
+        metrics.say(found.sentence)
+        metrics.say(found.bound)
 
 
 def report(result: Result, num_steps: int) -> str:

@@ -79,7 +79,7 @@ async def synchronize(system: System) -> dict[str, float]:
 
 async def settle(system: System) -> None:
     """Waits until the newest version is live. A failure of that cancels this task, through the run's task group."""
-    if system.update is not None:
+    if system.update is not None and not system.update.done():
         with system.metrics.timeline.span("learner", "wait for weights"):
             await asyncio.wait({system.update})
 

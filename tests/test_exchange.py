@@ -47,6 +47,17 @@ class Link:
         return [asyncio.ensure_future(self.exchange.run(prompt)) for prompt in prompts]
 
 
+def held_link():
+    """A link whose groups finish once the event is set, and the event."""
+    release = asyncio.Event()
+
+    async def play(prompt):
+        await release.wait()
+        return group_of(prompt)
+
+    return Link(play), release
+
+
 async def tokens_of(group):
     return (await group.trajectories)[0].token_ids.tolist()
 
@@ -146,13 +157,7 @@ def test_open_calls_never_outnumber_the_prompts_that_are_out():
     """Prompts that come one by one bring a call each; their groups, finished together, leave in one answer."""
 
     async def body():
-        release = asyncio.Event()
-
-        async def play(prompt):
-            await release.wait()
-            return group_of(prompt)
-
-        link = Link(play)
+        link, release = held_link()
         plays = []
         for prompt in PROMPTS:
             plays += link.run([prompt])
@@ -169,13 +174,7 @@ def test_open_calls_never_outnumber_the_prompts_that_are_out():
 
 def test_a_prompt_that_was_given_up_disturbs_nobody():
     async def body():
-        release = asyncio.Event()
-
-        async def play(prompt):
-            await release.wait()
-            return group_of(prompt)
-
-        link = Link(play)
+        link, release = held_link()
         plays = link.run(PROMPTS)
         await settle()
         plays[2].cancel()
