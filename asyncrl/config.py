@@ -102,7 +102,9 @@ class LearnerConfig(_Section, frozen=True, kw_only=True):
     num_gpus: int = 1
     """Ranks that the model is split between (FSDP2): one GPU each, and without GPUs one process each."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the forward and backward pass; "auto" is bfloat16 on GPUs. Weights, head and optimizer are float32."""
+    """Of the forward and backward pass; "auto" is bfloat16 on GPUs. Weights, logits and optimizer are float32."""
+    head_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of what goes into the head's products, which give float32; "auto" is `dtype`."""
     groups_per_step: int = 32
     """P: groups in a batch, which is one optimizer step."""
     learning_rate: float = 2e-4
@@ -119,7 +121,7 @@ class LearnerConfig(_Section, frozen=True, kw_only=True):
     """ "sdpa" takes any device and computes the prompt of a group once in each row; "varlen" needs a GPU and bfloat16
     and no mask of row_tokens x row_tokens. "auto" is varlen where it can be."""
     compile: bool = False
-    """Compile each decoder layer with torch.compile, at the first steps."""
+    """Compile each decoder layer and the head with torch.compile, at the first steps."""
     head_chunk: int = 2048
     """Trained tokens whose logits exist at once; of a micro-batch with more, logits are computed twice."""
     activation_checkpointing: bool = False

@@ -64,7 +64,7 @@ class Rollout:
     ) -> None:
         """`evaluation`: greedy attempts, one a prompt, unless told otherwise. `timeout_s` bounds what an attempt takes
         beside generation. `store`: the folder that finished groups are written to before they are handed over."""
-        self._evaluation = evaluation or Attempts(replace(sampling, temperature=0.0, top_p=1.0, top_k=0))
+        self.attempts = evaluation or Attempts(replace(sampling, temperature=0.0, top_p=1.0, top_k=0))
         self.name = name
         self._engine, self._env = engine, env
         self._sampling, self._group_size, self._seed = sampling, group_size, seed
@@ -89,9 +89,9 @@ class Rollout:
         except OSError:  # a full disk, or a node without this folder: the group is good all the same
             return group
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
-        """Each prompt's attempts, without their tokens."""
-        attempts = self._evaluation
+    async def evaluate(self, prompts: Sequence[Prompt], attempts: Attempts | None = None) -> list[Group]:
+        """Each prompt's attempts, those of the configuration unless told otherwise, without their tokens."""
+        attempts = attempts or self.attempts
         room = asyncio.Semaphore(attempts.max_running)
 
         async def play(prompt: Prompt, sample: int) -> Trajectory:

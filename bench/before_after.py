@@ -26,7 +26,8 @@ from asyncrl import config as configuration
 from asyncrl.evaluation import interval
 
 LAUNCH = Path(__file__).parent.parent / "launch"
-KINDS = {"greedy": [], "sampled": ["--n", "4"]}
+KINDS = {"greedy": 1, "sampled": 4}
+"""Attempts at each prompt, by name."""
 GRACE_S = 300.0
 """For a run that was told to end: its step, its checkpoint and its shutdown."""
 
@@ -38,12 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
     words = [f"run_dir={folder}", *options.words]
     start = warmed_up(options.config, words)
     print(f"before: {start}", flush=True)
-    for kind, samples in KINDS.items():
-        evaluate(folder / f"before-{kind}.json", [start, options.config, *samples, *words, *options.eval])
+    evaluate(folder / "before.json", [start, options.config, *words, *options.eval])
     trained = train(folder, options.config, words, options.minutes)
     print(f"after: {trained}", flush=True)
-    for kind, samples in KINDS.items():
-        evaluate(folder / f"after-{kind}.json", [str(trained), *samples, *options.eval])
+    evaluate(folder / "after.json", [str(trained), *options.eval])
     print(table(folder))
     return 0
 
@@ -72,7 +71,7 @@ def _prepare(config: str, words: list[str]) -> str:
 
 def evaluate(path: Path, words: list[str]) -> None:
     if not path.exists():
-        call("evaluate.py", [*words, "--output", str(path)])
+        call("evaluate.py", [*words, "--n", ",".join(map(str, KINDS.values())), "--output", str(path)])
 
 
 def train(folder: Path, config: str, words: list[str], minutes: float | None) -> Path:
@@ -107,8 +106,8 @@ def call(script: str, words: list[str], minutes: float | None = None) -> None:
 def table(folder: Path) -> str:
     """Markdown: each kind of attempt before and after, and the difference on the same prompts."""
     lines = ["| | before | after | difference | no skill |", "|---|---|---|---|---|"]
-    for kind in KINDS:
-        before, after = (json.loads((folder / f"{when}-{kind}.json").read_text()) for when in ("before", "after"))
+    results = [json.loads((folder / f"{when}.json").read_text()) for when in ("before", "after")]
+    for kind, before, after in zip(KINDS, *results, strict=True):
         no_skill = ", ".join(f"{score:.3f} ({name})" for name, score in before["no_skill"].items())
         name = f"{kind}, {before['num_prompts']} x {before['num_samples']}"
         cells = [f"{name}: mean reward", _mean(before), _mean(after), _difference(before, after), no_skill]

@@ -1,11 +1,13 @@
 """The learner alone, on made-up groups: tokens a second, MFU and memory, by model shape and setting.
 
     python bench/learner.py [--shape tiny|135m|0.5b ...] [--steps 3] [--groups 16] [--group-size 8] [--prompt 128]
-                            [--new 896] [section.key=value ...] [-- section.key=value ... -- ...]
+                            [--new 896] [--profile ROWS] [section.key=value ...] [-- section.key=value ... -- ...]
 
 Each run of words after `--` is one more row of the table, on the same groups and initial weights; with none, the
-defaults of the device are compared: on a GPU sdpa against varlen, one head chunk, compiled layers. The first steps warm
-up (and compile) and do not count; the median of the others does. Completions are between half of `--new` and all of it.
+defaults of the device are compared: on a GPU attention, precision of the head, compiled layers, chunks of the head. The
+first steps warm up (and compile) and do not count; the median of the others does. Completions are between half of
+`--new` and all of it.
+`--profile` prints where one more step spent its time, so many operations or kernels.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +40,10 @@ WARMUP = 2
 CPU_ROWS: list[list[str]] = [[]]
 GPU_ROWS = [
     ["learner.attention=sdpa"],
-    ["learner.attention=varlen"],
-    ["learner.attention=varlen", "learner.head_chunk=16384"],
-    ["learner.attention=varlen", "learner.head_chunk=16384", "learner.compile=true"],
+    [],
+    ["learner.head_dtype=float32"],
+    ["learner.compile=true"],
+    ["learner.compile=true", "learner.head_chunk=8192"],
 ]
 
 
@@ -61,7 +66,7 @@ def make_groups(options: argparse.Namespace, vocabulary: int) -> list[list[Traje
 
 
 def measure(
-    config: Config, folder: str, groups: list[list[Trajectory]], num_steps: int, device: str
+    config: Config, folder: str, groups: list[list[Trajectory]], *, num_steps: int, device: str, profile: int = 0
 ) -> dict[str, float]:
     longest = max(len(item.token_ids) for group in groups for item in group)
     learner = Learner(config, load_model(folder, torch.float32, device), max(config.learner.row_tokens, longest))
@@ -72,6 +77,8 @@ def measure(
         began = time.perf_counter()
         rows.append(learner.step(groups))
         times.append(time.perf_counter() - began)
+    if profile:
+        print(profiled(lambda: learner.step(groups), device, profile), file=sys.stderr, flush=True)
     seconds = statistics.median(times[WARMUP:])
     counted = rows[WARMUP:]
     return {
@@ -85,6 +92,15 @@ def measure(
     }
 
 
+def profiled(work: Callable[[], Any], device: str, rows: int) -> str:
+    """The operations (on a GPU: the kernels) that took the most time of their own."""
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds[-1:] if device == "cuda" else kinds[:1]) as profile:
+        work()
+    averages = profile.key_averages()
+    return str(averages.table(sort_by=f"self_{device}_time_total", row_limit=rows, max_name_column_width=90))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="section.key=value", help="of every row")
@@ -94,6 +110,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=896)
+    parser.add_argument("--profile", type=int, default=0, metavar="ROWS")
     own, *others = _split(sys.argv[1:])
     options = parser.parse_intermixed_args(own)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -120,7 +137,9 @@ def main() -> None:
             )
             for words in others or (GPU_ROWS if device == "cuda" else CPU_ROWS):
                 config = configuration.load(None, [*common, *words])
-                result = measure(config, folder, groups, options.steps, device)
+                result = measure(
+                    config, folder, groups, num_steps=options.steps, device=device, profile=options.profile
+                )
                 numbers = " | ".join(f"{value:.4g}" for value in result.values())
                 print(f"| {shape} | {' '.join(words)} | {numbers} |", flush=True)
                 print(json.dumps({"shape": shape, "words": words, **result}), file=sys.stderr, flush=True)

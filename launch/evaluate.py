@@ -3,10 +3,10 @@
     python launch/evaluate.py MODEL_OR_RUN [CONFIG.toml] [--env MODULE:CLASS] [--n 4] [section.key=value ...]
 
 MODEL_OR_RUN is a Hugging Face id or folder, or a run folder: then its configuration and newest checkpoint are taken.
---n 4 is four attempts at each prompt, sampled at temperature 1; without it one greedy attempt. The engine is the
-embedded one, on a GPU or a CPU, or SGLang with rollout.engine=sglang. Without a configuration a completion has 512
-tokens; rollout.max_new_tokens=N is another budget. --output FILE also writes the result as JSON, with every prompt's
-rewards.
+--n 4 is four attempts at each prompt, sampled at temperature 1; without it one greedy attempt; --n 1,4 is both, one
+after the other on one engine. The engine is the embedded one, on a GPU or a CPU, or SGLang with rollout.engine=sglang.
+Without a configuration a completion has 512 tokens; rollout.max_new_tokens=N is another budget. --output FILE also
+writes the result as JSON, with every prompt's rewards; of several, a list.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,10 @@ import uvloop
 
 from asyncrl import config as configuration
 from asyncrl.config import Config
+from asyncrl.envs.base import Env
 from asyncrl.envs.faults import EnvFault
+from asyncrl.rollout import Attempts, Rollout
+from asyncrl.types import Prompt
 
 _MAX_NEW_TOKENS = 512
 
@@ -34,13 +39,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = resolve(options)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            result = runner.run(evaluate(config))
+            results = runner.run(evaluate(config, options.n))
     except (ValueError, EnvFault) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(report(result))
+    print("\n\n".join(map(report, results)))
     if options.output:
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+        options.output.write_text(json.dumps(results if len(results) > 1 else results[0], indent=2) + "\n")
     return 0
 
 
@@ -49,9 +54,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("model", metavar="MODEL_OR_RUN")
     parser.add_argument("words", nargs="*", metavar="CONFIG.toml | section.key=value")
     parser.add_argument("--env", metavar="MODULE:CLASS", help="short for env.path=MODULE:CLASS")
-    parser.add_argument("--n", type=int, metavar="N", help="attempts at each prompt, sampled at temperature 1")
+    parser.add_argument(
+        "--n", type=counts, default=[], metavar="N[,N]", help="attempts at each prompt: 1 greedy, more at temperature 1"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the result as JSON, too")
     return parser.parse_intermixed_args(arguments)
+
+
+def counts(text: str) -> list[int]:
+    numbers = [int(part) for part in text.split(",")]
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"at least 1 attempt at each prompt, got {text}")
+    return numbers
 
 
 def resolve(options: argparse.Namespace) -> Config:
@@ -68,8 +82,9 @@ def resolve(options: argparse.Namespace) -> Config:
     if len(files) > 1:
         raise ValueError(f"one configuration file at most, got {', '.join(map(str, files))}; a run brings its own")
     asked = [f"env.path={options.env}"] if options.env else []
-    if options.n is not None:
-        asked += [f"eval.num_samples={options.n}", f"eval.temperature={1.0 if options.n > 1 else 0.0}"]
+    if options.n:
+        most = max(options.n)
+        asked += [f"eval.num_samples={most}", f"eval.temperature={1.0 if most > 1 else 0.0}"]
     if not files:
         asked.append(f"rollout.max_new_tokens={_MAX_NEW_TOKENS}")
     return configuration.load(
@@ -77,10 +92,12 @@ def resolve(options: argparse.Namespace) -> Config:
     )
 
 
-async def evaluate(config: Config) -> dict[str, Any]:
-    """Plays every held-out prompt on one engine in this process; the metrics, and each prompt's rewards."""
+async def evaluate(config: Config, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """Plays every held-out prompt on one engine in this process: the metrics, and each prompt's rewards.
+
+    Once for each of the `numbers` of attempts; with none, as the configuration says.
+    """
     from asyncrl.envs.base import load_env
-    from asyncrl.evaluation import summarize
     from asyncrl.model import load_tokenizer
     from asyncrl.runtime.parts import build_rollout
     from asyncrl.training.warmup import prepare
@@ -89,19 +106,31 @@ async def evaluate(config: Config) -> dict[str, Any]:
     env = load_env(config.env.path, load_tokenizer(folder), config.env.args)
     prompts = list(islice(env.prompts("heldout", 0), config.eval.num_prompts))
     rollout = await build_rollout(config, folder, placement_here(config))
-    begin = time.monotonic()
+    usual = rollout.attempts
+    greedy = replace(usual, num_samples=1, sampling=replace(usual.sampling, temperature=0.0))
+    several = max(numbers, default=1) > 1
+    asked = [greedy if several and n == 1 else replace(usual, num_samples=n) for n in numbers] or [usual]
     try:
-        groups = await rollout.evaluate(prompts)
+        return [await _play(config, rollout, env, prompts, attempts) for attempts in asked]
     finally:
         await rollout.close()
+
+
+async def _play(
+    config: Config, rollout: Rollout, env: Env, prompts: list[Prompt], attempts: Attempts
+) -> dict[str, Any]:
+    from asyncrl.evaluation import summarize
+
+    begin = time.monotonic()
+    groups = await rollout.evaluate(prompts, attempts)
     seconds = time.monotonic() - begin
     return {
         "model": config.model.path,
         "env": config.env.path,
         "env_args": config.env.args,
         "num_prompts": len(prompts),
-        "num_samples": config.eval.num_samples,
-        "temperature": config.eval.temperature,
+        "num_samples": attempts.num_samples,
+        "temperature": attempts.sampling.temperature,
         "tokens_per_s": sum(length for group in groups for length in group.lengths) / seconds,
         "total_s": seconds,
         "no_skill": env.baselines(prompts),

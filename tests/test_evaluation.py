@@ -155,6 +155,14 @@ def test_a_model_is_evaluated_with_several_attempts(tmp_path, capsys):
     assert "16 prompts x 4, temperature 2" in out
     assert "pass@4" in out
     assert "no skill" in out
+    output = tmp_path / "both.json"
+    assert evaluate.main([str(folder), *words, "--n", "1,4", "--output", str(output)]) == 0
+    both = [(one["num_samples"], one["temperature"]) for one in json.loads(output.read_text())]
+    assert both == [(1, 0), (4, 2)], "one greedy attempt, and the samples that were asked for"
+    assert "16 prompts x 1, temperature 0" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        evaluate.main([str(folder), "--n", "0,4"])
+    assert "argument --n: at least 1 attempt at each prompt, got 0,4" in capsys.readouterr().err
     assert evaluate.main([str(folder), "eval.num_samples=4"]) == 2
     assert "greedy samples of a prompt are all equal" in capsys.readouterr().err
     assert evaluate.main([str(tmp_path / "nothing")]) == 2

@@ -25,6 +25,7 @@ from asyncrl.algo.loss import Columns, policy_loss, second_moment_bound
 from asyncrl.config import Config
 from asyncrl.model import decoder_layers, use_attention
 from asyncrl.training.critic import Critic
+from asyncrl.training.head import Head
 from asyncrl.training.lora import Adapters
 from asyncrl.training.packing import Batch, MicroBatch, pack
 from asyncrl.training.scoring import Scorer, recompute_activations
@@ -139,16 +140,16 @@ class Learner:
         bfloat16 = self._uses_bfloat16(model)
         self.attention = self._use_attention(model)
         if bfloat16 and self._device_type(model) == "cuda":
-            # What is left in float32, the head, then runs on tensor cores (TF32).
+            # What is left in float32 then runs on tensor cores (TF32).
             torch.set_float32_matmul_precision("high")
-        scorer = Scorer(
-            model,
+        head = Head(
             temperature=self._config.rollout.temperature,
-            head_chunk=settings.head_chunk,
-            bfloat16=bfloat16,
+            chunk=settings.head_chunk,
+            bfloat16=bfloat16 if settings.head_dtype == "auto" else settings.head_dtype == "bfloat16",
             entropy=self.loss.entropy_bonus > 0,
-            varlen=self.attention == "varlen",
+            compiled=settings.compile,
         )
+        scorer = Scorer(model, head, bfloat16=bfloat16, varlen=self.attention == "varlen")
         if settings.compile:
             for layer in decoder_layers(model):
                 layer.compile()

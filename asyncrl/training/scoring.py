@@ -1,7 +1,7 @@
 """Log-probabilities of trained tokens under a model, in bounded memory.
 
 rows [R, L] -> decoder (bfloat16 where the learner uses it) -> the n positions that predict a trained token
-            -> head in float32, `head_chunk` positions at a time -> log-prob and entropy, float32[n]
+            -> head, some positions at a time -> log-prob and entropy, float32[n]
 """
 
 from __future__ import annotations
@@ -14,35 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from asyncrl.training.head import Head
 from asyncrl.training.packing import MicroBatch
 
 
 class Scorer(nn.Module):
     """A causal language model of Hugging Face's interface, seen as a function from packed rows to log-probs."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        temperature: float,
-        head_chunk: int,
-        bfloat16: bool = False,
-        entropy: bool = False,
-        varlen: bool = False,
-    ) -> None:
-        """`temperature`: of sampling. `head_chunk`: positions whose logits exist at a time. `entropy`: give the entropy
-        a gradient. `varlen`: the model's attention takes segments instead of a mask, so prompts cannot be shared.
-        """
+    def __init__(self, model: nn.Module, head: Head, *, bfloat16: bool = False, varlen: bool = False) -> None:
+        """`bfloat16`: of the decoder. `varlen`: the model's attention takes segments instead of a mask, so prompts
+        cannot be shared."""
         super().__init__()
         self.model = model
-        self._temperature, self._head_chunk = temperature, head_chunk
-        self._bfloat16, self._entropy, self._varlen = bfloat16, entropy, varlen
+        self._head, self._bfloat16, self._varlen = head, bfloat16, varlen
 
     def forward(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of each trained token, float32[n] and float32[n].
-
-        Logits [n, vocabulary] never exist as a whole: with more than one chunk each is made again in the backward pass.
-        """
+        """Log-probability and entropy of each trained token, float32[n] and float32[n]."""
         with torch.autocast(micro_batch.input_ids.device.type, torch.bfloat16, enabled=self._bfloat16):
             hidden = self.model.base_model(  # type: ignore[operator]
                 input_ids=micro_batch.input_ids,
@@ -51,21 +38,7 @@ class Scorer(nn.Module):
                 **attention_inputs(micro_batch, varlen=self._varlen),
             ).last_hidden_state
         weight = self.model.get_output_embeddings().weight.float()  # type: ignore[operator]
-        wanted = hidden[micro_batch.rows, micro_batch.columns].float().split(self._head_chunk)
-        targets = micro_batch.targets.split(self._head_chunk)
-        head = self._head if len(wanted) == 1 else partial(_again_in_backward, self._head)
-        parts = [head(some, target, weight) for some, target in zip(wanted, targets, strict=True)]
-        logprobs, entropies = zip(*parts, strict=True)
-        return torch.cat(logprobs), torch.cat(entropies)
-
-    def _head(self, hidden: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        logits = nn.functional.linear(hidden, weight)
-        if self._temperature != 1:
-            logits = logits / self._temperature
-        logprobs = logits.log_softmax(-1)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._entropy):
-            entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
+        return self._head(hidden[micro_batch.rows, micro_batch.columns].float(), micro_batch.targets, weight)
 
 
 def attention_inputs(micro_batch: MicroBatch, *, varlen: bool) -> dict[str, Any]:
