@@ -60,10 +60,20 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def processes():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["asyncrl.runtime.parts"])
-    with ProcessPoolExecutor(4, mp_context=context) as pool:
-        yield pool
+    """One executor for each rank, so that a rank is always the same process, with a GPU of its own if there are any."""
+    num_gpus = torch.cuda.device_count()
+    context = multiprocessing.get_context("spawn" if num_gpus else "forkserver")
+    if not num_gpus:
+        context.set_forkserver_preload(["asyncrl.runtime.parts"])
+    pools = [ProcessPoolExecutor(1, mp_context=context) for _ in range(4)]
+    with pytest.MonkeyPatch.context() as patch:
+        for rank, pool in enumerate(pools):
+            if num_gpus:
+                patch.setenv("CUDA_VISIBLE_DEVICES", str(rank % num_gpus))
+            pool.submit(os.getpid)  # starts the process
+    yield pools
+    for pool in pools:
+        pool.shutdown()
 
 
 @pytest.fixture
@@ -72,7 +82,7 @@ def on_ranks(processes):
 
     def call(num_ranks, function, *arguments, device="cpu"):
         where, store = open_rendezvous("127.0.0.1", num_ranks, 40)  # which also ends a collective that waits in vain
-        calls = [processes.submit(at_rank, where, rank, device, function, arguments) for rank in range(num_ranks)]
+        calls = [processes[rank].submit(at_rank, where, rank, device, function, arguments) for rank in range(num_ranks)]
         answers = [call.result() for call in calls]
         del store  # the ranks met at it
         return answers
