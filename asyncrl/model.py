@@ -32,6 +32,10 @@ try:
 except ImportError:  # before torch 2.10
     varlen = None  # type: ignore[assignment]
 
+_VARLEN_OPTIONS = inspect.signature(varlen.varlen_attn).parameters if varlen else {}
+_FEWER_KEYS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _VARLEN_OPTIONS else {}
+"""For fewer key heads than query heads: torch 2.11 takes them as they are, later releases want to be told."""
+
 _VARLEN = "segments"
 """The name under which the library knows `_varlen_attention`."""
 
@@ -162,7 +166,7 @@ def _no_varlen(model: nn.Module, device: str, bfloat16: bool) -> str:
         return f"needs a GPU, and the learner is on {device!r}"
     if not bfloat16:
         return "needs bfloat16, and learner.dtype is float32"
-    if varlen is None or "window_size" not in inspect.signature(varlen.varlen_attn).parameters:
+    if "window_size" not in _VARLEN_OPTIONS:
         return f"needs torch 2.11 or later, and this is {torch.__version__}"
     if getattr(model.config, "attn_logit_softcapping", None):
         return "has no cap on attention scores, and the model needs one (attn_logit_softcapping)"
@@ -190,12 +194,10 @@ def _varlen_attention(
     del module, attention_mask
     rows, heads, length, size = query.shape
     flat = [x.transpose(1, 2).reshape(rows * length, -1, size).to(torch.bfloat16) for x in (query, key, value)]
-    # Not every release of the kernel's wrapper takes fewer key heads than query heads.
-    queries, keys, values = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in flat)
     starts, longest = cu_seq_lens_q, max_length_q
     window = (sliding_window - 1 if sliding_window else -1, 0)
     seen: Any = varlen.varlen_attn(
-        queries, keys, values, starts, starts, longest, longest, scale=scaling, window_size=window
+        *flat, starts, starts, longest, longest, scale=scaling, window_size=window, **_FEWER_KEYS
     )
     return seen.view(rows, length, heads, size), None
 

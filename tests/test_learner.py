@@ -266,14 +266,17 @@ def test_checkpointed_layers_keep_less(folder):
     assert num_kept(folder, groups, "learner.activation_checkpointing=true") < num_kept(folder, groups) / 4
 
 
-def attention_by_segment(queries, keys, values, starts, _, longest, __, *, scale, window_size):
+def attention_by_segment(queries, keys, values, starts, _, longest, __, *, scale, window_size, enable_gqa=True):
     """What the GPU kernel computes, one segment at a time."""
     assert window_size == (-1, 0)
     edges = starts.tolist()
     assert longest == max(end - start for start, end in itertools.pairwise(edges))
     parts = [
         torch.nn.functional.scaled_dot_product_attention(
-            *(x[start:end].transpose(0, 1).float() for x in (queries, keys, values)), is_causal=True, scale=scale
+            *(x[start:end].transpose(0, 1).float() for x in (queries, keys, values)),
+            is_causal=True,
+            scale=scale,
+            enable_gqa=enable_gqa,
         ).transpose(0, 1)
         for start, end in itertools.pairwise(edges)
     ]

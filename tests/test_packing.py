@@ -91,6 +91,22 @@ def test_ranks_share_all_trajectories_evenly_in_equally_many_passes(sizes, row, 
     assert max(held) - min(held) <= max(p + n for group in sizes for p, n in group)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(lengths, min_size=2, max_size=5), min_size=1, max_size=6), st.integers(18, 60))
+def test_without_shared_prompts_rows_are_even_and_hold_no_empty_place(sizes, row):
+    """Empty places would be one more segment, and its attention grows with the square of its length."""
+    groups = groups_of(sizes)
+    batch = pack(groups, LOSS, row_tokens=row, micro_batch_tokens=row, max_new_tokens=9, share_prompts=False)
+    assert batch.fill == 1
+    assert all((part.segments >= 0).all() for part in batch.micro_batches)
+    assert {part.starts[-1].item() for part in batch.micro_batches} == {
+        part.input_ids.numel() for part in batch.micro_batches
+    }
+    held = [part.input_ids.numel() for part in batch.micro_batches]
+    assert max(held) <= row
+    assert max(held) - min(held) <= max(p + n for group in sizes for p, n in group)
+
+
 def trained(micro_batches):
     """Every trained token with its weight in the loss."""
     names = ("targets", "behavior_logprobs", "advantages", "normalizers")

@@ -79,9 +79,12 @@ class _LogProbs(torch.autograd.Function):
 def _read(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Log-prob of the target, logarithm of the normalizer, and entropy, of each row."""
     logits = logits if scale == 1 else logits * scale
-    normalizers = logits.logsumexp(-1)
-    away = logits - normalizers[:, None]
-    entropies = -(away.exp() * away).sum(-1)
+    most = logits.amax(-1, keepdim=True)
+    away = logits - most
+    shares = away.exp()
+    total = shares.sum(-1)  # both sums in one pass, as sum(p log p) = sum(shares * away) / total - log(total)
+    entropies = total.log() - (shares * away).sum(-1) / total
+    normalizers = most.squeeze(-1) + total.log()
     return logits.gather(-1, targets[:, None]).squeeze(-1) - normalizers, normalizers, entropies
 
 

@@ -98,10 +98,11 @@ def pack(
     overlong_tail: int = 0,
     share_prompts: bool = True,
 ) -> Batch:
-    """Packs whole groups into rows of at most `row_tokens`, first-fit decreasing, and returns those of `rank`.
+    """Packs whole groups into rows of at most `row_tokens` and returns those of `rank`.
 
     Without `share_prompts` every trajectory has its prompt to itself: no segment then sees another. Every rank packs
-    the same groups and finds the same shares, so nothing has to be sent between them.
+    the same groups and finds the same shares, so nothing has to be sent between them. Rows are filled first-fit
+    decreasing where prompts are shared, and evenly where not; those of a micro-batch are as long as its longest one.
 
     Raises `RuntimeError` for a trajectory longer than a row: the configuration sizes rows so that it cannot happen.
     """
@@ -121,18 +122,16 @@ def pack(
     if longest > row_tokens:
         raise RuntimeError(f"a trajectory of {longest} tokens does not fit a row of {row_tokens}")
     shares = _shares([piece.num_inputs for piece in pieces], num_ranks)
-    bins = [_first_fit([pieces[i] for i in share], row_tokens) for share in shares]
-    sizes = [[_num_inputs(row) for row in rows] for rows in bins]
-    length = max(size for rows in sizes for size in rows)
+    fill = _first_fit if share_prompts else _even_rows
+    bins = [fill([pieces[i] for i in share], row_tokens) for share in shares]
+    length = max(_num_inputs(row) for rows in bins for row in rows)
     # A rank that made fewer passes than another would leave it waiting in a collective.
     num_passes = max(math.ceil(len(rows) / max(1, micro_batch_tokens // length)) for rows in bins)
-    micro_batches = tuple(
-        _rows(rows, length, advantage, normalizer) if rows else _no_rows()
-        for rows in _even_parts(bins[rank], num_passes)
-    )
-    num_inputs = sum(map(sum, sizes))
+    parts = [list(_even_parts(rows, num_passes)) for rows in bins]
+    num_inputs = sum(_num_inputs(row) for rows in bins for row in rows)
+    num_places = sum(len(rows) * max(map(_num_inputs, rows)) for part in parts for rows in part if rows)
     return Batch(
-        micro_batches,
+        tuple(_rows(rows, advantage, normalizer) if rows else _no_rows() for rows in parts[rank]),
         advantage,
         rewards,
         index,
@@ -140,7 +139,7 @@ def pack(
         num_tokens=int(lengths.sum()),
         num_held=sum(len(trajectory.token_ids) for trajectory in trajectories),
         num_inputs=num_inputs,
-        fill=num_inputs / (sum(map(len, sizes)) * length),
+        fill=num_inputs / num_places,
     )
 
 
@@ -233,7 +232,23 @@ def _first_fit(pieces: Sequence[_Piece], row_tokens: int) -> list[_Row]:
     return rows
 
 
-def _rows(rows: Sequence[_Row], length: int, advantage: Tensor, normalizer: Tensor) -> MicroBatch:
+def _even_rows(pieces: Sequence[_Piece], row_tokens: int) -> list[_Row]:
+    """As few rows as the pieces need, of about the same length: the longest alone sets how much memory a step takes.
+
+    Nothing may be shared between pieces. Rows of which one were longer than the others would leave empty places in
+    those, which attention over segments would take for one long segment.
+    """
+    lengths = [piece.num_inputs for piece in pieces]
+    fewest = max(1, math.ceil(sum(lengths) / row_tokens))
+    for count in range(fewest, len(pieces) + 1):  # one row a piece always does
+        rows = [[pieces[i] for i in share] for share in _shares(lengths, count)]
+        if max(map(_num_inputs, rows)) <= row_tokens:
+            return rows
+    return []
+
+
+def _rows(rows: Sequence[_Row], advantage: Tensor, normalizer: Tensor) -> MicroBatch:
+    length = max(map(_num_inputs, rows))
     grids = np.zeros((4, len(rows), length), np.int64)  # input ids, positions, groups, segments
     grids[2:] = -1
     pieces = [piece for row in rows for piece in row]
