@@ -196,9 +196,8 @@ def _varlen_attention(
     flat = [x.transpose(1, 2).reshape(rows * length, -1, size).to(torch.bfloat16) for x in (query, key, value)]
     starts, longest = cu_seq_lens_q, max_length_q
     window = (sliding_window - 1 if sliding_window else -1, 0)
-    seen: Any = varlen.varlen_attn(
-        *flat, starts, starts, longest, longest, scale=scaling, window_size=window, **_FEWER_KEYS
-    )
+    attend: Any = varlen.varlen_attn
+    seen = attend(*flat, starts, starts, longest, longest, scale=scaling, window_size=window, **_FEWER_KEYS)
     return seen.view(rows, length, heads, size), None
 
 
