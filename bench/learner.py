@@ -70,8 +70,6 @@ def measure(
 ) -> dict[str, float]:
     longest = max(len(item.token_ids) for group in groups for item in group)
     learner = Learner(config, load_model(folder, torch.float32, device), max(config.learner.row_tokens, longest))
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     times, rows = [], []
     for _ in range(WARMUP + num_steps):
         began = time.perf_counter()
@@ -87,7 +85,7 @@ def measure(
         "tokens_per_s": sum(len(item.token_ids) for group in groups for item in group) / seconds,
         "mfu": statistics.median(row["learner/mfu"] for row in counted),
         "row_fill": counted[-1]["learner/row_fill"],
-        "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan"),
+        "memory_gib": max(row["learner/memory_gib"] for row in rows),
         "gradient_norm": rows[0]["gradient/norm"],
     }
 

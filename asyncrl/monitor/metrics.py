@@ -49,6 +49,7 @@ METRICS: dict[str, str] = {
     "learner/num_tokens": "trained tokens in the batch",
     "learner/num_inputs": "tokens that went through the model; a prompt that trajectories of a row share counts once",
     "learner/tokens_per_s": "tokens of the batch, prompts included, over the seconds of the learner's step",
+    "learner/memory_gib": "GPU memory that the first learner rank had in use at once in the step; nan on CPUs",
     "learner/mfu": "model FLOPs of the step over what the learner's GPUs could have made in it; nan on CPUs",
     "learner/row_fill": "share of row positions that hold a token; the rest is padding",
     "learner/idle": "share of the step's time that the learner waited for groups",

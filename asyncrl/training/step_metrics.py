@@ -47,12 +47,22 @@ def measure(seen: Sequence[Seen], batch: Batch, ranks: Ranks) -> dict[str, float
 
 
 def speed(batch: Batch, seconds: float, num_flops: FlopCounter, device: torch.device, ranks: Ranks) -> dict[str, float]:
-    """How much was trained a second, and the share of the GPUs' peak that it took."""
+    """How much was trained a second, the share of the GPUs' peak that it took, and the memory that it needed."""
     flops = float(ranks.sum(torch.tensor(num_flops(batch.micro_batches), dtype=torch.float64)))
     return {
         "learner/tokens_per_s": batch.num_held / seconds,
         "learner/mfu": flops / (seconds * ranks.num_ranks * peak_flops(device)),
+        "learner/memory_gib": _peak_memory(device) / 2**30,
     }
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Bytes of GPU memory in use at once since the last call; nan on a CPU."""
+    if device.type != "cuda":
+        return math.nan
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return float(peak)
 
 
 def _join(seen: Sequence[Seen]) -> list[Seen]:
