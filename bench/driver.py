@@ -10,7 +10,8 @@ rollout actors, the number of actors can exceed what the cores could run.
 
 CPU is of the driver's process, divided by the groups trained after one filling of the buffer, and told apart by thread:
 the event loop's; those that Ray's core worker starts, named as Ray names them in the JSON line; and Python's other
-threads, which write (TensorBoard's, the journal's fsync). Prints a table and a JSON line.
+threads, which write (TensorBoard's, the journal's fsync). Calls are the exchanges of prompts and groups, by the group; every step
+adds one weight update of each actor. Prints a table and a JSON line.
 """
 
 from __future__ import annotations
@@ -81,6 +82,10 @@ class SimulatedRollouts:
         return UpdateReport(digest=DIGEST, pause_s=0.0, now_s=now_s, busy_s=now_s, num_tokens=0)
 
 
+CALLS: Counter[str] = Counter()
+"""Exchanges of prompts and groups so far."""
+
+
 class Member:
     """The handle of one simulated rollout actor."""
 
@@ -90,6 +95,7 @@ class Member:
         self.exchange = self
 
     def remote(self, prompts: list[Numbered]) -> Any:
+        CALLS["exchange"] += 1
         return self._host.exchange.remote(self._number, prompts)
 
 
@@ -131,11 +137,11 @@ class CpuClock(Metrics):
 
     def __init__(self, folder: Path, config: Config) -> None:
         super().__init__(folder, config.num_steps, quiet=True, config=config)
-        self.readings: list[tuple[float, Counter[str]]] = []
+        self.readings: list[tuple[float, Counter[str], int]] = []
 
     def step(self, version: int, row: dict[str, float], max_lag: int) -> None:
         super().step(version, row, max_lag)
-        self.readings.append((time.perf_counter(), cpu_by_thread()))
+        self.readings.append((time.perf_counter(), cpu_by_thread(), CALLS["exchange"]))
 
 
 def cpu_by_thread() -> Counter[str]:
@@ -209,7 +215,7 @@ async def measure(num_actors: int, options: argparse.Namespace) -> dict[str, Any
         journal.close()
     for actor in [*hosts, learner]:
         ray.kill(actor)
-    (begin_s, before), (end_s, after) = clock.readings[filling - 1], clock.readings[-1]
+    (begin_s, before, calls), (end_s, after, all_calls) = clock.readings[filling - 1], clock.readings[-1]
     groups = steps * batch
     used = {name: 1000 * (total - before[name]) / groups for name, total in after.items()}
     return {
@@ -219,6 +225,7 @@ async def measure(num_actors: int, options: argparse.Namespace) -> dict[str, Any
         "ray_ms": sum(value for name, value in used.items() if name.startswith("Ray")),
         "writers_ms": used["writers"],
         "groups_per_s": groups / (end_s - begin_s),
+        "calls": (all_calls - calls) / groups,
         "threads_ms": {name: round(value, 3) for name, value in sorted(used.items())},
     }
 
@@ -257,10 +264,12 @@ def main() -> None:
 
     results = profiled(work, options.profile) if options.profile else work()
     ray.shutdown()
-    print("| rollout actors | in flight | driver CPU, ms a group | event loop | Ray's threads | writers | groups/s |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| rollout actors | in flight | driver CPU, ms a group | event loop | Ray's threads | writers | calls | groups/s |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for row in results:
-        shares = " | ".join(f"{row[name]:.2f}" for name in ("ms", "loop_ms", "ray_ms", "writers_ms"))
+        shares = " | ".join(f"{row[name]:.2f}" for name in ("ms", "loop_ms", "ray_ms", "writers_ms", "calls"))
         print(f"| {row['actors']} | {options.in_flight} | {shares} | {row['groups_per_s']:.0f} |")
     print(json.dumps({"in_flight": options.in_flight, "latency_s": options.latency, "results": results}))
 

@@ -153,6 +153,29 @@ def test_a_call_that_cannot_be_made_fails_its_prompts():
     run(body(), seconds=10)
 
 
+@pytest.mark.parametrize(("typical_s", "together"), [(3.2, True), (0.03, False)])
+def test_a_group_waits_for_company_in_proportion_to_what_groups_take(typical_s, together):
+    """The second comes 0.05 s after the first: within 3.2 / 32 s, and not within the least of 0.01 s."""
+
+    async def body():
+        never = asyncio.Event()
+
+        async def play(prompt):
+            await (never.wait() if prompt.id == 2 else asyncio.sleep(0.05 * prompt.id))
+            return group_of(prompt)
+
+        link = Link(play)
+        link.outbox._typical_s = typical_s
+        *plays, straggler = link.run(PROMPTS[:3])
+        _, batches = unite(await asyncio.gather(*plays))
+        assert (len(batches) == 1) == together
+        never.set()
+        await straggler
+        assert link.outbox._typical_s < typical_s or not together, "what these took counts from now on"
+
+    run(body(), seconds=10)
+
+
 def test_open_calls_never_outnumber_the_prompts_that_are_out():
     """Prompts that come one by one bring a call each; their groups, finished together, leave in one answer."""
 

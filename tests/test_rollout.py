@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import closing
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -84,6 +85,27 @@ def test_prompts_go_to_the_least_loaded():
         slow.gate.set()
         await first
         assert (slow.played, fast.played) == ([0], [1, 2, 3])
+
+    run(body())
+
+
+def test_prompts_of_one_turn_go_to_few_actors_and_loads_stay_even():
+    async def body():
+        actors = [Actor(str(number)) for number in range(4)]
+        pool = RolloutPool(actors, max_attempts=1)
+        for actor in actors:
+            actor.gate.clear()
+        plays = [asyncio.ensure_future(pool.run(Prompt(number, (1, 2), ""))) for number in range(256)]
+        await asyncio.sleep(0)
+        loads = [len(actor.played) for actor in actors]
+        assert sum(loads) == 256
+        assert max(loads) - min(loads) <= 256 // 4 // 8 + 1
+        turns = [next(a.name for a in actors if number in a.played) for number in range(192, 256)]
+        changes = sum(one != other for one, other in pairwise(turns))
+        assert changes <= 64 // 6, "an actor gets several prompts in a row, and not every fourth"
+        for actor in actors:
+            actor.gate.set()
+        await asyncio.gather(*plays)
 
     run(body())
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import pickle
+import time
 import traceback
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from dataclasses import dataclass, replace
@@ -25,8 +26,10 @@ from typing import Any, TypeAlias
 
 from asyncrl.types import Group, Prompt, Trajectory
 
-_LINGER_S = 0.01
-"""A finished group waits so long for others that are about to finish: little beside the seconds that it took."""
+_LINGER_S = (0.01, 1.0)
+_LINGER_SHARE = 1 / 32
+"""A finished group waits for others that are about to finish for this share of what groups take, within these bounds.
+So each of n groups in flight brings n / 32 others along, for one or two hundredths of its time."""
 
 Numbered: TypeAlias = tuple[int, Prompt]
 Answer: TypeAlias = tuple[int, Group | Exception]
@@ -77,6 +80,7 @@ class Outbox:
         self._running: set[asyncio.Future[None]] = set()
         self._finished: list[tuple[Answer, Tokens]] = []
         self._num_calls = 0
+        self._typical_s = 0.0  # that a group takes: a moving average
         self._turn = asyncio.Lock()  # first come, first served
         self._changed = asyncio.Event()
 
@@ -92,7 +96,8 @@ class Outbox:
                     self._changed.clear()
                     await self._changed.wait()
                 if self._finished and self._running:
-                    await asyncio.sleep(_LINGER_S)
+                    least, most = _LINGER_S
+                    await asyncio.sleep(min(max(_LINGER_SHARE * self._typical_s, least), most))
                 finished, self._finished = self._finished, []
         finally:
             self._num_calls -= 1
@@ -101,6 +106,7 @@ class Outbox:
     async def _run(self, number: int, prompt: Prompt) -> None:
         tokens: Tokens = None
         outcome: Group | Exception
+        began = time.monotonic()
         try:
             group = await self._play(prompt)
         except Exception as error:
@@ -108,6 +114,8 @@ class Outbox:
         else:
             tokens = group.trajectories
             outcome = replace(group, prompt=Prompt(prompt.id, (), ""), trajectories=None)  # the driver has the prompt
+        took_s = time.monotonic() - began
+        self._typical_s += (took_s - self._typical_s) / (8 if self._typical_s else 1)
         task = asyncio.current_task()
         if task is not None:
             self._running.discard(task)
