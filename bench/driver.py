@@ -10,8 +10,8 @@ rollout actors, the number of actors can exceed what the cores could run.
 
 CPU is of the driver's process, divided by the groups trained after one filling of the buffer, and told apart by thread:
 the event loop's; those that Ray's core worker starts, named as Ray names them in the JSON line; and Python's other
-threads, which write (TensorBoard's, the journal's fsync). Calls are the exchanges of prompts and groups, by the group; every step
-adds one weight update of each actor. Prints a table and a JSON line.
+threads, which write (TensorBoard's, the journal's fsync). Calls are the exchanges of prompts and groups, by the group;
+every step adds one weight update of each actor. Prints a table and a JSON line.
 """
 
 from __future__ import annotations
@@ -264,9 +264,7 @@ def main() -> None:
 
     results = profiled(work, options.profile) if options.profile else work()
     ray.shutdown()
-    print(
-        "| rollout actors | in flight | driver CPU, ms a group | event loop | Ray's threads | writers | calls | groups/s |"
-    )
+    print("| rollout actors | in flight | driver CPU, ms a group | event loop | Ray | writers | calls | groups/s |")
     print("|---|---|---|---|---|---|---|---|")
     for row in results:
         shares = " | ".join(f"{row[name]:.2f}" for name in ("ms", "loop_ms", "ray_ms", "writers_ms", "calls"))
