@@ -115,8 +115,7 @@ class Rollout:
         """Receives one whole version while requests stay in flight."""
         begin = time.monotonic()
         await self._engine.pause()
-        for bucket in buckets:
-            await self._engine.receive(bucket)
+        await self._engine.receive(buckets)
         digest = await self._engine.resume(version)
         now = time.monotonic()
         return UpdateReport(digest, now - begin, now - self._started, self._engine.busy_s, self._num_tokens)

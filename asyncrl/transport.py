@@ -211,7 +211,7 @@ class _IpcGroup:
         self._number += 1
         name = f"broadcast-{self._number}"
         if self._rank == 0:
-            self._forget(f"broadcast-{self._number - 2}")
+            self._forget(f"broadcast-{self._number - 4}")
             _synchronize(flat)  # the others' copies are ordered by nothing else
             self._store.set(name, _export(flat))
             return _Receipt(self._store, name, self._timeout_s)
@@ -228,7 +228,8 @@ class _IpcGroup:
         return _count(self._store, name, self._world_size - 1, self._timeout_s, failure)
 
     def _forget(self, name: str) -> None:
-        """Every rank has its receipt of the broadcast before the last, as it took part in the last one."""
+        """Nobody looks at it any more: with two in flight, a rank that took part in one has the receipts of those two
+        before, and rank 0 begins one when all have taken part in that two before."""
         for key in (name, f"{name}/count", f"{name}/all"):
             self._store.delete_key(key)
 

@@ -4,7 +4,7 @@
     -----------------------------        ----------------------------------------
     step -> version v
     broadcast bucket 0  ---------------> pause; receive bucket 0
-    broadcast bucket k  ---------------> receive bucket k
+    broadcast bucket k  ---------------> receive bucket k; load bucket k - 1
     digest of v                          resume(v) -> digest of what was loaded
             \\____ compared by the driver: any difference ends the run ____/
 
@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,8 @@ from asyncrl.transport import BroadcastGroup
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
 """How the names of an adapter's two parameters end; what is before is the name of the layer that it belongs to."""
+_IN_FLIGHT = 2
+"""Buckets that exist at a time on each side: while one is put together or loaded, the other one travels."""
 _DIGEST_CHUNK = 1 << 24
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
@@ -139,11 +142,29 @@ def publish(group: BroadcastGroup, buckets: Sequence[Bucket], tensors: Mapping[s
     return Outgoing(buckets, tensors, group.device).send(group)
 
 
+def receive(group: BroadcastGroup, buckets: Sequence[Bucket], load: Callable[[Bucket, Tensor], None]) -> None:
+    """Takes part in the broadcast of each bucket and hands it to `load`, in order, as uint8[num_bytes]."""
+    rest, on_their_way = iter(buckets), deque[tuple[Bucket, Tensor, Callable[[], None]]]()
+    try:
+        while True:
+            while len(on_their_way) < _IN_FLIGHT and (bucket := next(rest, None)) is not None:
+                flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=group.device)
+                on_their_way.append((bucket, flat, group.start(flat)))
+            if not on_their_way:
+                return
+            bucket, flat, wait = on_their_way.popleft()
+            wait()
+            load(bucket, flat)
+            del flat  # which makes room for the next one
+    finally:
+        on_their_way.clear()  # a traceback would keep them, and with them connections that should be closed
+
+
 class Outgoing:
     """One version on its way out, on the learner's side. The first bucket is put together when this is made.
 
     So that is done before the engines are asked to pause, and each later bucket is put together while the one before it
-    travels; two of them exist at a time. On a GPU all of it has a stream of its own, so that it does not queue behind
+    travels. On a GPU all of it has a stream of its own, so that it does not queue behind
     the gradient of the next step. Where the tensors are split between learner ranks, putting together is a gather that
     every rank makes one of these for; only the first has a group to send to.
     """
@@ -165,15 +186,20 @@ class Outgoing:
 
         After a failure the remaining buckets are still gathered: the other ranks cannot know, and would wait.
         """
+        on_their_way = deque[tuple[Tensor, Callable[[], None]]]()  # tensors have to live until they have arrived
         with torch.cuda.stream(self._stream):
             try:
                 while group is not None and self._ready is not None:
-                    wait = group.start(self._ready)
-                    sent, self._ready = self._ready, self._next()
-                    wait()
-                    del sent  # it had to live until here
+                    on_their_way.append((self._ready, group.start(self._ready)))
+                    self._ready = None
+                    if len(on_their_way) == _IN_FLIGHT:
+                        on_their_way.popleft()[1]()
+                    self._ready = self._next()
+                while on_their_way:
+                    on_their_way.popleft()[1]()
             finally:
-                self._device = None
+                on_their_way.clear()
+                self._device = self._ready = None
                 while self._num_gathered < len(self._buckets):
                     self._next()
             return digest(zip(self._buckets, self._digests, strict=True)) if group is not None else ""

@@ -4,8 +4,9 @@
 
 A learner actor with random float32 weights and an SGLang engine of the same shape, one GPU each, joined by NCCL. Every
 update is whole: cast to bfloat16, digest, broadcast, load, digest compared. The pause is what the engine sees, from
-`pause` to the end of `resume`. Beside it stands a plain copy of as many bytes from one GPU to the other, in the same
-run. On a machine without GPUs it runs on the CPU over gloo, with `--shapes tiny`.
+`pause` to the end of `resume`. Beside it stands what the same bytes take with nothing around them, in the same run: as
+broadcasts of such buckets, back to back on the same transport, and as a copy from one GPU to the other. On a machine
+without GPUs it runs on the CPU over gloo, with `--shapes tiny`.
 """
 
 from __future__ import annotations
@@ -90,11 +91,17 @@ class LearnerActor:
         }
         self.device = device
 
-    def open(self, bucket_mb: float, dtype: str) -> tuple[Rendezvous, list[Bucket]]:
-        self.buckets = make_buckets(self.named.items(), dtype, int(bucket_mb * 2**20))
+    def sizes(self, bucket_mb: float, dtype: str) -> list[int]:
+        return [bucket.num_bytes for bucket in make_buckets(self.named.items(), dtype, int(bucket_mb * 2**20))]
+
+    def meet(self) -> Rendezvous:
         backend = "nccl" if self.device == "cuda" else "gloo"
         self.where, self.store = open_rendezvous(ray.util.get_node_ip_address(), 2, 120, backend)
-        return self.where, self.buckets
+        return self.where
+
+    def open(self, bucket_mb: float, dtype: str) -> tuple[Rendezvous, list[Bucket]]:
+        self.buckets = make_buckets(self.named.items(), dtype, int(bucket_mb * 2**20))
+        return self.meet(), self.buckets
 
     def join(self) -> None:
         self.group = BroadcastGroup(self.where, 0, ray.util.get_node_ip_address(), self.store)
@@ -104,6 +111,31 @@ class LearnerActor:
 
     def send(self) -> str:
         return self.outgoing.send(self.group)
+
+    def plain(self, sizes: list[int]) -> float:
+        group = BroadcastGroup(self.where, 0, ray.util.get_node_ip_address(), self.store)
+        return plain_broadcast(group, sizes)
+
+
+class PlainReceiver:
+    """The other end of broadcasts with nothing around them."""
+
+    def plain(self, where: Rendezvous, sizes: list[int]) -> float:
+        return plain_broadcast(BroadcastGroup(where, 1, ray.util.get_node_ip_address()), sizes)
+
+
+def plain_broadcast(group: BroadcastGroup, sizes: list[int]) -> float:
+    """Seconds of one round of broadcasts, back to back from two buffers; the fastest of six rounds."""
+    buffers = [torch.zeros(max(sizes), dtype=torch.uint8, device=group.device) for _ in range(2)]
+    seconds = []
+    for _ in range(6):
+        began = time.perf_counter()
+        waits = [group.start(buffers[number % 2][:size]) for number, size in enumerate(sizes)]
+        for wait in waits:
+            wait()
+        seconds.append(time.perf_counter() - began)
+    group.leave()
+    return min(seconds)
 
 
 class EngineActor:
@@ -144,8 +176,7 @@ class EngineActor:
         times = [time.perf_counter()]
         await self.engine.pause()
         times.append(time.perf_counter())
-        for bucket in buckets:
-            await self.engine.receive(bucket)
+        await self.engine.receive(buckets)
         times.append(time.perf_counter())
         digest = await self.engine.resume(version)
         times.append(time.perf_counter())
@@ -167,7 +198,6 @@ async def measure(shape: str, copy_gb_per_s: float | None, options: argparse.Nam
         learner_class: Any = ray.remote(num_cpus=0, num_gpus=gpus, runtime_env=environment)(LearnerActor)
         engine_class: Any = ray.remote(num_cpus=0, num_gpus=gpus, runtime_env=environment)(EngineActor)
         learner = learner_class.remote(folder, "cuda" if cuda else "cpu")
-        engine = engine_class.options(max_concurrency=1000).remote()
         arguments = {
             "device": "cuda" if cuda else "cpu",
             "max_running": options.requests,
@@ -175,12 +205,19 @@ async def measure(shape: str, copy_gb_per_s: float | None, options: argparse.Nam
             "attention_backend": options.attention_backend,
             "engine_args": {"load_format": "dummy"},
         }
+        receiver = ray.remote(num_cpus=0, num_gpus=gpus, runtime_env=environment)(PlainReceiver).remote()
+        plain = {}
+        for bucket_mb in options.bucket_mb:
+            sizes, where = await learner.sizes.remote(bucket_mb, dtype), await learner.meet.remote()
+            plain[bucket_mb], _ = await asyncio.gather(learner.plain.remote(sizes), receiver.plain.remote(where, sizes))
+        ray.kill(receiver)  # its GPU is the engine's now
+        engine = engine_class.options(max_concurrency=1000).remote()
         await engine.start.remote(folder, arguments, dtype)
         results = []
         versions = itertools.count(1)
         for bucket_mb in options.bucket_mb:
             results.append(await rounds(learner, engine, versions, dtype, bucket_mb=bucket_mb, options=options))
-            results[-1] |= {"shape": shape, "copy_gb_per_s": copy_gb_per_s}
+            results[-1] |= {"shape": shape, "copy_gb_per_s": copy_gb_per_s, "plain_s": plain[bucket_mb]}
         await engine.close.remote()
     ray.shutdown()
     return results
@@ -248,18 +285,19 @@ def write_config(shape: str, folder: str) -> None:
 
 def table(results: list[dict[str, Any]]) -> str:
     lines = [
-        "| shape | MB | bucket MB | pause idle, ms | pause busy, ms (max) | GB/s busy | plain copy GB/s | share | "
-        "tok/s alone | tok/s, update each s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| shape | MB | bucket MB | pause idle, ms | pause busy, ms (max) | plain broadcast, ms | share idle | "
+        "share busy | plain copy, ms | tok/s alone | tok/s, update each s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         idle, busy = ([report["total_s"] * 1000 for report in result[key]] for key in ("idle", "busy"))
-        speed = result["num_bytes"] / statistics.median(busy) / 1e6
-        copy = result["copy_gb_per_s"]
+        plain, copy = 1000 * result["plain_s"], result["copy_gb_per_s"]
+        copied = f"{result['num_bytes'] / copy / 1e6:.1f}" if copy else "-"
         lines.append(
             f"| {result['shape']} | {result['num_bytes'] / 1e6:.0f} | {result['bucket_mb']:.0f} | "
-            f"{statistics.median(idle):.1f} | {statistics.median(busy):.1f} ({max(busy):.1f}) | {speed:.0f} | "
-            f"{'-' if copy is None else f'{copy:.0f}'} | {'-' if copy is None else f'{speed / copy:.2f}'} | "
+            f"{statistics.median(idle):.1f} | {statistics.median(busy):.1f} ({max(busy):.1f}) | {plain:.1f} | "
+            f"{plain / statistics.median(idle):.2f} | {plain / statistics.median(busy):.2f} | "
+            f"{copied} | "
             f"{result['tokens_per_s']:.0f} | {result['tokens_per_s_with_updates']:.0f} |"
         )
         parts = {

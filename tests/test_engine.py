@@ -90,8 +90,7 @@ async def send(group, model, *engines) -> str:
     named = dict(model.named_parameters())
     buckets = make_buckets(named.items(), "float32", 200_000)
     sending = asyncio.create_task(asyncio.to_thread(publish, group, buckets, named))
-    for bucket in buckets:
-        await asyncio.gather(*(engine.receive(bucket) for engine in engines))
+    await asyncio.gather(*(engine.receive(buckets) for engine in engines))
     return await sending
 
 
@@ -198,7 +197,7 @@ def test_weights_are_received_only_while_paused(setup):
     async def body():
         await meet(setup.engine)
         with pytest.raises(RuntimeError, match="only while paused"):
-            await setup.engine.receive(Bucket(("x",), ("float32",), ((1,),)))
+            await setup.engine.receive([Bucket(("x",), ("float32",), ((1,),))])
 
     run(body())
 
@@ -211,7 +210,7 @@ def test_a_partial_update_is_an_error(setup, trained):
         await setup.engine.pause()
         await asyncio.gather(
             asyncio.to_thread(publish, group, [bucket], named),
-            setup.engine.receive(bucket),
+            setup.engine.receive([bucket]),
         )
         with pytest.raises(RuntimeError, match=r"partial: 1 of \d+ parameters did not arrive \(model.norm.weight"):
             await setup.engine.resume(1)
@@ -353,7 +352,7 @@ def test_a_bucket_that_does_not_fit_is_an_error_now_and_at_resume(tiny, bucket, 
         group = await meet(engine)
         await engine.pause()
         sending = asyncio.to_thread(group.broadcast, torch.zeros(bucket.num_bytes, dtype=torch.uint8))
-        sent, received = await asyncio.gather(sending, engine.receive(bucket), return_exceptions=True)
+        sent, received = await asyncio.gather(sending, engine.receive([bucket]), return_exceptions=True)
         assert sent is None
         with pytest.raises(RuntimeError, match=message):
             raise received
@@ -372,7 +371,7 @@ def test_an_update_that_was_cut_short_starts_over_in_a_new_group(tiny, trained):
         await engine.pause()
         for error in (None, "arrived twice"):
             sending = asyncio.to_thread(publish, group, [bucket], named)
-            _, received = await asyncio.gather(sending, engine.receive(bucket), return_exceptions=True)
+            _, received = await asyncio.gather(sending, engine.receive([bucket]), return_exceptions=True)
             assert error is None or error in str(received)
         group = await meet(engine)
         with pytest.raises(RuntimeError, match="partial"):

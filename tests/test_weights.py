@@ -1,6 +1,7 @@
 """Buckets, the digest and the broadcast group."""
 
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from asyncrl import transport, weights
 from asyncrl.transport import BroadcastGroup, Rendezvous, open_rendezvous
-from asyncrl.weights import DTYPES, digest_of, flat_digest, make_buckets, publish
+from asyncrl.weights import DTYPES, digest_of, flat_digest, make_buckets, publish, receive
 
 CPU = torch.device("cpu")
 
@@ -97,12 +98,8 @@ def test_a_broadcast_is_bit_equal_everywhere_and_groups_can_be_rebuilt():
     assert len(buckets) > 1
 
     def engine(where, rank):
-        group = BroadcastGroup(where, rank)
         received = {}
-        for bucket in buckets:
-            flat = torch.empty(bucket.num_bytes, dtype=torch.uint8)
-            group.broadcast(flat)
-            received |= dict(bucket.unpack(flat))
+        receive(BroadcastGroup(where, rank), buckets, lambda bucket, flat: received.update(bucket.unpack(flat)))
         return received
 
     for num_engines in (2, 1):
@@ -117,6 +114,50 @@ def test_a_broadcast_is_bit_equal_everywhere_and_groups_can_be_rebuilt():
         for copy in received:
             assert all(torch.equal(copy[name], tensor) for name, tensor in named.items())
             assert digest_of(buckets, copy) == sent
+
+
+class RecordingGroup:
+    """Keeps every buffer that it was given as a weak reference, and writes down what is asked of it."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.log, self.buffers, self.most = [], [], 0
+
+    def start(self, flat):
+        number = len(self.buffers)
+        self.buffers.append(weakref.ref(flat))
+        self.log.append(f"start {number}")
+        self.most = max(self.most, sum(buffer() is not None for buffer in self.buffers))
+        del flat
+        return lambda: self.log.append(f"wait {number}")
+
+
+def test_the_next_bucket_is_on_its_way_before_the_last_one_is_waited_for_and_two_exist():
+    named = tensors(3)
+    buckets = make_buckets(named.items(), "float32", 930)
+    assert len(buckets) == 3
+    expected = ["start 0", "start 1", "wait 0", "start 2", "wait 1", "wait 2"]
+
+    sending = RecordingGroup()
+    publish(sending, buckets, named)
+    assert (sending.log, sending.most) == (expected, 2)
+
+    receiving, loaded = RecordingGroup(), []
+    receive(receiving, buckets, lambda bucket, flat: loaded.append((bucket, len(flat))))
+    assert (receiving.log, receiving.most) == (expected, 2)
+    assert loaded == [(bucket, bucket.num_bytes) for bucket in buckets]
+
+
+def test_a_bucket_that_cannot_be_loaded_leaves_no_buffer_behind():
+    buckets = make_buckets(tensors(3).items(), "float32", 930)
+    group = RecordingGroup()
+    with pytest.raises(KeyError) as caught:
+        receive(group, buckets, lambda bucket, _: {}[bucket])
+    assert group.log == ["start 0", "start 1", "wait 0"]
+    alive = [number for number, buffer in enumerate(group.buffers) if buffer() is not None]
+    assert alive == [0], "what failed is in the traceback, and nothing else"
+    del caught
 
 
 def test_a_member_that_is_gone_is_noticed_by_all_the_others_at_once():
@@ -163,6 +204,27 @@ def ipc_group(num_members, timeout_s=20.0):
     where, store = open_rendezvous("127.0.0.1", num_members, timeout_s, "ipc")
     others = (lambda rank=rank: BroadcastGroup(where, rank) for rank in range(1, num_members))
     return in_threads([lambda: BroadcastGroup(where, 0, store=store), *others])
+
+
+@pytest.mark.usefixtures("shared")
+def test_whole_updates_over_one_gpu_again_and_again(monkeypatch):
+    """More buckets than are remembered, in several updates, with members that do not run in step."""
+    monkeypatch.setattr(BroadcastGroup, "device", torch.device("cpu"))
+    named = {f"w{number}": torch.full((300,), float(number)) for number in range(9)}
+    buckets = make_buckets(named.items(), "float32", 1200)
+    assert len(buckets) == 9
+    learner, *engines = ipc_group(3)
+
+    def engine(group, received):
+        receive(group, buckets, lambda bucket, flat: received.update(dict(bucket.unpack(flat.clone()))))
+
+    for update in range(3):
+        sent = {name: tensor + update for name, tensor in named.items()}
+        copies: list[dict] = [{} for _ in engines]
+        takes = [lambda g=g, c=c: engine(g, c) for g, c in zip(engines, copies, strict=True)]
+        in_threads([lambda sent=sent: publish(learner, buckets, sent), *takes])
+        for copy in copies:
+            assert all(torch.equal(copy[name], tensor) for name, tensor in sent.items())
 
 
 def test_ranks_of_one_gpu_copy_from_rank_0(shared):

@@ -1,6 +1,6 @@
 """The engine protocol: what a rollout actor needs from whatever generates tokens.
 
-A weight update is `pause`, one `receive` per bucket, `resume`; requests stay in flight through it. An engine joins the
+A weight update is `pause`, `receive`, `resume`; requests stay in flight through it. An engine joins the
 broadcast group with `num_ranks` consecutive ranks (one per tensor-parallel rank), starting at `first_rank`.
 """
 
@@ -46,8 +46,8 @@ class Engine(Protocol):
         """`pause`, and give the GPU memory of weights and cache back until the next `pause`; a whole update must
         follow. Requests in flight start over on it."""
 
-    async def receive(self, bucket: Bucket) -> None:
-        """Take part in the broadcast of one bucket and load it. Only while paused."""
+    async def receive(self, buckets: Sequence[Bucket]) -> None:
+        """Take part in the broadcast of these buckets, in order, and load them. Only while paused."""
 
     async def resume(self, version: Version) -> str:
         """Go on; every token sampled from here on carries `version`. Returns the digest of the weights in use."""

@@ -30,7 +30,7 @@ from asyncrl.engine.base import CHECKPOINT, OnUpdate
 from asyncrl.engine.kv_cache import SlotCache
 from asyncrl.transport import BroadcastGroup, Rendezvous
 from asyncrl.types import Completion, Finish, Sampling, Version
-from asyncrl.weights import Bucket, digest_of
+from asyncrl.weights import Bucket, digest_of, receive
 
 if TYPE_CHECKING:
     from asyncrl.model import PreTrainedModel
@@ -134,8 +134,8 @@ class EmbeddedEngine:
     async def release(self) -> None:
         raise RuntimeError("this engine's memory is PyTorch's own and is not given back; use SGLang for that")
 
-    async def receive(self, bucket: Bucket) -> None:
-        """Takes part in one broadcast and copies what came into the parameters.
+    async def receive(self, buckets: Sequence[Bucket]) -> None:
+        """Takes part in the broadcasts and copies what came into the parameters.
 
         Raises `RuntimeError` unless paused and joined, and for a bucket that does not fit the model. A bucket is
         checked after its broadcast, so that the other members do not wait for this one.
@@ -145,8 +145,9 @@ class EmbeddedEngine:
                 f"an engine receives weights only while paused and in a broadcast group: paused={self._paused}, "
                 f"in a group={self._group is not None}"
             )
-        flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._group.device)
-        await asyncio.to_thread(self._group.broadcast, flat)
+        await asyncio.to_thread(receive, self._group, buckets, self._load)
+
+    def _load(self, bucket: Bucket, flat: Tensor) -> None:
         if self._missing is None:
             self._missing = set(self._parameters)
         self._check_bucket(bucket, self._missing)

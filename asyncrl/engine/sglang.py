@@ -189,19 +189,18 @@ class SGLangEngine:
         # The pause is only sent by now, and a batch of the old weights may still run on the device.
         await self._command("pausing", _COMMAND_S, do="settle")
 
-    async def receive(self, bucket: Bucket) -> None:
-        """Takes part in one broadcast and loads what came.
+    async def receive(self, buckets: Sequence[Bucket]) -> None:
+        """Takes part in the broadcasts and loads what came.
 
         Raises `RuntimeError` unless paused and joined, and for a bucket that does not fit the model.
         """
-        other = set(bucket.dtypes) - {self._dtype}
+        other = {dtype for bucket in buckets for dtype in bucket.dtypes} - {self._dtype}
+        num_bytes = sum(bucket.num_bytes for bucket in buckets)
         await self._command(
-            f"receiving a bucket of {bucket.num_bytes} bytes",
-            self._group_timeout_s + _JOIN_EXTRA_S,
+            f"receiving {len(buckets)} buckets of {num_bytes} bytes in all",
+            len(buckets) * self._group_timeout_s + _JOIN_EXTRA_S,
             do="receive",
-            names=bucket.names,
-            dtypes=bucket.dtypes,
-            shapes=bucket.shapes,
+            buckets=[dataclasses.asdict(bucket) for bucket in buckets],
         )
         if other:
             raise RuntimeError(f"weights arrived as {min(other)}, the engine runs {self._dtype}")

@@ -183,10 +183,12 @@ class SchedulerMixin(_Scheduler):  # type: ignore[misc]
     def _do_join(self, where: Mapping[str, Any], first_rank: int, address: str) -> None:
         self._weights.join(Rendezvous(**where), first_rank, address)
 
-    def _do_receive(self, names: list[str], dtypes: list[str], shapes: list[list[int]]) -> None:
+    def _do_receive(self, buckets: list[dict[str, Any]]) -> None:
         if not self._engine_paused:
             raise RuntimeError("weights are received only while paused")
-        self._weights.receive(Bucket(tuple(names), tuple(dtypes), tuple(tuple(shape) for shape in shapes)))
+        self._weights.receive(
+            [Bucket(tuple(b["names"]), tuple(b["dtypes"]), tuple(map(tuple, b["shapes"]))) for b in buckets]
+        )
 
     def _do_resume(self, version: int, abort: bool) -> str | None:
         arrived = self._weights.finish()

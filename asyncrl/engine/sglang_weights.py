@@ -6,13 +6,13 @@ bucket of adapters ---> digest of what arrived ---> B A at the end of the update
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from asyncrl.transport import BroadcastGroup, Rendezvous
-from asyncrl.weights import LORA_A, LORA_B, Bucket, digest, flat_digest
+from asyncrl.weights import LORA_A, LORA_B, Bucket, digest, flat_digest, receive
 
 
 class ReceivedWeights:
@@ -47,12 +47,14 @@ class ReceivedWeights:
         self._factors.clear()
         self._group = BroadcastGroup(where, first_rank + self._tp_rank, address)
 
-    def receive(self, bucket: Bucket) -> None:
-        """Takes part in one broadcast and loads what came; checked after it, so that no other member waits."""
+    def receive(self, buckets: Sequence[Bucket]) -> None:
+        """Takes part in the broadcasts and loads what came, each checked after its own, so that no other member waits
+        for it."""
         if self._group is None:
             raise RuntimeError("the engine is in no broadcast group")
-        flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._group.device)
-        self._group.broadcast(flat)
+        receive(self._group, buckets, self._load)
+
+    def _load(self, bucket: Bucket, flat: Tensor) -> None:
         twice = self._names() & set(bucket.names)
         if twice:
             raise RuntimeError(f"parameter {min(twice)!r} arrived twice in one update")

@@ -103,8 +103,8 @@ class Learner:
     async def send(self, tensors: Tensors, limit: int | None, *engines: Any) -> None:
         """The first `limit` buckets, to paused engines."""
         sending = asyncio.create_task(self._ask("send", tensors, limit))
-        for bucket in buckets_of(tensors, self._dtype)[:limit]:
-            await asyncio.gather(*(engine.receive(bucket) for engine in engines))
+        buckets = buckets_of(tensors, self._dtype)[:limit]
+        await asyncio.gather(*(engine.receive(buckets) for engine in engines))
         await sending
 
     async def join_as(self, where: Rendezvous, rank: int) -> None:

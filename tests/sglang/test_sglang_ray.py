@@ -55,8 +55,7 @@ class RolloutActor:
 
     async def update(self, buckets: list[Bucket], version: Version) -> str:
         await self.engine.pause()
-        for bucket in buckets:
-            await self.engine.receive(bucket)
+        await self.engine.receive(buckets)
         return await self.engine.resume(version)
 
     async def generate(self, prompt: list[int]) -> Completion:
