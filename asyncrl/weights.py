@@ -164,9 +164,9 @@ class Outgoing:
     """One version on its way out, on the learner's side. The first bucket is put together when this is made.
 
     So that is done before the engines are asked to pause, and each later bucket is put together while the one before it
-    travels. On a GPU all of it has a stream of its own, so that it does not queue behind
-    the gradient of the next step. Where the tensors are split between learner ranks, putting together is a gather that
-    every rank makes one of these for; only the first has a group to send to.
+    travels. On a GPU all of it has a stream of its own, so that it does not queue behind the gradient of the next step.
+    Where the tensors are split between learner ranks, putting together is a gather that every rank makes one of these
+    for; only the first has a group to send to.
     """
 
     def __init__(self, buckets: Sequence[Bucket], tensors: Mapping[str, Tensor], device: torch.device | None) -> None:
