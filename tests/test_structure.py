@@ -53,6 +53,7 @@ LAYERS = [
         "training.lora",
         "training.critic",
         "training.shaping",
+        "training.head",
         "training.scoring",
         "engine.base",
     }
