@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import threading
 from concurrent.futures import ProcessPoolExecutor
 
@@ -178,6 +179,17 @@ def test_ranks_of_any_device_and_precision_train_as_one_cpu(on_ranks, folder, de
         assert [row[name] for row in found] == pytest.approx(wanted, rel=close, abs=close, nan_ok=True), name
     if dtype == "float32":
         assert_close(trained, weights, atol=1e-4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
+@pytest.mark.parametrize("words", [SMALL, LORA], ids=["whole", "lora"])
+def test_compiled_layers_and_head_train_as_they_are_written(on_ranks, folder, words):
+    batches = [make_groups([[3, 9, 12, 5], [1, 2, 12, 12]], seed) for seed in range(2)]
+    metrics, weights, _ = train(Ranks(), folder, words, batches)
+    (found, trained, _), *_ = on_ranks(2, train, folder, [*words, "learner.compile=true"], batches)
+    for name in ("gradient/norm", "policy/entropy"):
+        assert [row[name] for row in found] == pytest.approx([row[name] for row in metrics], rel=1e-3), name
+    assert_close(trained, weights, atol=1e-4)
 
 
 def save_after_a_step(ranks, config, folder, root, batch):
