@@ -32,10 +32,11 @@ from asyncrl.algo import own
 from asyncrl.buffer import Buffer
 from asyncrl.config import Config, to_tree
 from asyncrl.envs.base import load_env
+from asyncrl.handles import LearnerHandle, RolloutHandle
 from asyncrl.loop import run
 from asyncrl.model import load_tokenizer
 from asyncrl.monitor.metrics import Metrics, plot, verdict
-from asyncrl.pool import RolloutHandle, RolloutPool
+from asyncrl.pool import RolloutPool
 from asyncrl.recovery import checkpoint
 from asyncrl.recovery.curriculum import Curriculum
 from asyncrl.recovery.guard import StepGuard
@@ -44,7 +45,7 @@ from asyncrl.recovery.prompts import PromptQueue
 from asyncrl.recovery.supervisor import Supervisor
 from asyncrl.recovery.watchdog import Watchdog
 from asyncrl.staleness import StalenessControl
-from asyncrl.system import LearnerHandle, System
+from asyncrl.system import System
 from asyncrl.training.warmup import prepare
 from asyncrl.types import Prompt
 

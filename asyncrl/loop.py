@@ -25,7 +25,8 @@ from functools import partial
 
 from asyncrl.buffer import Buffer, Ticket
 from asyncrl.evaluation import by_source
-from asyncrl.pool import AllActorsDied, RolloutFailed, ToEvaluators
+from asyncrl.handles import ToEvaluators
+from asyncrl.pool import AllActorsDied, RolloutFailed
 from asyncrl.recovery.guard import REASON
 from asyncrl.recovery.prompts import Finished
 from asyncrl.recovery.watchdog import Stalled

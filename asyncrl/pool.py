@@ -14,14 +14,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any
 
+from asyncrl.handles import ActorDied, Publisher, RolloutHandle
 from asyncrl.monitor.timeline import Timeline
 from asyncrl.recovery.watchdog import Watchdog
 from asyncrl.rollout import UpdateReport
-from asyncrl.transport import Audience, Rendezvous, abandon
+from asyncrl.transport import Rendezvous, abandon
 from asyncrl.types import Group, Prompt, Version
-from asyncrl.weights import Bucket
 
 
 class RolloutFailed(RuntimeError):
@@ -30,68 +30,6 @@ class RolloutFailed(RuntimeError):
 
 class AllActorsDied(RolloutFailed):
     """Nobody is left to generate, and nobody will come."""
-
-
-class ActorDied(RuntimeError):
-    """The process behind a rollout actor is gone."""
-
-
-class RolloutHandle(Protocol):
-    """A rollout actor as the driver sees it; both runtimes have one. Raises `ActorDied` when the process is gone."""
-
-    name: str
-    num_ranks: int
-
-    async def run(self, prompt: Prompt) -> Group: ...
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]: ...
-    async def join(self, where: Rendezvous, first_rank: int) -> None: ...
-    async def release(self) -> None: ...
-    async def update_weights(self, buckets: Sequence[Bucket], version: Version) -> UpdateReport: ...
-    async def close(self) -> None: ...
-
-
-class Publisher(Protocol):
-    """The learner's side of a weight update, as the driver sees it."""
-
-    version: Version
-    buckets: Sequence[Bucket]
-
-    async def rendezvous(self, world_size: int) -> Rendezvous: ...
-    async def join(self) -> None: ...
-    async def prepare(self) -> None: ...
-    async def broadcast(self) -> str: ...
-
-
-class LearnerLink(Protocol):
-    """The learner's side of weight updates, to either audience."""
-
-    version: Version
-    buckets: Sequence[Bucket]
-
-    async def rendezvous(self, world_size: int, audience: Audience = ...) -> Rendezvous: ...
-    async def join(self, audience: Audience = ...) -> None: ...
-    async def prepare(self, audience: Audience = ...) -> None: ...
-    async def broadcast(self, audience: Audience = ...) -> str: ...
-
-
-class ToEvaluators:
-    """The learner as the evaluators' pool sees it: the same weights, through a broadcast group of their own."""
-
-    def __init__(self, learner: LearnerLink) -> None:
-        self._learner = learner
-        self.version, self.buckets = learner.version, learner.buckets
-
-    async def rendezvous(self, world_size: int) -> Rendezvous:
-        return await self._learner.rendezvous(world_size, "evaluators")
-
-    async def join(self) -> None:
-        await self._learner.join("evaluators")
-
-    async def prepare(self) -> None:
-        await self._learner.prepare("evaluators")
-
-    async def broadcast(self) -> str:
-        return await self._learner.broadcast("evaluators")
 
 
 class RolloutPool:

@@ -6,29 +6,20 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from asyncrl.buffer import Buffer
 from asyncrl.config import Config
 from asyncrl.evaluation import summarize
+from asyncrl.handles import LearnerHandle, ToEvaluators
 from asyncrl.monitor.metrics import Metrics
-from asyncrl.pool import LearnerLink, RolloutPool, ToEvaluators
+from asyncrl.pool import RolloutPool
 from asyncrl.recovery import checkpoint
-from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.recovery.guard import StepGuard
 from asyncrl.recovery.prompts import PromptQueue
 from asyncrl.recovery.supervisor import Supervisor
 from asyncrl.recovery.watchdog import Watchdog
 from asyncrl.staleness import StalenessControl
-from asyncrl.types import Group, Prompt
-
-
-class LearnerHandle(LearnerLink, Protocol):
-    """The learner as the driver sees it; both runtimes have one."""
-
-    async def gradient(self, groups: Sequence[Group]) -> None: ...
-    async def apply(self) -> dict[str, float]: ...
-    async def save(self, folder: Path, cursor: Cursor) -> None: ...
+from asyncrl.types import Prompt
 
 
 @dataclass(slots=True)

@@ -15,9 +15,10 @@ from helpers import run
 from asyncrl import config as configuration
 from asyncrl import job
 from asyncrl.envs.base import load_env
+from asyncrl.handles import ActorDied
 from asyncrl.model import load_tokenizer
 from asyncrl.monitor import metrics
-from asyncrl.pool import ActorDied, RolloutPool
+from asyncrl.pool import RolloutPool
 from asyncrl.recovery import checkpoint
 from asyncrl.runtime.cluster import open_actors
 from asyncrl.training.warmup import prepare

@@ -7,7 +7,7 @@ import pytest
 from helpers import run, trajectory
 
 from asyncrl.envs.faults import EnvFault
-from asyncrl.pool import ActorDied
+from asyncrl.handles import ActorDied
 from asyncrl.rollout import make_group
 from asyncrl.runtime.exchange import Exchange, Outbox, Part, separate, unite
 from asyncrl.types import Prompt

@@ -9,7 +9,8 @@ import pytest
 from helpers import run, trajectory
 
 from asyncrl.engine.base import Engine
-from asyncrl.pool import ActorDied, AllActorsDied, RolloutFailed, RolloutPool
+from asyncrl.handles import ActorDied
+from asyncrl.pool import AllActorsDied, RolloutFailed, RolloutPool
 from asyncrl.recovery.journal import Journal
 from asyncrl.recovery.supervisor import Supervisor, request
 from asyncrl.rollout import Rollout, UpdateReport, make_group, sample_seed

@@ -74,6 +74,7 @@ LAYERS = [
         "envs.swe",
         "envs.gym",
         "rollout",
+        "handles",
         "pool",
         "training.learner",
         "training.utilization",

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import msgspec
 
-from asyncrl.pool import RolloutHandle, RolloutPool
+from asyncrl.handles import RolloutHandle
+from asyncrl.pool import RolloutPool
 from asyncrl.recovery import journal
 
 _LOOK_S = 0.5

@@ -21,7 +21,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from asyncrl.config import Config
-from asyncrl.pool import ActorDied
+from asyncrl.handles import ActorDied
 from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.rollout import UpdateReport
 from asyncrl.runtime.exchange import Answer, Exchange, Numbered, Outbox, Tokens, separate, unite
