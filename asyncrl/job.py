@@ -38,9 +38,10 @@ from asyncrl.model import load_tokenizer
 from asyncrl.monitor.metrics import Metrics, plot, verdict
 from asyncrl.pool import RolloutPool
 from asyncrl.recovery import checkpoint
+from asyncrl.recovery.accounts import Resumed, Started
 from asyncrl.recovery.curriculum import Curriculum
 from asyncrl.recovery.guard import StepGuard
-from asyncrl.recovery.journal import Journal, Resumed, Started
+from asyncrl.recovery.journal import Journal
 from asyncrl.recovery.prompts import PromptQueue
 from asyncrl.recovery.supervisor import Supervisor
 from asyncrl.recovery.watchdog import Watchdog

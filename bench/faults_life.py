@@ -27,7 +27,8 @@ from asyncrl import job
 from asyncrl.envs.base import Generate
 from asyncrl.envs.digits import SortDigits
 from asyncrl.recovery import groups
-from asyncrl.recovery.journal import Dropped, Journal
+from asyncrl.recovery.accounts import Dropped
+from asyncrl.recovery.journal import Journal
 from asyncrl.recovery.prompts import Finished, PromptQueue
 from asyncrl.types import Group, Prompt, Trajectory
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from asyncrl import config as configuration
 from asyncrl.config import Config
 from asyncrl.recovery import checkpoint, groups, journal
-from asyncrl.recovery.journal import Batch, Generated, Resumed, Started, Synced
+from asyncrl.recovery.accounts import Batch, Generated, Resumed, Started, Synced
 from asyncrl.runtime.parts import LearnerPart
 from asyncrl.runtime.placement import plan
 from asyncrl.training.warmup import prepare

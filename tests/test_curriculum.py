@@ -14,8 +14,9 @@ from asyncrl import job
 from asyncrl.config import CurriculumConfig
 from asyncrl.monitor import metrics
 from asyncrl.recovery import checkpoint
+from asyncrl.recovery.accounts import Admitted, Dropped, Generated, Resumed, Saved, Synced
 from asyncrl.recovery.curriculum import REASONS, Curriculum
-from asyncrl.recovery.journal import Admitted, Dropped, Generated, Journal, Resumed, Saved, Synced, read
+from asyncrl.recovery.journal import Journal, read
 from asyncrl.recovery.prompts import PromptQueue
 from asyncrl.rollout import make_group
 from asyncrl.types import Prompt

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from asyncrl.recovery.journal import Admitted, Batch, Journal
+from asyncrl.recovery.accounts import Admitted, Batch
+from asyncrl.recovery.journal import Journal
 from bench import faults
 
 ROOT = Path(__file__).parent.parent

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from asyncrl.buffer import Buffer
 from asyncrl.loop import check_digests
 from asyncrl.recovery import groups as files
-from asyncrl.recovery.journal import Admitted, Batch, Dropped, Generated, Journal, Resumed, Saved, Started, Synced, read
+from asyncrl.recovery.accounts import Admitted, Batch, Dropped, Generated, Resumed, Saved, Started, Synced
+from asyncrl.recovery.journal import Journal, read
 from asyncrl.recovery.prompts import PromptQueue
 from asyncrl.rollout import make_group
 from asyncrl.types import Prompt

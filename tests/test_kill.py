@@ -12,7 +12,7 @@ import pytest
 
 from asyncrl.monitor import metrics
 from asyncrl.recovery import checkpoint, journal
-from asyncrl.recovery.journal import Admitted, Batch, Resumed
+from asyncrl.recovery.accounts import Admitted, Batch, Resumed
 
 ROOT = Path(__file__).parent.parent
 SMALL = [

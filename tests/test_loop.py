@@ -20,7 +20,7 @@ from asyncrl.model import load_model, load_tokenizer
 from asyncrl.monitor import metrics
 from asyncrl.pool import RolloutFailed
 from asyncrl.recovery import checkpoint, journal
-from asyncrl.recovery.journal import Dropped
+from asyncrl.recovery.accounts import Dropped
 from asyncrl.recovery.prompts import PromptQueue
 from asyncrl.runtime.local import open_actors
 from asyncrl.training.learner import Learner

@@ -9,7 +9,7 @@ from test_loop import small
 
 from asyncrl import job
 from asyncrl.recovery import groups, journal
-from asyncrl.recovery.journal import Batch
+from asyncrl.recovery.accounts import Batch
 from launch import replay as tool
 
 WORDS = [

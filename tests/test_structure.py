@@ -39,6 +39,7 @@ LAYERS = [
         "monitor.sinks",
         "monitor.view",
         "staleness",
+        "recovery.accounts",
         "recovery.journal",
         "recovery.curriculum",
         "recovery.groups",

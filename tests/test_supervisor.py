@@ -11,7 +11,7 @@ from asyncrl import config as configuration
 from asyncrl import job
 from asyncrl.monitor import metrics
 from asyncrl.recovery import journal
-from asyncrl.recovery.journal import Admitted, Batch
+from asyncrl.recovery.accounts import Admitted, Batch
 from asyncrl.recovery.supervisor import request
 from asyncrl.runtime import cluster
 

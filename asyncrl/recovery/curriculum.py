@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from asyncrl.config import CurriculumConfig
-from asyncrl.recovery.journal import Admitted, Dropped, Generated, Record, Resumed, Saved, Synced, checksum_of
+from asyncrl.recovery.accounts import Admitted, Dropped, Generated, Record, Resumed, Saved, Synced, checksum_of
 from asyncrl.types import Prompt, Version
 
 Bucket: TypeAlias = Literal["new", "hard", "between", "easy"]

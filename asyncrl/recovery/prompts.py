@@ -14,20 +14,10 @@ from itertools import islice
 from pathlib import Path
 
 from asyncrl.recovery import groups as files
+from asyncrl.recovery.accounts import Account, Admitted, Batch, Dropped, Generated, Record, Saved, Synced, checksum_of
 from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.recovery.curriculum import Curriculum
-from asyncrl.recovery.journal import (
-    Account,
-    Admitted,
-    Batch,
-    Dropped,
-    Generated,
-    Journal,
-    Record,
-    Saved,
-    Synced,
-    checksum_of,
-)
+from asyncrl.recovery.journal import Journal
 from asyncrl.types import Group, Prompt, Version
 
 
