@@ -220,6 +220,7 @@ class EvalConfig(_Section, frozen=True, kw_only=True):
 
 class WeightsConfig(_Section, frozen=True, kw_only=True):
     bucket_mb: float = 1024.0
+    """Of weights that travel together, in MiB. Two buckets exist at a time on each side."""
     timeout_s: float = 120.0
     """Bound on joining a broadcast group and on each broadcast."""
     backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
