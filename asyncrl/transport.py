@@ -28,6 +28,8 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 from torch.multiprocessing.reductions import reduce_tensor
 
 _LOOK_S = 0.0002
+IN_FLIGHT = 2
+"""Broadcasts that a member may have begun without having waited for them, over CUDA IPC."""
 """Between two looks at a transfer; a look at the store costs more and comes each 100th time."""
 _ABANDONED = "abandoned"
 _group_numbers = itertools.count()
@@ -211,7 +213,7 @@ class _IpcGroup:
         self._number += 1
         name = f"broadcast-{self._number}"
         if self._rank == 0:
-            self._forget(f"broadcast-{self._number - 4}")
+            self._forget(f"broadcast-{self._number - 2 * IN_FLIGHT}")
             _synchronize(flat)  # the others' copies are ordered by nothing else
             self._store.set(name, _export(flat))
             return _Receipt(self._store, name, self._timeout_s)
@@ -228,8 +230,8 @@ class _IpcGroup:
         return _count(self._store, name, self._world_size - 1, self._timeout_s, failure)
 
     def _forget(self, name: str) -> None:
-        """Nobody looks at it any more: with two in flight, a rank that took part in one has the receipts of those two
-        before, and rank 0 begins one when all have taken part in that two before."""
+        """Nobody looks at it any more: rank 0 begins a broadcast when all have taken part in the one `IN_FLIGHT`
+        before, and whoever has taken part in that one has the receipt of the one as many before it."""
         for key in (name, f"{name}/count", f"{name}/all"):
             self._store.delete_key(key)
 

@@ -23,13 +23,11 @@ import torch
 from torch import Tensor
 
 from asyncrl.training.sharding import whole
-from asyncrl.transport import BroadcastGroup
+from asyncrl.transport import IN_FLIGHT, BroadcastGroup
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
 """How the names of an adapter's two parameters end; what is before is the name of the layer that it belongs to."""
-_IN_FLIGHT = 2
-"""Buckets that exist at a time on each side: while one is put together or loaded, the other one travels."""
 _DIGEST_CHUNK = 1 << 24
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
@@ -144,17 +142,24 @@ def publish(group: BroadcastGroup, buckets: Sequence[Bucket], tensors: Mapping[s
 
 def receive(group: BroadcastGroup, buckets: Sequence[Bucket], load: Callable[[Bucket, Tensor], None]) -> None:
     """Takes part in the broadcast of each bucket and hands it to `load`, in order, as uint8[num_bytes]."""
-    rest, on_their_way = iter(buckets), deque[tuple[Bucket, Tensor, Callable[[], None]]]()
+    arriving = iter(buckets)
+    empty = (torch.empty(bucket.num_bytes, dtype=torch.uint8, device=group.device) for bucket in buckets)
+    _travel(group, empty, lambda flat: load(next(arriving), flat))
+
+
+def _travel(group: BroadcastGroup, buffers: Iterator[Tensor], arrived: Callable[[Tensor], None]) -> None:
+    """Broadcasts the buffers in order. `IN_FLIGHT` of them exist at a time: while one is made or is dealt with after it
+    has arrived, the other one travels."""
+    on_their_way = deque[tuple[Tensor, Callable[[], None]]]()
     try:
         while True:
-            while len(on_their_way) < _IN_FLIGHT and (bucket := next(rest, None)) is not None:
-                flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=group.device)
-                on_their_way.append((bucket, flat, group.start(flat)))
+            while len(on_their_way) < IN_FLIGHT and (flat := next(buffers, None)) is not None:
+                on_their_way.append((flat, group.start(flat)))
             if not on_their_way:
                 return
-            bucket, flat, wait = on_their_way.popleft()
+            flat, wait = on_their_way.popleft()
             wait()
-            load(bucket, flat)
+            arrived(flat)
             del flat  # which makes room for the next one
     finally:
         on_their_way.clear()  # a traceback would keep them, and with them connections that should be closed
@@ -186,23 +191,21 @@ class Outgoing:
 
         After a failure the remaining buckets are still gathered: the other ranks cannot know, and would wait.
         """
-        on_their_way = deque[tuple[Tensor, Callable[[], None]]]()  # tensors have to live until they have arrived
         with torch.cuda.stream(self._stream):
             try:
-                while group is not None and self._ready is not None:
-                    on_their_way.append((self._ready, group.start(self._ready)))
-                    self._ready = None
-                    if len(on_their_way) == _IN_FLIGHT:
-                        on_their_way.popleft()[1]()
-                    self._ready = self._next()
-                while on_their_way:
-                    on_their_way.popleft()[1]()
+                if group is not None:
+                    _travel(group, self._put_together(), lambda _: None)
             finally:
-                on_their_way.clear()
                 self._device = self._ready = None
                 while self._num_gathered < len(self._buckets):
                     self._next()
             return digest(zip(self._buckets, self._digests, strict=True)) if group is not None else ""
+
+    def _put_together(self) -> Iterator[Tensor]:
+        while self._ready is not None:
+            flat, self._ready = self._ready, None
+            yield flat
+            self._ready = self._next()
 
     def _next(self) -> Tensor | None:
         if self._num_gathered == len(self._buckets):

@@ -91,17 +91,11 @@ class LearnerActor:
         }
         self.device = device
 
-    def sizes(self, bucket_mb: float, dtype: str) -> list[int]:
-        return [bucket.num_bytes for bucket in make_buckets(self.named.items(), dtype, int(bucket_mb * 2**20))]
-
-    def meet(self) -> Rendezvous:
-        backend = "nccl" if self.device == "cuda" else "gloo"
-        self.where, self.store = open_rendezvous(ray.util.get_node_ip_address(), 2, 120, backend)
-        return self.where
-
     def open(self, bucket_mb: float, dtype: str) -> tuple[Rendezvous, list[Bucket]]:
         self.buckets = make_buckets(self.named.items(), dtype, int(bucket_mb * 2**20))
-        return self.meet(), self.buckets
+        backend = "nccl" if self.device == "cuda" else "gloo"
+        self.where, self.store = open_rendezvous(ray.util.get_node_ip_address(), 2, 120, backend)
+        return self.where, self.buckets
 
     def join(self) -> None:
         self.group = BroadcastGroup(self.where, 0, ray.util.get_node_ip_address(), self.store)
@@ -112,20 +106,21 @@ class LearnerActor:
     def send(self) -> str:
         return self.outgoing.send(self.group)
 
-    def plain(self, sizes: list[int]) -> float:
-        group = BroadcastGroup(self.where, 0, ray.util.get_node_ip_address(), self.store)
-        return plain_broadcast(group, sizes)
+    def plain(self) -> float:
+        self.join()
+        return plain_broadcast(self.group, self.buckets)
 
 
 class PlainReceiver:
     """The other end of broadcasts with nothing around them."""
 
-    def plain(self, where: Rendezvous, sizes: list[int]) -> float:
-        return plain_broadcast(BroadcastGroup(where, 1, ray.util.get_node_ip_address()), sizes)
+    def plain(self, where: Rendezvous, buckets: list[Bucket]) -> float:
+        return plain_broadcast(BroadcastGroup(where, 1, ray.util.get_node_ip_address()), buckets)
 
 
-def plain_broadcast(group: BroadcastGroup, sizes: list[int]) -> float:
+def plain_broadcast(group: BroadcastGroup, buckets: list[Bucket]) -> float:
     """Seconds of one round of broadcasts, back to back from two buffers; the fastest of six rounds."""
+    sizes = [bucket.num_bytes for bucket in buckets]
     buffers = [torch.zeros(max(sizes), dtype=torch.uint8, device=group.device) for _ in range(2)]
     seconds = []
     for _ in range(6):
@@ -208,8 +203,8 @@ async def measure(shape: str, copy_gb_per_s: float | None, options: argparse.Nam
         receiver = ray.remote(num_cpus=0, num_gpus=gpus, runtime_env=environment)(PlainReceiver).remote()
         plain = {}
         for bucket_mb in options.bucket_mb:
-            sizes, where = await learner.sizes.remote(bucket_mb, dtype), await learner.meet.remote()
-            plain[bucket_mb], _ = await asyncio.gather(learner.plain.remote(sizes), receiver.plain.remote(where, sizes))
+            where, buckets = await learner.open.remote(bucket_mb, dtype)
+            plain[bucket_mb], _ = await asyncio.gather(learner.plain.remote(), receiver.plain.remote(where, buckets))
         ray.kill(receiver)  # its GPU is the engine's now
         engine = engine_class.options(max_concurrency=1000).remote()
         await engine.start.remote(folder, arguments, dtype)
@@ -296,8 +291,7 @@ def table(results: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {result['shape']} | {result['num_bytes'] / 1e6:.0f} | {result['bucket_mb']:.0f} | "
             f"{statistics.median(idle):.1f} | {statistics.median(busy):.1f} ({max(busy):.1f}) | {plain:.1f} | "
-            f"{plain / statistics.median(idle):.2f} | {plain / statistics.median(busy):.2f} | "
-            f"{copied} | "
+            f"{plain / statistics.median(idle):.2f} | {plain / statistics.median(busy):.2f} | {copied} | "
             f"{result['tokens_per_s']:.0f} | {result['tokens_per_s_with_updates']:.0f} |"
         )
         parts = {

@@ -20,16 +20,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvloop
 
 from asyncrl import config as configuration
 from asyncrl.config import Config
-from asyncrl.envs.base import Env
 from asyncrl.envs.faults import EnvFault
-from asyncrl.rollout import Attempts, Rollout
-from asyncrl.types import Prompt
+
+if TYPE_CHECKING:
+    from asyncrl.envs.base import Env
+    from asyncrl.rollout import Attempts, Rollout
+    from asyncrl.types import Prompt
 
 _MAX_NEW_TOKENS = 512
 

@@ -1,7 +1,7 @@
 """The engine protocol: what a rollout actor needs from whatever generates tokens.
 
-A weight update is `pause`, `receive`, `resume`; requests stay in flight through it. An engine joins the
-broadcast group with `num_ranks` consecutive ranks (one per tensor-parallel rank), starting at `first_rank`.
+A weight update is `pause`, `receive`, `resume`; requests stay in flight through it. An engine joins the broadcast group
+with `num_ranks` consecutive ranks (one per tensor-parallel rank), starting at `first_rank`.
 """
 
 from __future__ import annotations

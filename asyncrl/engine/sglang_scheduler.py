@@ -28,6 +28,7 @@ import traceback
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -186,9 +187,7 @@ class SchedulerMixin(_Scheduler):  # type: ignore[misc]
     def _do_receive(self, buckets: list[dict[str, Any]]) -> None:
         if not self._engine_paused:
             raise RuntimeError("weights are received only while paused")
-        self._weights.receive(
-            [Bucket(tuple(b["names"]), tuple(b["dtypes"]), tuple(map(tuple, b["shapes"]))) for b in buckets]
-        )
+        self._weights.receive(msgspec.convert(buckets, list[Bucket]))
 
     def _do_resume(self, version: int, abort: bool) -> str | None:
         arrived = self._weights.finish()

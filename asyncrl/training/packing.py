@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -124,14 +124,17 @@ def pack(
     shares = _shares([piece.num_inputs for piece in pieces], num_ranks)
     fill = _first_fit if share_prompts else _even_rows
     bins = [fill([pieces[i] for i in share], row_tokens) for share in shares]
-    length = max(_num_inputs(row) for rows in bins for row in rows)
+    sizes = [[_num_inputs(row) for row in rows] for rows in bins]
+    length = max(map(max, filter(None, sizes)))
     # A rank that made fewer passes than another would leave it waiting in a collective.
     num_passes = max(math.ceil(len(rows) / max(1, micro_batch_tokens // length)) for rows in bins)
-    parts = [list(_even_parts(rows, num_passes)) for rows in bins]
-    num_inputs = sum(_num_inputs(row) for rows in bins for row in rows)
-    num_places = sum(len(rows) * max(map(_num_inputs, rows)) for part in parts for rows in part if rows)
+    micro_batches = tuple(
+        _rows(rows, advantage, normalizer) if rows else _no_rows() for rows in _even_parts(bins[rank], num_passes)
+    )
+    num_inputs = sum(map(sum, sizes))
+    num_places = sum(len(part) * max(part) for rows in sizes for part in _even_parts(rows, num_passes) if part)
     return Batch(
-        tuple(_rows(rows, advantage, normalizer) if rows else _no_rows() for rows in parts[rank]),
+        micro_batches,
         advantage,
         rewards,
         index,
@@ -160,6 +163,7 @@ class _Piece:
 
 
 _Row: TypeAlias = list[_Piece]
+_Item = TypeVar("_Item")
 
 
 def _pieces(groups: Sequence[Sequence[Trajectory]], trained: Iterator[np.ndarray], share_prompts: bool) -> list[_Piece]:
@@ -199,7 +203,7 @@ def _shares(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
     return shares
 
 
-def _even_parts(rows: list[_Row], num_parts: int) -> Iterator[list[_Row]]:
+def _even_parts(rows: list[_Item], num_parts: int) -> Iterator[list[_Item]]:
     """`num_parts` runs of consecutive rows whose counts differ by one at most; some are empty if there are more parts
     than rows.
     """

@@ -52,7 +52,4 @@ def recompute_activations(layers: Iterable[nn.Module]) -> None:
     """Each layer keeps its input alone, and is computed again in the backward pass."""
     for layer in layers:
         # The library's own switch acts in training mode only, which the learner stays out of because of dropout.
-        layer.forward = partial(_again_in_backward, layer.forward)
-
-
-_again_in_backward = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
