@@ -129,7 +129,8 @@ def _mismatch(columns: Columns, outcome: Outcome) -> dict[str, Tensor]:
     }
     values: dict[str, Tensor] = {}
     for split, tokens in chosen.items():
-        values |= {f"mismatch/{name}{split}": of(log_ratio[tokens]) for name, of in statistics.items()}
+        ascending = log_ratio[tokens].sort().values
+        values |= {f"mismatch/{name}{split}": of(ascending) for name, of in statistics.items()}
         values[f"mismatch/probability_gap{split}"] = gap[tokens].mean()
     return values
 
@@ -176,7 +177,7 @@ def _lags(columns: Columns) -> dict[str, Tensor]:
     newest = edge.scatter_reduce(0, columns.sequence, lag, "amin", include_self=False)
     return {
         "lag/mean": lag.mean(),
-        "lag/p95": _percentile(lag, 0.95),
+        "lag/p95": _percentile(lag.sort().values, 0.95),
         "lag/max": lag.max(),
         "lag/span": (oldest - newest).max(),
         **{f"lag/share_{bin_}": (lag == bin_).double().mean() for bin_ in range(_LAG_BINS)},
@@ -202,11 +203,14 @@ def _finite(values: Tensor) -> Tensor:
     return values[values.isfinite()]
 
 
-def _percentile(values: Tensor, share: float) -> Tensor:
-    """Nearest-rank percentile, an element of `values`; nan of nothing. (`torch.quantile` refuses large inputs.)"""
-    if not len(values):
-        return values.new_tensor(math.nan)
-    return values.kthvalue(max(1, math.ceil(share * len(values)))).values
+def _percentile(ascending: Tensor, share: float) -> Tensor:
+    """Nearest-rank percentile, an element of sorted values; nan of nothing.
+
+    (`torch.quantile` refuses large inputs, and `kthvalue` has one thread block of a GPU look for each.)
+    """
+    if not len(ascending):
+        return ascending.new_tensor(math.nan)
+    return ascending[max(1, math.ceil(share * len(ascending))) - 1]
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:

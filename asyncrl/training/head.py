@@ -72,7 +72,7 @@ class _LogProbs(torch.autograd.Function):
             change.scatter_(1, targets[:, None], own.to(head.dtype)[:, None])
             to_hidden.append(_product(change, matrix).to(hidden.dtype))
             if to_weight is not None:
-                to_weight += _product(change.T, states)
+                _add_product(to_weight, change.T, states)
         return torch.cat(to_hidden), to_weight, None, None
 
 
@@ -103,6 +103,16 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in float32, without a copy of the size of `total` where a GPU does it."""
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+    elif left.is_cuda:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total += left.float() @ right.float()
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:

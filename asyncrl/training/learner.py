@@ -193,8 +193,9 @@ class Learner:
         bound = self._m2_bound(parts) if self.loss.trust == "m2" else None
         self.optimizer.zero_grad(set_to_none=True)
         seen = [self._backward(part, bound) for part in parts]
+        cosine = self._watch.cosine()  # before the norm is waited for: its many small kernels are issued in that time
         norm = float(whole(nn.utils.clip_grad_norm_(self._trained().values(), settings.max_grad_norm)))
-        told = {"gradient/norm": norm, "gradient/cosine": self._watch.cosine()}
+        told = {"gradient/norm": norm, "gradient/cosine": cosine}
         metrics = measure(seen, batch, self.ranks) | shaped | told
         self._gradient = _Gradient(batch, norm, metrics, time.perf_counter() - began)
 
