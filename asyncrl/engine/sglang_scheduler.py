@@ -32,6 +32,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from asyncrl import garbage
 from asyncrl.engine.sglang_weights import ReceivedWeights
 from asyncrl.transport import Rendezvous
 from asyncrl.weights import Bucket
@@ -96,6 +97,7 @@ class SchedulerMixin(_Scheduler):  # type: ignore[misc]
 
     @_exits_on_error
     def run_event_loop(self) -> None:
+        garbage.settle()
         super().run_event_loop()
 
     def init_request_dispatcher(self) -> None:

@@ -20,6 +20,7 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from asyncrl import garbage
 from asyncrl.config import Config
 from asyncrl.handles import ActorDied
 from asyncrl.recovery.checkpoint import Cursor
@@ -52,6 +53,7 @@ class RolloutActor:
         """Builds the engine, in the actor's own event loop. Tells the ranks it takes, and facts about the process."""
         self._rollout = await build_rollout(*self._arguments, address=_own_address(), store=self._store)
         self._outbox = Outbox(self._rollout.run)
+        garbage.settle()
         loop = type(asyncio.get_running_loop()).__module__
         return {"num_ranks": self._rollout.num_ranks, "loop": loop, **_process_facts()}
 
@@ -94,6 +96,7 @@ class LearnerActor:
             ranks = join_ranks(where, rank, self._arguments[-1].device, self._store if rank == 0 else None)
         self._part = LearnerPart(*self._arguments, address=_own_address(), ranks=ranks)
         self._learner = self._part.learner
+        garbage.settle()
         return self._learner.version, self._learner.buckets, _process_facts()
 
     def gradient(self, places: Sequence[tuple[int, int]], *batches: Sequence[Any]) -> None:
@@ -224,7 +227,9 @@ async def open_actors(
         existing = ray.cluster_resources()
         placement = plan(config, int(existing.get("GPU", 0)))
         check_resources(config, existing)
-        yield await _start_actors(config, _absolute(folder), resume, placement, store)
+        actors = await _start_actors(config, _absolute(folder), resume, placement, store)
+        garbage.settle()
+        yield actors
     finally:
         ray.shutdown()
 
