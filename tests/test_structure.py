@@ -66,6 +66,7 @@ LAYERS = [
         "engine.sampler",
         "engine.embedded",
         "engine.sglang",
+        "engine.sglang_calls",
         "engine.sglang_launch",
         "engine.sglang_scheduler",
         "engine.sglang_weights",

@@ -17,20 +17,18 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import time
-from collections.abc import Awaitable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
 from asyncrl.engine import sampler, sglang_launch, sglang_scheduler
 from asyncrl.engine.base import CHECKPOINT, OnUpdate
+from asyncrl.engine.sglang_calls import Calls
 from asyncrl.transport import Rendezvous
 from asyncrl.types import Completion, Finish, Sampling, Version
 from asyncrl.weights import Bucket
-
-T = TypeVar("T")
 
 _COMMAND_S = 60.0
 """Bound on everything that needs no other process than the scheduler: a decoding step, or a long prefill, fits in."""
@@ -63,12 +61,8 @@ class SGLangEngine:
         self._paused = self._released = False
         self._num_requests = 0
         self._busy_s, self._busy_since = 0.0, 0.0
-        loop = asyncio.get_running_loop()
         self._group_timeout_s = 0.0
-        self._end: asyncio.Future[Exception] = loop.create_future()
-        self._processes = sglang_launch.own_processes(engine)
-        for process in self._processes:
-            loop.add_reader(process.sentinel, self._on_exit, process)
+        self._calls = Calls(self._manager, sglang_launch.own_processes(engine))
 
     @classmethod
     async def start(
@@ -133,14 +127,14 @@ class SGLangEngine:
         process has ended.
         """
         sampler.check_request(token_ids, sampling, self._vocabulary, self._max_length)
-        self._raise_if_ended()
+        self._calls.check()
         self._num_requests += 1
         # SGLang aborts every request whose id begins with the given one: ids of equal length are never such a prefix.
         request_id = f"{self._num_requests:016x}"
         task = asyncio.create_task(self._request(request_id, token_ids, sampling, seed))
         self._count_open(1)
         try:
-            output = await self._until_end(task, None, "generating")
+            output = await self._calls.result(task, None, "generating")
         except asyncio.CancelledError:
             # The task stays, as the one that takes the answer to the abort.
             self._manager.abort_request(request_id)
@@ -155,7 +149,7 @@ class SGLangEngine:
 
     async def join(self, where: Rendezvous, first_rank: int) -> None:
         """Enters a broadcast group. An update that was cut short in the last one starts over from its first bucket."""
-        await self._command(
+        await self._calls.command(
             f"joining the broadcast group {where.name!r}",
             where.timeout_s + _JOIN_EXTRA_S,
             do="join",
@@ -169,7 +163,7 @@ class SGLangEngine:
         if not self._paused:
             await self._pause("in_place" if self.on_update == "keep" else "retract")
         if self._released:
-            await self._command("taking its memory back", _COMMAND_S, do="restore")
+            await self._calls.command("taking its memory back", _COMMAND_S, do="restore")
             self._released = False
 
     async def release(self) -> None:
@@ -177,7 +171,7 @@ class SGLangEngine:
         if self._paused:
             raise RuntimeError("an engine gives its memory back before the pause of an update, not within it")
         await self._pause("retract")
-        await self._command("giving its memory back", _COMMAND_S, do="release")
+        await self._calls.command("giving its memory back", _COMMAND_S, do="release")
         self._released = True
 
     async def _pause(self, mode: Literal["in_place", "retract"]) -> None:
@@ -185,9 +179,9 @@ class SGLangEngine:
 
         self._pause_clock(True)
         pausing = self._manager.pause_generation(PauseGenerationReqInput(mode=mode))
-        await self._until_end(pausing, _COMMAND_S, "pausing")
+        await self._calls.result(pausing, _COMMAND_S, "pausing")
         # The pause is only sent by now, and a batch of the old weights may still run on the device.
-        await self._command("pausing", _COMMAND_S, do="settle")
+        await self._calls.command("pausing", _COMMAND_S, do="settle")
 
     async def receive(self, buckets: Sequence[Bucket]) -> None:
         """Takes part in the broadcasts and loads what came.
@@ -196,7 +190,7 @@ class SGLangEngine:
         """
         other = {dtype for bucket in buckets for dtype in bucket.dtypes} - {self._dtype}
         num_bytes = sum(bucket.num_bytes for bucket in buckets)
-        await self._command(
+        await self._calls.command(
             f"receiving {len(buckets)} buckets of {num_bytes} bytes in all",
             len(buckets) * self._group_timeout_s + _JOIN_EXTRA_S,
             do="receive",
@@ -216,7 +210,7 @@ class SGLangEngine:
         if not self._paused:
             raise RuntimeError("an engine is resumed only after a pause")
         abort = self.on_update == "abort"
-        arrived = await self._command(
+        arrived = await self._calls.command(
             f"resuming with version {version}", _COMMAND_S, do="resume", version=version, abort=abort
         )
         digest = self._digests[self._version] if arrived is None else str(arrived)
@@ -229,16 +223,16 @@ class SGLangEngine:
         self._digests[version], self._version = digest, version
         # Giving back cached memory would cost time at each update.
         going_on = self._manager.continue_generation(ContinueGenerationReqInput(torch_empty_cache=False))
-        await self._until_end(going_on, _COMMAND_S, "continuing")
+        await self._calls.result(going_on, _COMMAND_S, "continuing")
         self._pause_clock(False)
         return digest
 
     async def close(self) -> None:
         """Ends SGLang's processes; requests still in flight raise `RuntimeError`."""
-        self._finish(RuntimeError("the engine was closed with the request in flight"))
+        self._calls.end(RuntimeError("the engine was closed with the request in flight"))
         for task in list(self._manager.asyncio_tasks):
             task.cancel()
-        await asyncio.to_thread(sglang_launch.end_processes, self._processes)
+        await asyncio.to_thread(sglang_launch.end_processes, self._calls.processes)
         sglang_launch.close_sockets(self._engine)
 
     async def _check_room(self) -> None:
@@ -293,44 +287,6 @@ class SGLangEngine:
             finish=finish,
             digests={version: self._digests[version] for version in sorted(set(versions))},
         )
-
-    async def _command(self, doing: str, timeout_s: float, **command: Any) -> Any:
-        """What `sglang_scheduler` answers to a command; raises `RuntimeError` with its message if it failed there."""
-        from sglang.srt.managers.io_struct import CheckWeightsReqInput
-
-        self._raise_if_ended()
-        asking = self._manager.check_weights(CheckWeightsReqInput(action=json.dumps(command)))
-        success, message, *_ = await self._until_end(asking, timeout_s, doing)
-        reply = json.loads(message)
-        if not success:
-            raise RuntimeError(f"SGLang failed while {doing}: {reply}")
-        return reply
-
-    async def _until_end(self, work: Awaitable[T], timeout_s: float | None, doing: str) -> T:
-        """The result of `work`, unless a process ends or the time is up before."""
-        task = asyncio.ensure_future(work)
-        either: set[asyncio.Future[Any]] = {task, self._end}
-        await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        if self._end.done():
-            task.cancel()
-        self._raise_if_ended()
-        raise RuntimeError(f"SGLang took longer than {timeout_s:g} s while {doing}")
-
-    def _raise_if_ended(self) -> None:
-        if self._end.done():
-            raise RuntimeError(str(self._end.result())) from self._end.result()
-
-    def _finish(self, error: Exception) -> None:
-        if not self._end.done():
-            self._end.set_result(error)
-            for process in self._processes:
-                asyncio.get_running_loop().remove_reader(process.sentinel)
-
-    def _on_exit(self, process: Any) -> None:
-        process.join(timeout=1)
-        self._finish(RuntimeError(f"the SGLang process {process.pid} ended with exit code {process.exitcode}"))
 
     def _count_open(self, change: int) -> None:
         busy_s, self.num_open = self.busy_s, self.num_open + change

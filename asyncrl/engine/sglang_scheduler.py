@@ -231,6 +231,7 @@ def _replace_sampling() -> None:
     """
     from sglang.srt.layers.sampler import Sampler
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+    from sglang.srt.sampling.sampling_params import TOP_K_ALL
 
     make = SamplingBatchInfo.from_schedule_batch
 
@@ -238,6 +239,9 @@ def _replace_sampling() -> None:
         info = make(batch, vocab_size)
         seeds = [req.sampling_params.sampling_seed or 0 for req in batch.reqs]
         info.sampling_seed = torch.tensor(seeds, dtype=torch.int64, device=info.temperatures.device)
+        # Greedy requests need no truncation, which waits for the device; and once a batch that goes on has needed any,
+        # SGLang has it go through that to its end: one evaluation would have cost all later steps their overlap.
+        info.need_top_k_sampling = any(req.sampling_params.top_k not in (TOP_K_ALL, _GREEDY) for req in batch.reqs)
         return info
 
     def sample(_sampler: Any, probs: Tensor, info: Any, positions: Tensor, simple: bool) -> Tensor:

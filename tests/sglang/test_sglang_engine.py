@@ -124,8 +124,9 @@ def check_boundary(world: World, run: Run, mode: str) -> None:
             after = mixed(world.old, world.new, prompt, completion, boundary)
         else:
             after = exact(world.new, prompt, completion)
-        assert difference(completion, before, slice(boundary)) < 1e-5
-        assert difference(completion, after, slice(boundary, None)) < 1e-5
+        # Rounding reaches 1e-5; what other weights do is seen below.
+        assert difference(completion, before, slice(boundary)) < 5e-5
+        assert difference(completion, after, slice(boundary, None)) < 5e-5
         # The first token after it is not one of the old weights, nor the last one before it one of the new.
         assert difference(completion, before, slice(boundary, boundary + 1)) > 1e-3
         if mode == "recompute":
@@ -250,6 +251,26 @@ def test_prefixes_of_old_weights_leave_the_cache():
     assert cache.total_size() == 2 * size
 
 
+def test_greedy_requests_need_no_truncation(monkeypatch):
+    from sglang.srt.layers.sampler import Sampler
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    from asyncrl.engine import sglang_scheduler
+
+    def info(*params):
+        batch = SimpleNamespace(reqs=[SimpleNamespace(sampling_params=one) for one in params])
+        return SamplingBatchInfo.from_schedule_batch(batch, 10)
+
+    made = SimpleNamespace(temperatures=torch.ones(2, 1), need_top_k_sampling=True)
+    monkeypatch.setattr(SamplingBatchInfo, "from_schedule_batch", lambda *_: made)
+    monkeypatch.setattr(Sampler, "_sample_from_probs", None)
+    sglang_scheduler._replace_sampling()
+    sampled, greedy, truncated = SamplingParams(), SamplingParams(temperature=0.0), SamplingParams(top_k=5)
+    assert not info(sampled, greedy).need_top_k_sampling
+    assert info(sampled, truncated).need_top_k_sampling
+
+
 def test_cancelling_a_call_ends_its_request_and_no_other(world, run):
     async def body():
         await world.reset()
@@ -321,7 +342,7 @@ def test_two_engines_on_one_host_and_the_end_of_one(world, run):
 
         calls = [asyncio.create_task(second.generate(p, Sampling(400), 0)) for p in PROMPTS]
         await second.generate([5], Sampling(2), 0)
-        [process] = second._processes
+        [process] = second._calls.processes
         os.kill(process.pid, signal.SIGKILL)
         async with asyncio.timeout(10):
             results = await asyncio.gather(*calls, return_exceptions=True)

@@ -63,7 +63,7 @@ class RolloutActor:
 
     async def close(self) -> list[int]:
         await self.engine.close()
-        return [process.pid for process in self.engine._processes]
+        return [process.pid for process in self.engine._calls.processes]
 
 
 @pytest.fixture(scope="module")
