@@ -19,7 +19,7 @@ import numpy as np
 
 from asyncrl.engine.base import Engine
 from asyncrl.envs.base import Env
-from asyncrl.envs.faults import Patience, attempt
+from asyncrl.envs.faults import EnvFault, Patience, attempt
 from asyncrl.recovery import groups
 from asyncrl.transport import Rendezvous
 from asyncrl.types import Completion, Group, Prompt, Sampling, Trajectory, Version
@@ -60,15 +60,17 @@ class Rollout:
         name: str = "rollout",
         evaluation: Attempts | None = None,
         timeout_s: float = 300.0,
+        max_attempts: int = 1,
         store: Path | None = None,
     ) -> None:
         """`evaluation`: greedy attempts, one a prompt, unless told otherwise. `timeout_s` bounds what an attempt takes
-        beside generation. `store`: the folder that finished groups are written to before they are handed over."""
+        beside generation, `max_attempts` how often one of an evaluation is made before its fault is raised. `store`:
+        the folder that finished groups are written to before they are handed over."""
         self.attempts = evaluation or Attempts(replace(sampling, temperature=0.0, top_p=1.0, top_k=0))
         self.name = name
         self._engine, self._env = engine, env
         self._sampling, self._group_size, self._seed = sampling, group_size, seed
-        self._timeout_s, self._store = timeout_s, store
+        self._timeout_s, self._max_attempts, self._store = timeout_s, max_attempts, store
         self._started = time.monotonic()
         self._num_tokens = 0
 
@@ -90,19 +92,32 @@ class Rollout:
             return group
 
     async def evaluate(self, prompts: Sequence[Prompt], attempts: Attempts | None = None) -> list[Group]:
-        """Each prompt's attempts, those of the configuration unless told otherwise, without their tokens."""
+        """Each prompt's attempts, those of the configuration unless told otherwise, without their tokens.
+
+        One that the environment spoils is made again, and counted in the group's metric "failures". Raises `EnvFault`
+        when that was the last time.
+        """
         attempts = attempts or self.attempts
         room = asyncio.Semaphore(attempts.max_running)
+        failures: Counter[int] = Counter()
 
-        async def play(prompt: Prompt, sample: int) -> Trajectory:
+        async def play(number: int, sample: int) -> Trajectory:
             async with room:
-                return await self._play(prompt, sample, attempts.sampling)
+                for left in reversed(range(self._max_attempts)):
+                    try:
+                        return await self._play(prompts[number], sample, attempts.sampling)
+                    except EnvFault:
+                        failures[number] += 1
+                        if not left:
+                            raise
+            raise AssertionError("max_attempts is at least 1")
 
-        async def group(prompt: Prompt) -> Group:
-            played = await asyncio.gather(*(play(prompt, sample) for sample in range(attempts.num_samples)))
-            return replace(make_group(prompt, played), trajectories=None)
+        async def group(number: int) -> Group:
+            played = await asyncio.gather(*(play(number, sample) for sample in range(attempts.num_samples)))
+            made = make_group(prompts[number], played)
+            return replace(made, trajectories=None, metrics=made.metrics | {"failures": failures[number]})
 
-        return await asyncio.gather(*(group(prompt) for prompt in prompts))
+        return await asyncio.gather(*(group(number) for number in range(len(prompts))))
 
     async def join(self, where: Rendezvous, first_rank: int) -> None:
         await self._engine.join(where, first_rank)

@@ -165,6 +165,8 @@ def report(result: dict[str, Any]) -> str:
             lines.append(f"{name.removeprefix('eval/'):<12} {value:.4f}")
     lines += [f"no skill     {score:.4f}  ({name})" for name, score in result["no_skill"].items()]
     lines += [f"skipped rows of the data: {count}, {reason}" for reason, count in result["skipped_rows"].items()]
+    if failures := metrics["eval/failures"]:
+        lines.append(f"failures     {failures:.0f} attempts were spoilt by the environment and made again")
     lines.append(f"truncated    {metrics['eval/truncated']:.4f}")
     if metrics["eval/truncated"] == 1:
         lines[-1] += "  every attempt ran out of tokens: raise rollout.max_new_tokens"

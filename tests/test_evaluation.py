@@ -10,7 +10,7 @@ from helpers import run, trajectory
 
 from asyncrl import config as configuration
 from asyncrl import job
-from asyncrl.envs.digits import LargestDigit
+from asyncrl.envs.digits import LargestDigit, split_of
 from asyncrl.evaluation import interval, ks, pass_at_k, summarize
 from asyncrl.model import build_tiny
 from asyncrl.monitor import metrics
@@ -184,6 +184,40 @@ def test_what_spoils_an_evaluation_is_told_in_one_line(tmp_path, capsys):
     words = ["tiny", "--env", "test_evaluation:Broken", "eval.num_prompts=2", f"run_dir={tmp_path}"]
     assert evaluate.main([*words, "rollout.max_new_tokens=2"]) == 2
     assert capsys.readouterr().err.startswith("error: Broken raised ValueError('no such scorer')")
+
+
+class Flaky(LargestDigit):
+    """Spoils the first two attempts at its second held-out prompt."""
+
+    spoilt = 0
+
+    async def play(self, prompt, generate):
+        played = await super().play(prompt, generate)
+        if prompt.id == 1 and split_of(self._question(prompt)) == "heldout" and self.spoilt < 2:
+            self.spoilt += 1
+            raise ValueError("once more")
+        return played
+
+
+def test_an_attempt_that_the_environment_spoils_is_made_again(tmp_path, capsys):
+    words = ["tiny", "eval.num_prompts=4", f"run_dir={tmp_path}", "rollout.max_new_tokens=2"]
+    results = []
+    for env in ("asyncrl.envs.digits:LargestDigit", "test_evaluation:Flaky"):
+        assert evaluate.main([*words, "--env", env, "--output", str(tmp_path / "result.json")]) == 0
+        results.append(json.loads((tmp_path / "result.json").read_text()))
+    assert [result["metrics"]["eval/failures"] for result in results] == [0, 2]
+    assert results[0]["prompts"] == results[1]["prompts"], "the same completions"
+    assert "failures     2 attempts were spoilt by the environment and made again" in capsys.readouterr().out
+    flaky = ["--env", "test_evaluation:Flaky"]
+    assert evaluate.main([*words, *flaky, "rollout.max_attempts=2"]) == 2
+    assert "Flaky raised ValueError('once more') on prompt" in capsys.readouterr().err
+
+
+def test_a_spoilt_evaluation_does_not_end_a_run(tmp_path):
+    words = ["runtime=local", "env.path=test_evaluation:Flaky", "learner.groups_per_step=2", "num_steps=2"]
+    config = configuration.load(None, [*words, "eval.num_prompts=8", "eval.every=1", f"run_dir={tmp_path}"])
+    result = run(job.train(config, quiet=True))
+    assert sum(row.get("eval/failures", 0) for row in metrics.read(result.folder)) == 2
 
 
 def test_attempts_that_all_ran_out_of_tokens_are_pointed_out(tmp_path, capsys):

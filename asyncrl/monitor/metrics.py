@@ -36,6 +36,7 @@ METRICS: dict[str, str] = {
     "eval/pass@1": "share of prompts solved by one attempt; likewise pass@k, without bias, for k = 2, 4, ... up to n",
     "eval/mean_length": "sampled tokens of a held-out attempt, mean",
     "eval/truncated": "share of held-out attempts that ran out of tokens",
+    "eval/failures": "held-out attempts that the environment spoilt and that were made again",
     "eval/mixed_versions": "share of held-out prompts with tokens of another version than the one it is logged under",
     "completion/mean_length": "sampled tokens a trajectory, mean",
     "completion/max_length": "sampled tokens a trajectory, maximum",

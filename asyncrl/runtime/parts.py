@@ -52,6 +52,7 @@ async def build_rollout(
         name=name,
         evaluation=Attempts(tried, config.eval.num_samples, config.eval.max_running),
         timeout_s=config.env.timeout_s,
+        max_attempts=settings.max_attempts,
         store=store,
     )
 
