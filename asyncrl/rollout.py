@@ -99,25 +99,18 @@ class Rollout:
         """
         attempts = attempts or self.attempts
         room = asyncio.Semaphore(attempts.max_running)
-        failures: Counter[int] = Counter()
 
-        async def play(number: int, sample: int) -> Trajectory:
+        async def play(prompt: Prompt, sample: int) -> tuple[Trajectory, int]:
             async with room:
-                for left in reversed(range(self._max_attempts)):
-                    try:
-                        return await self._play(prompts[number], sample, attempts.sampling)
-                    except EnvFault:
-                        failures[number] += 1
-                        if not left:
-                            raise
-            raise AssertionError("max_attempts is at least 1")
+                return await self._play_again(prompt, sample, attempts.sampling)
 
-        async def group(number: int) -> Group:
-            played = await asyncio.gather(*(play(number, sample) for sample in range(attempts.num_samples)))
-            made = make_group(prompts[number], played)
-            return replace(made, trajectories=None, metrics=made.metrics | {"failures": failures[number]})
+        async def group(prompt: Prompt) -> Group:
+            samples = range(attempts.num_samples)
+            played, failures = zip(*await asyncio.gather(*(play(prompt, sample) for sample in samples)), strict=True)
+            made = make_group(prompt, played)
+            return replace(made, trajectories=None, metrics=made.metrics | {"failures": sum(failures)})
 
-        return await asyncio.gather(*(group(number) for number in range(len(prompts))))
+        return await asyncio.gather(*(group(prompt) for prompt in prompts))
 
     async def join(self, where: Rendezvous, first_rank: int) -> None:
         await self._engine.join(where, first_rank)
@@ -137,6 +130,17 @@ class Rollout:
 
     async def close(self) -> None:
         await self._engine.close()
+
+    async def _play_again(self, prompt: Prompt, sample: int, sampling: Sampling) -> tuple[Trajectory, int]:
+        """An attempt, made again while the environment spoils it, and how often it did."""
+        failures = 0
+        while True:
+            try:
+                return await self._play(prompt, sample, sampling), failures
+            except EnvFault:
+                failures += 1
+                if failures == self._max_attempts:
+                    raise
 
     async def _play(self, prompt: Prompt, sample: int, base: Sampling) -> Trajectory:
         turn = 0
