@@ -25,12 +25,20 @@ from functools import partial
 
 from asyncrl.buffer import Buffer, Ticket
 from asyncrl.evaluation import by_source
-from asyncrl.handles import ToEvaluators
 from asyncrl.pool import AllActorsDied, RolloutFailed
 from asyncrl.recovery.guard import REASON
 from asyncrl.recovery.prompts import Finished
 from asyncrl.recovery.watchdog import Stalled
-from asyncrl.system import System, evaluate, save, settle, start_evaluation, sync_journal, synchronize
+from asyncrl.system import (
+    System,
+    evaluate,
+    save,
+    settle,
+    start_evaluation,
+    sync_journal,
+    synchronize,
+    update_evaluators,
+)
 from asyncrl.types import Group, Prompt
 
 _UNSTORED = (
@@ -66,8 +74,7 @@ async def run(system: System) -> None:
         raise
     await save(system, last=True)
     if system.learner.version >= system.config.num_steps:
-        if system.evaluators is not None:
-            await system.evaluators.update_weights(ToEvaluators(system.learner))
+        await update_evaluators(system)
         await evaluate(system)
 
 

@@ -12,14 +12,14 @@ from asyncrl.config import Config
 from asyncrl.evaluation import summarize
 from asyncrl.handles import LearnerHandle, ToEvaluators
 from asyncrl.monitor.metrics import Metrics
-from asyncrl.pool import RolloutPool
+from asyncrl.pool import AllActorsDied, RolloutPool
 from asyncrl.recovery import checkpoint
 from asyncrl.recovery.guard import StepGuard
 from asyncrl.recovery.prompts import PromptQueue
 from asyncrl.recovery.supervisor import Supervisor
 from asyncrl.recovery.watchdog import Watchdog
 from asyncrl.staleness import StalenessControl
-from asyncrl.types import Prompt
+from asyncrl.types import Group, Prompt
 
 
 @dataclass(slots=True)
@@ -88,16 +88,25 @@ async def start_evaluation(system: System, tasks: asyncio.TaskGroup) -> None:
     if system.evaluators is not None and system.evaluations:
         system.metrics.say(f"eval {system.learner.version} | left out, another is under way: raise eval.every")
         return
-    if system.evaluators is not None:
-        version = system.learner.version
+    await update_evaluators(system)
+    task = tasks.create_task(evaluate(system))
+    system.evaluations.add(task)
+    task.add_done_callback(system.evaluations.discard)
+
+
+async def update_evaluators(system: System) -> None:
+    """Makes the current version live on every evaluator, if there are any."""
+    if system.evaluators is None:
+        return
+    version = system.learner.version
+    try:
         with (
             system.watchdog.wait("sync", f"version {version} to be live on every evaluator"),
             system.metrics.timeline.span("learner", "update evaluators", version=version),
         ):
             await system.evaluators.update_weights(ToEvaluators(system.learner))
-    task = tasks.create_task(evaluate(system))
-    system.evaluations.add(task)
-    task.add_done_callback(system.evaluations.discard)
+    except AllActorsDied as error:
+        _give_up_evaluators(system, error)
 
 
 async def evaluate(system: System) -> None:
@@ -108,8 +117,23 @@ async def evaluate(system: System) -> None:
         told = f"the held-out prompts on version {version}"
         timeline = system.metrics.timeline
         with timeline.span("evaluation", "evaluation", version=version), system.watchdog.wait("evaluate", told):
-            groups = await (system.evaluators or system.rollouts).evaluate(system.heldout)
+            groups = await _held_out(system)
         system.metrics.evaluation(version, summarize(groups, version, system.config.eval.pass_reward))
+
+
+async def _held_out(system: System) -> list[Group]:
+    if system.evaluators is not None:
+        try:
+            return await system.evaluators.evaluate(system.heldout)
+        except AllActorsDied as error:
+            _give_up_evaluators(system, error)
+    return await system.rollouts.evaluate(system.heldout)
+
+
+def _give_up_evaluators(system: System, error: AllActorsDied) -> None:
+    """Training does not need them."""
+    system.evaluators = None
+    system.metrics.say(f"alarm: {error}: rollout actors evaluate from now on")
 
 
 async def save(system: System, *, last: bool = False) -> None:

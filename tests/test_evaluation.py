@@ -12,6 +12,7 @@ from asyncrl import config as configuration
 from asyncrl import job
 from asyncrl.envs.digits import LargestDigit, split_of
 from asyncrl.evaluation import interval, ks, pass_at_k, summarize
+from asyncrl.handles import ActorDied
 from asyncrl.model import build_tiny
 from asyncrl.monitor import metrics
 from asyncrl.rollout import Attempts, Rollout, make_group
@@ -240,3 +241,24 @@ def test_evaluators_hold_a_version_still_and_rollout_actors_do_not(tmp_path, num
     written = [(row["version"], "eval/accuracy" in row) for row in rows]
     if num_actors:
         assert written.index((1, False)) < written.index((0, True)), "the first step did not wait for the evaluation"
+
+
+@pytest.mark.parametrize("method", ["evaluate", "update_weights"])
+def test_a_run_goes_on_without_evaluators_that_died(tmp_path, monkeypatch, capsys, method):
+    works, calls = getattr(Rollout, method), []
+
+    async def dies(rollout, *arguments):
+        if rollout.name.startswith("evaluator"):
+            calls.append(rollout.name)
+            if len(calls) > 1:
+                rollout._engine._group.leave()  # as the end of a process closes its connections
+                raise ActorDied("gone")
+        return await works(rollout, *arguments)
+
+    monkeypatch.setattr(Rollout, method, dies)
+    words = ["runtime=local", "env.path=helpers:Sevens", "learner.groups_per_step=2", "rollout.num_actors=1"]
+    words += ["num_steps=6", "eval.every=2", "eval.num_prompts=2", "eval.num_actors=1", "rollout.max_new_tokens=4"]
+    result = run(job.train(configuration.load(None, [*words, f"run_dir={tmp_path}"]), quiet=False))
+    assert len(calls) == 2
+    assert {0, 6} <= {row["version"] for row in metrics.read(result.folder) if "eval/accuracy" in row}
+    assert "evaluator 0, died: gone: rollout actors evaluate from now on" in capsys.readouterr().out
