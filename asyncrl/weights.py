@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from asyncrl.transport import IN_FLIGHT, BroadcastGroup
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
 """How the names of an adapter's two parameters end; what is before is the name of the layer that it belongs to."""
-_DIGEST_CHUNK = 1 << 24
+_DIGEST_ROW = 1 << 12
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
 
@@ -48,14 +49,19 @@ class Bucket:
     def sizes(self) -> list[int]:
         """Bytes of each tensor."""
         return [
-            torch.Size(shape).numel() * DTYPES[dtype].itemsize
-            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+            math.prod(shape) * DTYPES[dtype].itemsize for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
         ]
 
     def pack(self, tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
         """The flat buffer, uint8[num_bytes], cast to the bucket's dtypes. Of split tensors, on every rank."""
-        parts = [tensor.to(device).contiguous().flatten().view(torch.uint8) for tensor in self._whole_tensors(tensors)]
-        return torch.cat(parts)
+        flat = torch.empty(self.num_bytes, dtype=torch.uint8, device=device)
+        for tensor, dtype, part in zip(self._whole_tensors(tensors), self.dtypes, flat.split(self.sizes), strict=True):
+            wanted = DTYPES[dtype]
+            if part.storage_offset() % wanted.itemsize == 0:
+                part.view(wanted).view(tensor.shape).copy_(tensor)  # cast where it goes, in one pass
+            else:
+                part.copy_(tensor.to(wanted).flatten().view(torch.uint8))
+        return flat
 
     def gather(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes part in another rank's `pack`."""
@@ -64,7 +70,7 @@ class Bucket:
 
     def _whole_tensors(self, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
         for name, dtype in zip(self.names, self.dtypes, strict=True):
-            yield whole(tensors[name].detach().to(DTYPES[dtype]))  # what travels between ranks is as small
+            yield whole(tensors[name].detach(), DTYPES[dtype])
 
     def unpack(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Names and views into `flat`, uint8[num_bytes]."""
@@ -102,23 +108,27 @@ def make_buckets(tensors: Iterable[tuple[str, Tensor]], dtype: str, max_bytes: i
 def flat_digest(flat: Tensor) -> Tensor:
     """A 64-bit checksum of a buffer's bytes that depends on their order: int64[], on the buffer's device.
 
-    sum_c (2c + 1) * sum_i (2i + 1) * G * word[c, i] mod 2^64, over 8-byte words (the last one filled up with zeros) in
-    chunks of 2^24. Wrapping integer addition is associative, so every device gets the same number in whatever order it
-    adds. Factors are odd, so any single word that changes is seen. A checksum against accidents, not against attacks.
+    sum_rc G (2c + 1 + 2G (2r + 1)) word[r, c] mod 2^64, over 8-byte words (the last one filled up with zeros) in rows
+    of 2^12: sums of columns and sums of rows, so that the buffer is read twice and nothing of its size is written.
+    Wrapping integer addition is associative, so every device gets the same number in whatever order it adds. Factors
+    are odd, so any single word that changes is seen. A checksum against accidents, not against attacks.
     """
     if len(flat) % 8 or flat.storage_offset() % 8:
         flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8))
     words = flat.view(torch.int64)
-    factors = _digest_factors(words.device, min(len(words), _DIGEST_CHUNK))
-    total = torch.zeros((), dtype=torch.int64, device=words.device)
-    for number, chunk in enumerate(words.split(_DIGEST_CHUNK)):
-        total += (2 * number + 1) * (chunk * factors[: len(chunk)]).sum()
-    return total
+    num_rows = len(words) // _DIGEST_ROW
+    rows, rest = words[: num_rows * _DIGEST_ROW].view(num_rows, _DIGEST_ROW), words[num_rows * _DIGEST_ROW :]
+    of_columns = rows.sum(0)
+    of_columns[: len(rest)] += rest
+    of_rows = torch.cat((rows.sum(1), rest.sum().view(1)))
+    odd = _odd_numbers(words.device, 1 << max(_DIGEST_ROW, num_rows + 1).bit_length())
+    by_column, by_row = (of_columns * odd[:_DIGEST_ROW]).sum(), (of_rows * odd[: num_rows + 1]).sum()
+    return (by_column + by_row * _GOLDEN * 2) * _GOLDEN
 
 
 @functools.lru_cache(maxsize=8)
-def _digest_factors(device: torch.device, count: int) -> Tensor:
-    return (2 * torch.arange(count, dtype=torch.int64, device=device) + 1) * _GOLDEN
+def _odd_numbers(device: torch.device, count: int) -> Tensor:
+    return 2 * torch.arange(count, dtype=torch.int64, device=device) + 1
 
 
 def digest(received: Iterable[tuple[Bucket, Tensor]]) -> str:

@@ -37,20 +37,31 @@ def test_buckets_keep_every_tensor_whole_and_in_order(max_bytes, dtype):
             assert torch.equal(tensor, named[name].to(DTYPES[dtype]))
 
 
+def by_hand(words, row):
+    golden = 0x9E3779B97F4A7C15
+    factors = [golden * (2 * (i % row) + 1 + 2 * golden * (2 * (i // row) + 1)) for i in range(len(words))]
+    return sum(int(word) * factor for word, factor in zip(words, factors, strict=True)) % 2**64
+
+
 def test_digest_is_the_written_formula():
     tensor = torch.tensor([1.5, -2.25, 3.0])
     words = np.array([1.5, -2.25, 3.0, 0.0], np.float32).view(np.uint64)
-    by_hand = sum(int(word) * (2 * index + 1) * 0x9E3779B97F4A7C15 for index, word in enumerate(words)) % 2**64
-    assert int(flat_digest(tensor.view(torch.uint8))) % 2**64 == by_hand
+    assert int(flat_digest(tensor.view(torch.uint8))) % 2**64 == by_hand(words, 1 << 12)
 
 
-def test_digest_of_many_chunks_is_the_written_formula(monkeypatch):
-    monkeypatch.setattr(weights, "_DIGEST_CHUNK", 4)
-    tensor = torch.arange(22, dtype=torch.float32)
-    words = tensor.numpy().view(np.uint64).tolist()
-    factors = [(2 * (i // 4) + 1) * (2 * (i % 4) + 1) * 0x9E3779B97F4A7C15 for i in range(len(words))]
-    by_hand = sum(word * factor for word, factor in zip(words, factors, strict=True)) % 2**64
-    assert int(flat_digest(tensor.view(torch.uint8))) % 2**64 == by_hand
+@pytest.mark.parametrize("num_words", [8, 11])
+def test_digest_of_many_rows_is_the_written_formula(monkeypatch, num_words):
+    monkeypatch.setattr(weights, "_DIGEST_ROW", 4)
+    tensor = torch.arange(2 * num_words, dtype=torch.float32)
+    assert int(flat_digest(tensor.view(torch.uint8))) % 2**64 == by_hand(tensor.numpy().view(np.uint64), 4)
+
+
+@given(st.integers(0, 29), st.integers(0, 29))
+def test_digest_sees_any_two_words_change_places(first, second):
+    words = torch.arange(30 * 1024, dtype=torch.int64) * 7919
+    moved = words.clone()
+    moved[first * 1024], moved[second * 1024 + 1] = words[second * 1024 + 1], words[first * 1024]
+    assert flat_digest(words.view(torch.uint8)) != flat_digest(moved.view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))

@@ -16,7 +16,6 @@ are the least recently used. Nothing is flushed at an update, as a flush with re
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -153,7 +152,7 @@ class SGLangEngine:
             f"joining the broadcast group {where.name!r}",
             where.timeout_s + _JOIN_EXTRA_S,
             do="join",
-            where=dataclasses.asdict(where),
+            where=where,
             first_rank=first_rank,
             address=self._address,
         )
@@ -194,7 +193,7 @@ class SGLangEngine:
             f"receiving {len(buckets)} buckets of {num_bytes} bytes in all",
             len(buckets) * self._group_timeout_s + _JOIN_EXTRA_S,
             do="receive",
-            buckets=[dataclasses.asdict(bucket) for bucket in buckets],
+            buckets=buckets,
         )
         if other:
             raise RuntimeError(f"weights arrived as {min(other)}, the engine runs {self._dtype}")

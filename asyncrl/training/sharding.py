@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -107,9 +107,11 @@ def _spread(full: Tensor, parameter: Tensor, ranks: Ranks) -> None:
     own(parameter).copy_(sent[own_rows(parameter)])
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor, on every rank; a tensor that is not split is returned as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def whole(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The full tensor, on every rank, which travels as `dtype`; a tensor that is not split is returned as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return (tensor if dtype is None else cast(DTensor, tensor.to(dtype))).full_tensor()
 
 
 def replicate(tensor: Tensor) -> Tensor:
