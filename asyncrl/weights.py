@@ -121,6 +121,7 @@ def flat_digest(flat: Tensor) -> Tensor:
     of_columns = rows.sum(0)
     of_columns[: len(rest)] += rest
     of_rows = torch.cat((rows.sum(1), rest.sum().view(1)))
+    # A power of two, so that buckets of many sizes share few of them.
     odd = _odd_numbers(words.device, 1 << max(_DIGEST_ROW, num_rows + 1).bit_length())
     by_column, by_row = (of_columns * odd[:_DIGEST_ROW]).sum(), (of_rows * odd[: num_rows + 1]).sum()
     return (by_column + by_row * _GOLDEN * 2) * _GOLDEN

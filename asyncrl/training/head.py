@@ -106,13 +106,11 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in float32, without a copy of the size of `total` where a GPU does it."""
-    if left.dtype == torch.float32:
-        total.addmm_(left, right)
-    elif left.is_cuda:
+    """total += left @ right, in float32. Of bfloat16 inputs a GPU adds to `total` itself, without a copy of it."""
+    if left.is_cuda and left.dtype != torch.float32:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:
-        total += left.float() @ right.float()
+        total += _product(left, right)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -66,7 +66,8 @@ def adapted(world: World, engine: Any, targets: tuple[str, ...]) -> AdapterWorld
         stem = name.removesuffix(".weight")
         if stem.endswith(targets):
             rows, columns = parameter.shape
-            a, b = (torch.randn(shape, generator=generator) * 0.3 for shape in ((4, columns), (rows, 4)))
+            # Products of about 0.08, as far from the base as `two_models` goes: larger logits have larger rounding.
+            a, b = (torch.randn(shape, generator=generator) * 0.2 for shape in ((4, columns), (rows, 4)))
             adapters |= {stem + LORA_A: a, stem + LORA_B: b}
             parameter.data += b @ a
     return AdapterWorld(world.folder, engine, world.learner, world.old, new, adapters)
