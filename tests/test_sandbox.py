@@ -85,7 +85,13 @@ def test_a_program_that_does_not_end_is_ended(code):
 
 def test_processor_time_is_limited_by_the_kernel_too():
     code = "import resource; print(resource.getrlimit(resource.RLIMIT_CPU))"
-    assert attempt(code, limits=Limits(time_s=6.5)).stdout == "(7, 7)\n"
+    assert attempt(code, limits=Limits(time_s=6.5)).stdout == "(7, 8)\n"
+
+
+def test_a_program_whose_processor_time_ends_first_has_timed_out_too():
+    limit = "resource.setrlimit(resource.RLIMIT_CPU, (1, 8))"  # what busy threads on many processors come to
+    outcome = attempt(f"import resource\n{limit}\nwhile True: pass", limits=Limits(time_s=7))
+    assert (outcome.timed_out, outcome.returncode, outcome.explain()) == (True, None, "timed out")
 
 
 def test_the_environment_is_empty(monkeypatch):

@@ -32,6 +32,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import sysconfig
 import tempfile
@@ -143,6 +144,7 @@ class Sandbox:
                 flooded = not await self._talk(process, stdin, captured)
                 if not flooded:
                     await process.wait()
+            timed_out = process.returncode == -signal.SIGXCPU  # busy threads use up the time before the clock does
         except TimeoutError:
             timed_out = True
         finally:
