@@ -59,9 +59,10 @@ async def run(system: System) -> None:
             if system.supervisor is not None:
                 helpers.append(tasks.create_task(system.supervisor.run(system.stepping, lambda: synchronize(system))))
             await learn(system, tasks)
-            stopped_early = system.learner.version < system.config.num_steps
-            system.buffer.close()
-            for task in (*producers, *helpers, *(system.evaluations if stopped_early else ())):
+            for task in producers:
+                task.cancel()
+            await finish(system)
+            for task in helpers:
                 task.cancel()
     except* Stalled as stalls:
         stall = stalls.exceptions[0]
@@ -72,10 +73,20 @@ async def run(system: System) -> None:
         if len(errors.exceptions) == 1:
             raise errors.exceptions[0] from None  # the one cause, without the wrapping of the task group
         raise
+
+
+async def finish(system: System) -> None:
+    """Saves and evaluates the last version, the helpers at work: an actor may still die, or hang."""
+    system.buffer.close()
     await save(system, last=True)
-    if system.learner.version >= system.config.num_steps:
-        await update_evaluators(system)
-        await evaluate(system)
+    if system.learner.version < system.config.num_steps:  # stopped early
+        for task in system.evaluations:
+            task.cancel()
+        return
+    while system.evaluations:
+        await asyncio.wait(system.evaluations)
+    await update_evaluators(system)
+    await evaluate(system)
 
 
 def restore(system: System) -> None:

@@ -4,7 +4,7 @@ weight update that reaches all of them or ends the run.
 A rollout that raises is tried again on another actor and counted by kind; a prompt that used up its attempts raises
 `RolloutFailed`. An actor that died leaves the pool; its prompts are tried elsewhere and the others form a new broadcast
 group. An actor that was added gets its first prompt once a weight update has reached it, its digest checked; the others
-generate meanwhile. One that was retired gets no more prompts and is closed when its last one is finished.
+generate meanwhile. One that was retired gets no more prompts and is closed when nothing waits for it any more.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import Any
 
 from asyncrl.handles import ActorDied, Publisher, RolloutHandle
@@ -41,12 +41,12 @@ class RolloutPool:
         """Told of every prompt that is waited for."""
         self._load: dict[RolloutHandle, int] = dict.fromkeys(actors, 0)
         self._joining: list[RolloutHandle] = []  # without weights so far
-        self._leaving: dict[RolloutHandle, int] = {}  # load of those that get no more prompts
+        self._leaving: set[RolloutHandle] = set()  # those that get no more prompts
+        self._calls: Counter[RolloutHandle] = Counter()  # of any kind, that wait for an actor
         self._closing: set[asyncio.Future[Any]] = set()
         self._arrived = asyncio.Event()
         self._last: RolloutHandle | None = None  # that a prompt went to
-        self.replaces_dead = False
-        """Whether somebody adds actors for those that died: then the death of the last one is waited out."""
+        self._expects_more = False
         self._max_attempts = max_attempts
         self._grouped = False
         self._members: list[RolloutHandle] = []  # of the broadcast group
@@ -73,19 +73,22 @@ class RolloutPool:
         self._arrived.set()
 
     def retire(self) -> RolloutHandle:
-        """Takes the least loaded actor out of the pool; it is closed once its prompts are finished."""
+        """Takes the least loaded actor out of the pool; it is closed once nothing waits for it."""
         actor = self._joining[-1] if self._joining else min(self._load, key=self._load.__getitem__)
         if actor in self._joining:
             self._joining.remove(actor)
-        self._leaving[actor] = self._load.pop(actor, 0)
+        self._load.pop(actor, None)
+        self._leaving.add(actor)
         self._grouped = False
-        self._close_if_done(actor)
+        self._close_if_left(actor)
         return actor
 
-    def give_up_waiting(self) -> None:
-        """Nobody will be added any more: raises `AllActorsDied` where prompts wait for an actor."""
-        self.replaces_dead = False
-        self._arrived.set()
+    def expect(self, more: bool) -> None:
+        """Whether an actor may still be added: then the death of the last one is waited out. If not, what waits for an
+        actor raises `AllActorsDied`."""
+        self._expects_more = more
+        if not more:
+            self._arrived.set()
 
     async def run(self, prompt: Prompt) -> Group:
         """The prompt's group, from the least loaded actor; other actors are tried when one fails."""
@@ -126,7 +129,8 @@ class RolloutPool:
     async def release(self) -> None:
         """Every engine gives its GPU memory to the learner until the next update. Actors that died are left out."""
         actors = self.actors
-        released: list[Any] = await asyncio.gather(*(actor.release() for actor in actors), return_exceptions=True)
+        with self._calling(*actors):
+            released: list[Any] = await asyncio.gather(*(actor.release() for actor in actors), return_exceptions=True)
         self._handle_deaths(actors, released)
         for actor, result in zip(actors, released, strict=True):
             if isinstance(result, BaseException) and not isinstance(result, ActorDied):
@@ -142,11 +146,13 @@ class RolloutPool:
             await self._wait_while(lambda: not self._load and not self._joining)
             if not self._grouped:
                 await self._form_group(learner)
+                continue  # somebody may have come or gone meanwhile
             actors = list(self._members)
             begin = time.monotonic()
-            await learner.prepare()  # before any engine pauses
-            updates = (self._update(actor, learner) for actor in actors)
-            results: list[Any] = await asyncio.gather(learner.broadcast(), *updates, return_exceptions=True)
+            with self._calling(*actors):
+                await learner.prepare()  # before any engine pauses
+                updates = (self._update(actor, learner) for actor in actors)
+                results: list[Any] = await asyncio.gather(learner.broadcast(), *updates, return_exceptions=True)
             sent, reports = results[0], results[1:]
             if self._handle_deaths(actors, reports):
                 continue
@@ -160,13 +166,22 @@ class RolloutPool:
         await asyncio.gather(*(actor.close() for actor in self.actors), return_exceptions=True)
 
     async def _update(self, actor: RolloutHandle, learner: Publisher) -> UpdateReport:
-        try:
+        async with self._announced(actor):
             with self._timeline.span(actor.name, "update", version=learner.version) as facts:
                 report = await actor.update_weights(learner.buckets, learner.version)
                 facts["pause_s"] = report.pause_s
             return report
+
+    async def _join(self, actor: RolloutHandle, rank: int) -> None:
+        async with self._announced(actor):
+            await actor.join(self._where, rank)
+
+    @asynccontextmanager
+    async def _announced(self, actor: RolloutHandle) -> AsyncIterator[None]:
+        """The others of the broadcast group hear of a death: they wait, and only some transports notice it."""
+        try:
+            yield
         except ActorDied:
-            # The others wait for it, and only some transports notice by themselves.
             await asyncio.to_thread(abandon, self._where, f"{actor.name} died")
             raise
 
@@ -191,7 +206,7 @@ class RolloutPool:
 
     async def _wait_while(self, nobody: Callable[[], bool]) -> None:
         while nobody():
-            if not self.replaces_dead:
+            if not self._expects_more:
                 raise AllActorsDied(f"every rollout actor died: {dict(self.failures)}")
             self._arrived.clear()
             await self._arrived.wait()
@@ -201,7 +216,7 @@ class RolloutPool:
         what = f"{actor.name} to play prompt {prompt.id}"
         try:
             watched = self.watchdog.wait("produce", what, actor) if self.watchdog else nullcontext()
-            with watched, self._timeline.span(actor.name, "group", prompt=prompt.id) as facts:
+            with watched, self._calling(actor), self._timeline.span(actor.name, "group", prompt=prompt.id) as facts:
                 group = await actor.run(prompt)
                 facts |= {"oldest": group.oldest, "newest": group.newest, "lengths": group.lengths}
                 facts["reward"] = sum(group.rewards) / len(group.rewards)
@@ -209,30 +224,45 @@ class RolloutPool:
         finally:
             if actor in self._load:
                 self._load[actor] -= 1
-            elif actor in self._leaving:
-                self._leaving[actor] -= 1
-                self._close_if_done(actor)
 
-    def _close_if_done(self, actor: RolloutHandle) -> None:
-        if self._leaving[actor] == 0:
-            del self._leaving[actor]
-            closing = asyncio.gather(actor.close(), return_exceptions=True)
-            self._closing.add(closing)
-            closing.add_done_callback(self._closing.discard)
+    @contextmanager
+    def _calling(self, *actors: RolloutHandle) -> Iterator[None]:
+        """Calls of these actors are under way: none of them is closed meanwhile."""
+        self._calls.update(actors)
+        try:
+            yield
+        finally:
+            for actor in actors:
+                self._calls[actor] -= 1
+                self._close_if_left(actor)
+
+    def _close_if_left(self, actor: RolloutHandle) -> None:
+        if actor in self._leaving and not self._calls[actor]:
+            self._leaving.remove(actor)
+            self._close(actor)
+
+    def _close(self, actor: RolloutHandle) -> None:
+        """Nothing of it is left, here or, if it has one, in its process."""
+        del self._calls[actor]
+        self._reports.pop(actor, None)
+        closing = asyncio.gather(actor.close(), return_exceptions=True)
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
 
     async def _evaluate_on(self, actor: RolloutHandle, prompts: Sequence[Prompt]) -> list[Group]:
-        with self._timeline.span(actor.name, "evaluation", num_prompts=len(prompts)):
+        with self._calling(actor), self._timeline.span(actor.name, "evaluation", num_prompts=len(prompts)):
             return await actor.evaluate(prompts)
 
     def _remove(self, actor: RolloutHandle, error: ActorDied) -> None:
         if actor in self._joining:
             self._joining.remove(actor)
         elif self._load.pop(actor, None) is None:
-            self._leaving.pop(actor, None)
-            return
+            return  # known, or it was leaving
+        self._leaving.add(actor)
+        self._close_if_left(actor)
         self.failures["actor died"] += 1
         self._grouped = False
-        if not self._load and not self.replaces_dead:
+        if not self._load and not self._expects_more:
             raise AllActorsDied(f"the last rollout actor, {actor.name}, died: {error}") from error
 
     def _handle_deaths(self, actors: list[RolloutHandle], results: Sequence[object]) -> bool:
@@ -244,15 +274,14 @@ class RolloutPool:
     async def _form_group(self, learner: Publisher) -> None:
         self._members = actors = [*self._load, *self._joining]
         self._grouped = True  # unless somebody comes or goes from here on
-        self._where = where = await learner.rendezvous(1 + sum(actor.num_ranks for actor in actors))
-        joins, rank = [], 1
-        for actor in actors:
-            joins.append(actor.join(where, rank))
-            rank += actor.num_ranks
-        joined = await asyncio.gather(learner.join(), *joins, return_exceptions=True)
+        with self._calling(*actors):
+            self._where = await learner.rendezvous(1 + sum(actor.num_ranks for actor in actors))
+            joins, rank = [], 1
+            for actor in actors:
+                joins.append(self._join(actor, rank))
+                rank += actor.num_ranks
+            joined = await asyncio.gather(learner.join(), *joins, return_exceptions=True)
         if self._handle_deaths(actors, joined[1:]):
-            await self._wait_while(lambda: not self._load and not self._joining)
-            await self._form_group(learner)
             return
         for name, result in zip(["the learner", *(actor.name for actor in actors)], joined, strict=True):
             if isinstance(result, BaseException):

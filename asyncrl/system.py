@@ -145,11 +145,12 @@ async def save(system: System, *, last: bool = False) -> None:
     if system.prompts.is_saved(version):
         return
     try:
-        with (
-            system.metrics.timeline.span("learner", "checkpoint", version=version),
-            system.watchdog.wait("save", f"the checkpoint of version {version}"),
-        ):
-            await system.learner.save(system.checkpoints, system.prompts.cursor(version))
+        async with system.stepping:  # its ranks gather weights, and so does an update
+            with (
+                system.metrics.timeline.span("learner", "checkpoint", version=version),
+                system.watchdog.wait("save", f"the checkpoint of version {version}"),
+            ):
+                await system.learner.save(system.checkpoints, system.prompts.cursor(version))
     except OSError as error:
         if last:
             raise

@@ -27,10 +27,9 @@ from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 from torch.multiprocessing.reductions import reduce_tensor
 
-_LOOK_S = 0.0002
 IN_FLIGHT = 2
 """Broadcasts that a member may have begun without having waited for them, over CUDA IPC."""
-"""Between two looks at a transfer; a look at the store costs more and comes each 100th time."""
+_LOOK_S = 0.0002  # between two looks at a transfer; a look at the store costs more and comes each 100th time
 _ABANDONED = "abandoned"
 _group_numbers = itertools.count()
 
@@ -71,10 +70,8 @@ def open_rendezvous(host: str, world_size: int, timeout_s: float, backend: str =
 def abandon(where: Rendezvous, reason: str) -> None:
     """Ends every wait in the group with an error, from any process: for the driver, when it learns of a death.
 
-    Over gloo, where a death is heard anyhow, it does nothing: its groups cannot be left within a broadcast.
+    Over gloo it ends the wait for members that have not arrived; a death within a broadcast is heard there anyhow.
     """
-    if where.backend == "gloo":
-        return
     store = TCPStore(where.host, where.port, timeout=timedelta(seconds=where.timeout_s), wait_for_workers=False)
     PrefixStore(where.name, store).set(_ABANDONED, reason)
 
@@ -160,14 +157,15 @@ def _wait_until(done: Callable[[], bool], store: PrefixStore, timeout_s: float) 
 
 
 def _backend(where: Rendezvous, store: PrefixStore, rank: int, address: str) -> Any:
+    """Connects to the others, once all of them have arrived: torch would wait for one that is gone without a look."""
     timeout = timedelta(seconds=where.timeout_s)
+    _count(store, "join", where.world_size, where.timeout_s).wait()
     if where.backend == "gloo":
         options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timeout
         options._devices = [ProcessGroupGloo.create_device(hostname=address)]
         return ProcessGroupGloo(store, rank, where.world_size, options)
     if where.backend == "nccl":
-        _count(store, "join", where.world_size, where.timeout_s).wait()
         options = torch.distributed.ProcessGroupNCCL.Options()
         options._timeout = timeout
         with _own_error_handling():
@@ -206,7 +204,6 @@ class _IpcGroup:
     def __init__(self, store: Any, rank: int, world_size: int, timeout_s: float) -> None:
         self._store, self._rank, self._world_size, self._timeout_s = store, rank, world_size, timeout_s
         self._number = 0
-        _count(store, "join", world_size, timeout_s).wait()
 
     def broadcast(self, flat: Tensor, _root: int) -> _Receipt:
         """Hands `flat` out at rank 0, fills it elsewhere. The receipt is of all ranks."""
@@ -238,8 +235,10 @@ class _IpcGroup:
 
 def _count(store: PrefixStore, name: str, expected: int, timeout_s: float, failure: str = "") -> _Receipt:
     """The last rank to come opens the way for all, and so does the first to fail."""
-    if store.add(f"{name}/count", 1) == expected or failure:
-        store.compare_set(f"{name}/all", "", failure)  # a failure that is there stays
+    if failure:  # told before it is counted: the last to come must not open the way as if all were well
+        store.compare_set(f"{name}/all", "", failure)
+    if store.add(f"{name}/count", 1) == expected:
+        store.compare_set(f"{name}/all", "", "")  # a failure that is there stays
     return _Receipt(store, name, timeout_s)
 
 

@@ -15,13 +15,15 @@ from helpers import run
 from asyncrl import config as configuration
 from asyncrl import job, loop
 from asyncrl.envs.base import load_env
+from asyncrl.handles import ActorDied
 from asyncrl.loop import check_digests
 from asyncrl.model import load_model, load_tokenizer
 from asyncrl.monitor import metrics
-from asyncrl.pool import RolloutFailed
+from asyncrl.pool import AllActorsDied, RolloutFailed
 from asyncrl.recovery import checkpoint, journal
 from asyncrl.recovery.accounts import Dropped
 from asyncrl.recovery.prompts import PromptQueue
+from asyncrl.rollout import Rollout
 from asyncrl.runtime.local import open_actors
 from asyncrl.training.learner import Learner
 from asyncrl.training.warmup import prepare
@@ -76,6 +78,28 @@ def test_staleness_0_reproduces_synchronous_training_exactly(tmp_path, preset):
     initial = parameters(prepare(config, quiet=True))
     assert any(not torch.equal(initial[name], trained[name]) for name in trained), "nothing was learnt"
     assert all(torch.equal(expected[name], trained[name]) for name in expected)
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_the_last_actor_may_die_in_the_last_evaluation(tmp_path, monkeypatch, replaced):
+    config = small(tmp_path, "rollout.num_actors=1", f"rollout.max_replacements={int(replaced)}", "num_steps=1")
+    evaluate, dead = Rollout.evaluate, []
+
+    async def dying(rollout, prompts):
+        if not dead:
+            dead.append(rollout.name)
+            raise ActorDied("gone")
+        return await evaluate(rollout, prompts)
+
+    monkeypatch.setattr(Rollout, "evaluate", dying)
+    if replaced:
+        assert run(job.train(config, quiet=True)).accuracy is not None
+    else:
+        with pytest.raises(AllActorsDied, match="the last rollout actor, rollout 0, died"):
+            run(job.train(config, quiet=True))
+        (folder,) = tmp_path.glob("*-sevens")
+        assert checkpoint.newest(folder / "checkpoints") is not None, "what was trained is saved before"
+    assert dead == ["rollout 0"]
 
 
 def test_weights_change_under_requests_and_the_bound_holds(tmp_path):

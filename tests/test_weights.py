@@ -287,6 +287,20 @@ def test_an_ipc_rank_that_is_gone_is_missed_after_the_timeout():
         learner.broadcast(torch.zeros(10, dtype=torch.uint8))
 
 
+@pytest.mark.parametrize("backend", ["gloo", "ipc"])
+def test_who_waits_for_a_member_that_died_on_its_way_hears_of_it(backend):
+    where, store = open_rendezvous("127.0.0.1", 2, 600, backend)
+    errors = []
+
+    def join():
+        with pytest.raises(RuntimeError, match="the group was abandoned: actor 1 died") as caught:
+            BroadcastGroup(where, 0, store=store)
+        errors.append(caught.value)
+
+    in_threads([join, lambda: transport.abandon(where, "actor 1 died")])
+    assert len(errors) == 1
+
+
 def test_an_unknown_backend_is_refused():
     _, store = open_rendezvous("127.0.0.1", 1, 5)
     with pytest.raises(RuntimeError, match="must be 'gloo', 'nccl' or 'ipc', got 'smoke'"):

@@ -63,24 +63,33 @@ class Supervisor:
         self._say = say
         self._next_number = first_number
         self._starting: set[asyncio.Task[None]] = set()
-        pool.replaces_dead = max_replacements > 0
+        pool.expect(max_replacements > 0)
         (folder / _CONTROL).unlink(missing_ok=True)  # asked of an earlier life
 
     async def run(self, updating: asyncio.Lock, synchronize: Callable[[], Awaitable[object]]) -> None:
         """Until cancelled. `updating` is held by whoever steps the learner or updates weights."""
+        adjusting: asyncio.Task[None] | None = None  # beside the looking: a newcomer that dies in it is replaced
         try:
             while True:
                 self._read_target()
                 self._start_missing()
-                if self._num_actors > self._target or (self._pool.num_joining and not updating.locked()):
-                    async with updating:
-                        self._retire_surplus()
-                        if self._pool.num_joining:
-                            await synchronize()
+                if adjusting is not None and adjusting.done():
+                    adjusting.result()
+                    adjusting = None
+                surplus = self._num_actors > self._target
+                if adjusting is None and (surplus or (self._pool.num_joining and not updating.locked())):
+                    adjusting = asyncio.create_task(self._adjust(updating, synchronize))
                 await asyncio.sleep(_LOOK_S)
         finally:
-            for task in self._starting:
+            for task in (*self._starting, *([adjusting] if adjusting else [])):
                 task.cancel()
+            self._pool.expect(False)
+
+    async def _adjust(self, updating: asyncio.Lock, synchronize: Callable[[], Awaitable[object]]) -> None:
+        async with updating:
+            self._retire_surplus()
+            if self._pool.num_joining:
+                await synchronize()
 
     @property
     def _num_actors(self) -> int:
@@ -98,7 +107,6 @@ class Supervisor:
             self._say(f"rollout actors: {self._target} -> {wanted}")
             self._left += max(0, wanted - self._target)
             self._target = wanted
-            self._pool.replaces_dead = self._left > 0
         path.unlink()
 
     def _start_missing(self) -> None:
@@ -108,8 +116,7 @@ class Supervisor:
             self._next_number += 1
             self._starting.add(task)
             task.add_done_callback(self._starting.discard)
-        if not self._left and not self._starting and not self._pool.num_joining:
-            self._pool.give_up_waiting()
+        self._pool.expect(self._left > 0 or bool(self._starting) or self._pool.num_joining > 0)
 
     def _retire_surplus(self) -> None:
         while len(self._pool.actors) + self._pool.num_joining > self._target:

@@ -1,0 +1,429 @@
+"""The pool of rollout actors: who gets a prompt, who leaves, who joins, and what waits for whom meanwhile."""
+
+import asyncio
+from contextlib import closing
+from itertools import pairwise
+
+import pytest
+from helpers import run, trajectory
+
+from asyncrl import pool as pools
+from asyncrl.handles import ActorDied
+from asyncrl.pool import AllActorsDied, RolloutFailed, RolloutPool
+from asyncrl.recovery.journal import Journal
+from asyncrl.recovery.supervisor import Supervisor, request
+from asyncrl.rollout import UpdateReport, make_group
+from asyncrl.transport import Rendezvous
+from asyncrl.types import Prompt
+
+PROMPTS = [Prompt(number, (1, 2), "") for number in range(8)]
+
+
+@pytest.fixture(autouse=True)
+def abandoned(monkeypatch):
+    """Why broadcast groups were abandoned, in order."""
+    reasons = []
+    monkeypatch.setattr(pools, "abandon", lambda _where, reason: reasons.append(reason))
+    return reasons
+
+
+class Actor:
+    num_ranks = 1
+
+    def __init__(self, name):
+        self.name = name
+        self.played, self.joined = [], []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.updating = asyncio.Event()
+        self.updating.set()
+        self.error = None
+        self.digest = "right"
+        self.join_error = self.update_error = None
+        self.closed = asyncio.Event()
+
+    async def run(self, prompt):
+        self.played.append(prompt.id)
+        await self.gate.wait()
+        if self.error:
+            raise self.error
+        return make_group(prompt, [trajectory(2, 3, seed=prompt.id)])
+
+    async def evaluate(self, prompts):
+        await self.gate.wait()
+        if self.error:
+            raise self.error
+        return [make_group(prompt, [trajectory(2, 3, seed=prompt.id)]) for prompt in prompts]
+
+    async def join(self, where, first_rank):
+        self.joined.append((where.world_size, first_rank))
+        if self.join_error:
+            raise self.join_error
+
+    async def update_weights(self, _buckets, _version):
+        await self.updating.wait()
+        if self.update_error:
+            raise self.update_error
+        return UpdateReport(self.digest, 0.01, 1.0, 0.5, 10)
+
+    async def close(self):
+        self.closed.set()
+
+
+class Learner:
+    version = 3
+    buckets = ()
+
+    async def rendezvous(self, world_size):
+        return Rendezvous("nowhere", 0, world_size, "test")
+
+    async def join(self):
+        pass
+
+    async def prepare(self):
+        pass
+
+    async def broadcast(self):
+        return "right"
+
+
+def test_prompts_go_to_the_least_loaded():
+    async def body():
+        slow, fast = Actor("slow"), Actor("fast")
+        slow.gate.clear()
+        pool = RolloutPool([slow, fast], max_attempts=1)
+        first = asyncio.ensure_future(pool.run(PROMPTS[0]))
+        await asyncio.sleep(0)
+        for prompt in PROMPTS[1:4]:
+            await pool.run(prompt)
+        slow.gate.set()
+        await first
+        assert (slow.played, fast.played) == ([0], [1, 2, 3])
+
+    run(body())
+
+
+def test_prompts_of_one_turn_go_to_few_actors_and_loads_stay_even():
+    async def body():
+        actors = [Actor(str(number)) for number in range(4)]
+        pool = RolloutPool(actors, max_attempts=1)
+        for actor in actors:
+            actor.gate.clear()
+        plays = [asyncio.ensure_future(pool.run(Prompt(number, (1, 2), ""))) for number in range(256)]
+        await asyncio.sleep(0)
+        loads = [len(actor.played) for actor in actors]
+        assert sum(loads) == 256
+        assert max(loads) - min(loads) <= 256 // 4 // 8 + 1
+        turns = [next(a.name for a in actors if number in a.played) for number in range(192, 256)]
+        changes = sum(one != other for one, other in pairwise(turns))
+        assert changes <= 64 // 6, "an actor gets several prompts in a row, and not every fourth"
+        for actor in actors:
+            actor.gate.set()
+        await asyncio.gather(*plays)
+
+    run(body())
+
+
+def test_a_failure_is_tried_on_the_other_actor_and_counted():
+    async def body():
+        broken, sound = Actor("broken"), Actor("sound")
+        broken.error = KeyError("x")
+        pool = RolloutPool([broken, sound], max_attempts=2)
+        for prompt in PROMPTS:
+            assert (await pool.run(prompt)).prompt == prompt
+        assert sound.played == [prompt.id for prompt in PROMPTS]
+        assert pool.failures == {"KeyError": len(broken.played)}
+
+    run(body())
+
+
+def test_a_prompt_out_of_attempts_is_named():
+    async def body():
+        actors = [Actor("a"), Actor("b")]
+        for actor in actors:
+            actor.error = KeyError("x")
+        with pytest.raises(RolloutFailed, match="prompt 5 failed 3 times"):
+            await RolloutPool(actors, max_attempts=3).run(PROMPTS[5])
+
+    run(body())
+
+
+def test_the_dead_leave_and_the_last_death_ends_the_run():
+    async def body():
+        dying, other = Actor("dying"), Actor("other")
+        pool = RolloutPool([dying, other], max_attempts=3)
+        await pool.update_weights(Learner())
+        assert [dying.joined, other.joined] == [[(3, 1)], [(3, 2)]]
+        dying.error = ActorDied("gone")
+        dying.update_error = dying.error
+        assert [group.prompt for group in await pool.evaluate(PROMPTS)] == PROMPTS
+        assert pool.actors == [other]
+        await pool.update_weights(Learner())
+        assert other.joined[-1] == (2, 1), "the survivors form a group of their own"
+        other.error = ActorDied("gone too")
+        with pytest.raises(RolloutFailed, match="the last rollout actor, other, died"):
+            await pool.run(PROMPTS[0])
+
+    run(body())
+
+
+def test_a_newcomer_gets_prompts_only_after_its_weights():
+    async def body():
+        old, new = Actor("old"), Actor("new")
+        pool = RolloutPool([old], max_attempts=1)
+        await pool.update_weights(Learner())
+        pool.add(new)
+        for prompt in PROMPTS[:3]:
+            await pool.run(prompt)
+        assert new.played == []
+        measured = await pool.update_weights(Learner())
+        assert measured["rollout/num_actors"] == 2
+        assert [old.joined[-1], new.joined] == [(3, 1), [(3, 2)]]
+        for actor in (old, new):
+            actor.gate.clear()
+        plays = [asyncio.ensure_future(pool.run(prompt)) for prompt in PROMPTS[:4]]
+        await asyncio.sleep(0)
+        assert len(new.played) == 2
+        for actor in (old, new):
+            actor.gate.set()
+        await asyncio.gather(*plays)
+
+    run(body())
+
+
+def test_a_newcomer_with_other_weights_ends_the_run():
+    async def body():
+        pool = RolloutPool([Actor("old")], max_attempts=1)
+        new = Actor("new")
+        new.digest = "wrong"
+        pool.add(new)
+        with pytest.raises(RuntimeError, match="new holds other weights"):
+            await pool.update_weights(Learner())
+
+    run(body())
+
+
+def test_a_retired_actor_finishes_its_prompts_and_is_closed():
+    async def body():
+        busy, idle = Actor("busy"), Actor("idle")
+        for actor in (busy, idle):
+            actor.gate.clear()
+        pool = RolloutPool([busy, idle], max_attempts=1)
+        plays = [asyncio.ensure_future(pool.run(prompt)) for prompt in PROMPTS[:3]]
+        await asyncio.sleep(0)
+        assert pool.retire() is idle
+        assert pool.actors == [busy]
+        assert not idle.closed.is_set()
+        idle.gate.set()
+        await idle.closed.wait()
+        busy.gate.set()
+        assert [group.prompt for group in await asyncio.gather(*plays)] == PROMPTS[:3]
+        assert (await pool.update_weights(Learner()))["rollout/num_actors"] == 1
+
+    run(body())
+
+
+def test_the_dead_are_replaced_prompts_wait_and_too_many_deaths_end_the_run(tmp_path):
+    async def body():
+        first = Actor("rollout 0")
+        first.error = first.update_error = ActorDied("gone")
+        started, said = [], []
+
+        async def start(number):
+            started.append(Actor(f"rollout {number}"))
+            return started[-1]
+
+        pool = RolloutPool([first], max_attempts=3)
+        supervisor = Supervisor(pool, start, tmp_path, target=1, first_number=1, max_replacements=1, say=said.append)
+        watch = asyncio.ensure_future(supervisor.run(asyncio.Lock(), lambda: pool.update_weights(Learner())))
+        assert (await pool.run(PROMPTS[0])).prompt == PROMPTS[0]
+        (second,) = started
+        assert second.played == [0]
+        assert pool.published == {3: "right"}
+        second.error = ActorDied("gone too")
+        with pytest.raises(AllActorsDied):
+            await pool.run(PROMPTS[1])
+        watch.cancel()
+
+    run(body())
+
+
+def test_the_number_of_actors_follows_what_is_asked(tmp_path):
+    async def body():
+        async def start(number):
+            return Actor(f"rollout {number}")
+
+        pool = RolloutPool([Actor("rollout 0"), Actor("rollout 1")], max_attempts=1)
+        await pool.update_weights(Learner())
+        supervisor = Supervisor(pool, start, tmp_path, target=2, first_number=2, max_replacements=0, say=print)
+        watch = asyncio.ensure_future(supervisor.run(asyncio.Lock(), lambda: pool.update_weights(Learner())))
+        (tmp_path / "config.json").touch()
+        with closing(Journal(tmp_path / "journal.bin")):
+            for wanted in (4, 1):
+                request(tmp_path, wanted)
+                while len(pool.actors) != wanted:
+                    await asyncio.sleep(0.01)
+        watch.cancel()
+        assert not (tmp_path / "control.json").exists()
+
+    run(body())
+    with pytest.raises(ValueError, match="at least 1 rollout actor, got 0"):
+        request(tmp_path, 0)
+    with pytest.raises(ValueError, match="no run folder"):
+        request(tmp_path / "elsewhere", 2)
+    with pytest.raises(ValueError, match=r"has ended: go on with launch/run\.py --resume"):
+        request(tmp_path, 2)
+
+
+@pytest.mark.parametrize("fault", ["digest", "error"])
+def test_an_update_that_fails_on_one_engine_ends_the_run_and_names_it(fault):
+    async def body():
+        actors = [Actor("rollout 0"), Actor("rollout 1")]
+        if fault == "digest":
+            actors[1].digest = "wrong"
+        else:
+            actors[1].update_error = RuntimeError("disk on fire")
+        message = (
+            "rollout 1 holds other weights.*version 3.*wrong" if fault == "digest" else "rollout 1 failed.*on fire"
+        )
+        pool = RolloutPool(actors, max_attempts=1)
+        with pytest.raises(RuntimeError, match=message):
+            await pool.update_weights(Learner())
+        assert 3 not in pool.published
+
+    run(body())
+
+
+def test_utilisation_is_that_of_the_time_since_the_update_before():
+    async def body():
+        actor = Actor("a")
+        pool = RolloutPool([actor], max_attempts=1)
+        assert (await pool.update_weights(Learner()))["rollout/idle"] == pytest.approx(0.5)
+        now = UpdateReport("right", 0.02, 3.0, 2.0, 30)
+        actor.update_weights = lambda *_: asyncio.sleep(0, now)
+        metrics = await pool.update_weights(Learner())
+        assert metrics["rollout/idle"] == pytest.approx(0.25)
+        assert metrics["rollout/num_tokens"] == 20
+        assert metrics["sync/pause_s"] == 0.02
+
+    run(body())
+
+
+@pytest.mark.parametrize("what", ["evaluate", "update"])
+def test_a_retired_actor_is_closed_only_once_its_evaluation_or_update_is_through(what):
+    async def body():
+        actors = [Actor("a"), Actor("b")]
+        pool = RolloutPool(actors, max_attempts=1)
+        await pool.update_weights(Learner())
+        for actor in actors:
+            actor.gate.clear()
+            actor.updating.clear()
+        doing = asyncio.ensure_future(pool.evaluate(PROMPTS) if what == "evaluate" else pool.update_weights(Learner()))
+        await asyncio.sleep(0.01)
+        retired = pool.retire()
+        await asyncio.sleep(0.01)
+        assert not retired.closed.is_set()
+        for actor in actors:
+            actor.gate.set()
+            actor.updating.set()
+        await doing
+        await retired.closed.wait()
+        assert (await pool.update_weights(Learner()))["rollout/num_actors"] == 1
+
+    run(body())
+
+
+@pytest.mark.parametrize("when", ["join", "update"])
+def test_the_others_of_a_broadcast_group_hear_of_a_death(abandoned, when):
+    async def body():
+        dying, other = Actor("dying"), Actor("other")
+        setattr(dying, f"{when}_error", ActorDied("gone"))
+        pool = RolloutPool([dying, other], max_attempts=1)
+        assert (await pool.update_weights(Learner()))["rollout/num_actors"] == 1
+        assert abandoned == ["dying died"]
+
+    run(body())
+
+
+def test_nothing_of_the_dead_is_kept_and_their_processes_are_ended():
+    async def body():
+        dying, other = Actor("dying"), Actor("other")
+        pool = RolloutPool([dying, other], max_attempts=2)
+        await pool.update_weights(Learner())
+        dying.gate.clear()
+        plays = [asyncio.ensure_future(pool.run(prompt)) for prompt in PROMPTS]
+        await asyncio.sleep(0)
+        dying.error = ActorDied("gone")
+        dying.gate.set()
+        assert [group.prompt for group in await asyncio.gather(*plays)] == PROMPTS
+        await dying.closed.wait()
+        held = [value for value in vars(pool).values() if isinstance(value, dict | set | list)]
+        assert not any(dying in value for value in held if value is not pool._members)
+        assert pool.failures == {"actor died": 1}
+
+    run(body())
+
+
+def test_a_newcomer_that_dies_in_its_first_update_is_replaced_too(tmp_path):
+    """The update waits for somebody to come, and whoever starts them must not wait for the update."""
+
+    async def body():
+        first = Actor("rollout 0")
+        first.error = first.update_error = ActorDied("gone")
+
+        async def start(number):
+            started = Actor(f"rollout {number}")
+            started.join_error = ActorDied("gone at once") if number == 1 else None
+            return started
+
+        pool = RolloutPool([first], max_attempts=3)
+        supervisor = Supervisor(pool, start, tmp_path, target=1, first_number=1, max_replacements=2, say=print)
+        watch = asyncio.ensure_future(supervisor.run(asyncio.Lock(), lambda: pool.update_weights(Learner())))
+        await pool.run(PROMPTS[0])
+        assert [actor.name for actor in pool.actors] == ["rollout 2"]
+        watch.cancel()
+
+    run(body())
+
+
+def test_what_waits_for_an_actor_ends_when_the_supervisor_does(tmp_path):
+    async def body():
+        pool = RolloutPool([], max_attempts=3)
+
+        async def never(_number):
+            await asyncio.Event().wait()
+
+        supervisor = Supervisor(pool, never, tmp_path, target=1, first_number=1, max_replacements=1, say=print)
+        watch = asyncio.ensure_future(supervisor.run(asyncio.Lock(), lambda: pool.update_weights(Learner())))
+        play = asyncio.ensure_future(pool.run(PROMPTS[0]))
+        await asyncio.sleep(0.05)
+        assert not play.done()
+        watch.cancel()
+        with pytest.raises(AllActorsDied):
+            await play
+
+    run(body())
+
+
+def test_fewer_are_asked_for_while_the_last_replacement_starts(tmp_path):
+    async def body():
+        first, gate = Actor("rollout 0"), asyncio.Event()
+        first.error = first.update_error = ActorDied("gone")
+
+        async def start(number):
+            await gate.wait()
+            return Actor(f"rollout {number}")
+
+        pool = RolloutPool([first], max_attempts=3)
+        supervisor = Supervisor(pool, start, tmp_path, target=2, first_number=1, max_replacements=1, say=print)
+        watch = asyncio.ensure_future(supervisor.run(asyncio.Lock(), lambda: pool.update_weights(Learner())))
+        play = asyncio.ensure_future(pool.run(PROMPTS[0]))
+        await asyncio.sleep(0.05)
+        (tmp_path / "control.json").write_text('{"num_rollout_actors": 1}')
+        while (tmp_path / "control.json").exists():
+            await asyncio.sleep(0.01)
+        gate.set()
+        assert (await play).prompt == PROMPTS[0]
+        watch.cancel()
+
+    run(body())
