@@ -14,7 +14,7 @@ from asyncrl.weights import Bucket
 
 
 class ActorDied(RuntimeError):
-    """The process behind a rollout actor is gone."""
+    """The process behind a rollout actor, or one behind its engine, is gone."""
 
 
 class RolloutHandle(Protocol):

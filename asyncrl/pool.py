@@ -14,12 +14,14 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from asyncrl.handles import ActorDied, Publisher, RolloutHandle
 from asyncrl.monitor.timeline import Timeline
 from asyncrl.recovery.watchdog import Watchdog
 from asyncrl.rollout import UpdateReport
+from asyncrl.threads import in_thread
 from asyncrl.transport import Rendezvous, abandon
 from asyncrl.types import Group, Prompt, Version
 
@@ -182,7 +184,7 @@ class RolloutPool:
         try:
             yield
         except ActorDied:
-            await asyncio.to_thread(abandon, self._where, f"{actor.name} died")
+            await in_thread(partial(abandon, self._where, f"{actor.name} died"))
             raise
 
     def _admit_joined(self, actors: list[RolloutHandle]) -> None:

@@ -11,9 +11,10 @@ import asyncio
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,6 +25,8 @@ from asyncrl.recovery import groups
 from asyncrl.transport import Rendezvous
 from asyncrl.types import Completion, Group, Prompt, Sampling, Trajectory, Version
 from asyncrl.weights import Bucket
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ class Rollout:
     async def run(self, prompt: Prompt) -> Group:
         """Plays the prompt G times at once. The prompt's id seeds the samples, so a second try repeats the first."""
         samples = range(self._group_size)
-        played = await asyncio.gather(*(self._play(prompt, sample, self._sampling) for sample in samples))
+        played = await _all([self._play(prompt, sample, self._sampling) for sample in samples])
         group = make_group(prompt, played)
         if self._store is None:
             return group
@@ -106,11 +109,11 @@ class Rollout:
 
         async def group(prompt: Prompt) -> Group:
             samples = range(attempts.num_samples)
-            played, failures = zip(*await asyncio.gather(*(play(prompt, sample) for sample in samples)), strict=True)
+            played, failures = zip(*await _all([play(prompt, sample) for sample in samples]), strict=True)
             made = make_group(prompt, played)
             return replace(made, trajectories=None, metrics=made.metrics | {"failures": sum(failures)})
 
-        return await asyncio.gather(*(group(prompt) for prompt in prompts))
+        return await _all([group(prompt) for prompt in prompts])
 
     async def join(self, where: Rendezvous, first_rank: int) -> None:
         await self._engine.join(where, first_rank)
@@ -163,6 +166,16 @@ class Rollout:
             return parts[0] if len(parts) == 1 else _joined(parts)
 
         return await attempt(self._env, prompt, generate, patience)
+
+
+async def _all(plays: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results in order; the first that fails ends the others, whose tokens nobody wants any more."""
+    tasks = [asyncio.ensure_future(play) for play in plays]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _joined(parts: Sequence[Completion]) -> Completion:

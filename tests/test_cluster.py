@@ -7,21 +7,25 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import run
 
 from asyncrl import config as configuration
 from asyncrl import job
+from asyncrl.engine.base import EngineDied
 from asyncrl.envs.base import load_env
 from asyncrl.handles import ActorDied
 from asyncrl.model import load_tokenizer
 from asyncrl.monitor import metrics
 from asyncrl.pool import RolloutPool
 from asyncrl.recovery import checkpoint
-from asyncrl.runtime.cluster import open_actors
+from asyncrl.runtime.cluster import RemoteRollout, open_actors
 from asyncrl.training.warmup import prepare
+from asyncrl.types import Prompt
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -37,6 +41,39 @@ UNLEARNT = [
     "rollout.max_running=1",
     "algorithm.loss.entropy_bonus=0.1",  # random weights earn no reward here, and a step has to change them
 ]
+
+
+class Remotely:
+    """A Ray actor whose engine has died."""
+
+    class method:
+        @staticmethod
+        def remote(*_arguments):
+            return asyncio.ensure_future(Remotely.fail())
+
+    class exchange:
+        @staticmethod
+        def remote(prompts):
+            answers: Future = Future()
+            answers.set_result([(number, EngineDied("process 7 ended")) for number, _ in prompts])
+            return SimpleNamespace(future=lambda: answers), []
+
+    evaluate = join = release = update_weights = method
+
+    @staticmethod
+    async def fail():
+        raise EngineDied("process 7 ended")
+
+
+def test_an_actor_dies_with_its_engine():
+    async def body():
+        actor = RemoteRollout("rollout 3", Remotely(), {"num_ranks": 1})
+        calls = [actor.run(Prompt(0, (1,), "")), actor.evaluate([]), actor.release(), actor.update_weights([], 1)]
+        for call in calls:
+            with pytest.raises(ActorDied, match="rollout 3: process 7 ended"):
+                await call
+
+    run(body())
 
 
 @pytest.mark.timeout(300)

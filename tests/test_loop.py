@@ -80,6 +80,13 @@ def test_staleness_0_reproduces_synchronous_training_exactly(tmp_path, preset):
     assert all(torch.equal(expected[name], trained[name]) for name in expected)
 
 
+def test_more_actors_than_the_default_executor_has_threads_take_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 1)  # 5 threads
+    config = small(tmp_path, "rollout.num_actors=6", "num_steps=1")
+    rows = metrics.read(run(job.train(config, quiet=True)).folder)
+    assert [row["rollout/num_actors"] for row in rows if "rollout/num_actors" in row] == [6]
+
+
 @pytest.mark.parametrize("replaced", [True, False])
 def test_the_last_actor_may_die_in_the_last_evaluation(tmp_path, monkeypatch, replaced):
     config = small(tmp_path, "rollout.num_actors=1", f"rollout.max_replacements={int(replaced)}", "num_steps=1")

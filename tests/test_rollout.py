@@ -1,9 +1,13 @@
 """What a rollout actor does with one prompt."""
 
+import asyncio
+
 import numpy as np
+import pytest
 from helpers import run
 
 from asyncrl.engine.base import Engine
+from asyncrl.envs.faults import EnvFault
 from asyncrl.rollout import Rollout, sample_seed
 from asyncrl.types import Completion, Prompt, Sampling
 
@@ -52,3 +56,27 @@ def test_seeds_differ_by_everything_that_is_sampled():
     assert len(seeds) == 81
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert sample_seed(1, 2, 3, 4) == sample_seed(1, 2, 3, 4)
+
+
+def test_an_attempt_that_fails_ends_the_others_of_its_group():
+    class OneFails:
+        played = cancelled = 0
+
+        async def play(self, _prompt, _generate):
+            self.played += 1
+            if self.played == 4:
+                raise KeyError("x")
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise
+
+    async def body():
+        env = OneFails()
+        with pytest.raises(EnvFault, match="KeyError"):
+            await Rollout(Interrupting(), env, Sampling(5), group_size=4, seed=0).run(PROMPTS[0])
+        await asyncio.sleep(0)
+        assert env.cancelled == 3
+
+    run(body())

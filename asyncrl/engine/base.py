@@ -20,6 +20,10 @@ CHECKPOINT = "checkpoint"
 """Stands for the digest of the weights that an engine started with, until the first update."""
 
 
+class EngineDied(RuntimeError):
+    """A process behind an engine has ended: nothing that is asked of it will ever be answered."""
+
+
 class Engine(Protocol):
     """Two implementations: `engine.embedded` and `engine.sglang`. One contract suite runs against both."""
 

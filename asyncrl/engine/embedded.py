@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +29,7 @@ from torch import Tensor
 from asyncrl.engine import sampler
 from asyncrl.engine.base import CHECKPOINT, OnUpdate
 from asyncrl.engine.kv_cache import SlotCache
+from asyncrl.threads import in_thread
 from asyncrl.transport import BroadcastGroup, Rendezvous
 from asyncrl.types import Completion, Finish, Sampling, Version
 from asyncrl.weights import Bucket, digest_of, receive
@@ -124,7 +126,7 @@ class EmbeddedEngine:
         self._received = []
         if self._missing is not None:
             self._missing = set(self._parameters)
-        self._group = await asyncio.to_thread(BroadcastGroup, where, first_rank, self._address)
+        self._group = await in_thread(partial(BroadcastGroup, where, first_rank, self._address))
 
     async def pause(self) -> None:
         # No tick can be running now, as a tick does not give up the event loop's thread.
@@ -145,7 +147,7 @@ class EmbeddedEngine:
                 f"an engine receives weights only while paused and in a broadcast group: paused={self._paused}, "
                 f"in a group={self._group is not None}"
             )
-        await asyncio.to_thread(receive, self._group, buckets, self._load)
+        await in_thread(partial(receive, self._group, buckets, self._load))
 
     def _load(self, bucket: Bucket, flat: Tensor) -> None:
         if self._missing is None:

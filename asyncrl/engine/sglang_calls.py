@@ -9,20 +9,22 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from asyncrl.engine.base import EngineDied
+
 T = TypeVar("T")
 
 
 class Calls:
     """What is waited for on one engine, by one event loop; made in it.
 
-    Raises `RuntimeError` from every call once a process has ended or `end` was called, with that as the cause.
+    Once a process has ended every call raises `EngineDied`, and once `end` was called what it was given.
     """
 
     def __init__(self, manager: Any, processes: Sequence[BaseProcess]) -> None:
         """`manager` is SGLang's `TokenizerManager`, `processes` are those that it talks to."""
         self.processes = processes
         self._manager = manager
-        self._error: Exception | None = None
+        self._error: RuntimeError | None = None
         self._waited: set[asyncio.Future[Any]] = set()
         for process in processes:
             asyncio.get_running_loop().add_reader(process.sentinel, self._on_exit, process)
@@ -56,11 +58,11 @@ class Calls:
         return reply
 
     def check(self) -> None:
-        """Raises `RuntimeError` if nothing can be waited for any more."""
+        """Raises an error if nothing can be waited for any more."""
         if self._error is not None:
-            raise RuntimeError(str(self._error)) from self._error
+            raise type(self._error)(str(self._error)) from self._error
 
-    def end(self, error: Exception) -> None:
+    def end(self, error: RuntimeError) -> None:
         """Everything that is waited for raises; the first error is the one that is told."""
         if self._error is None:
             self._error = error
@@ -71,4 +73,4 @@ class Calls:
 
     def _on_exit(self, process: BaseProcess) -> None:
         process.join(timeout=1)
-        self.end(RuntimeError(f"the SGLang process {process.pid} ended with exit code {process.exitcode}"))
+        self.end(EngineDied(f"the SGLang process {process.pid} ended with exit code {process.exitcode}"))

@@ -10,10 +10,10 @@ The class is built as `Class(env_config=..., extras=row)`. `init(prompt)` return
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from asyncrl.envs.base import Tokenizer, import_object
 from asyncrl.envs.chat import Message
 from asyncrl.envs.data import Row
 from asyncrl.envs.multi_turn import Episode, MultiTurn, field
+from asyncrl.threads import Threads
 
 
 class GymEnv(MultiTurn):
@@ -41,6 +42,7 @@ class GymEnv(MultiTurn):
     ) -> None:
         self._class = import_object(env, "env.args.env")
         self._env_config = env_config or {}
+        self._threads = Threads()
         super().__init__(tokenizer, data=data, max_turns=max_turns, max_context_tokens=max_context_tokens)
 
     def opening(self, row: Row) -> list[Message]:
@@ -48,12 +50,12 @@ class GymEnv(MultiTurn):
 
     @asynccontextmanager
     async def episode(self, row: Row) -> AsyncIterator[Episode]:
-        env, _ = await asyncio.to_thread(self._start, row)
+        env, _ = await self._threads.run(partial(self._start, row))
         try:
-            yield _GymEpisode(env)
+            yield _GymEpisode(env, self._threads)
         finally:
             if hasattr(env, "close"):
-                await asyncio.to_thread(env.close)
+                await self._threads.run(env.close)
 
     def _start(self, row: Row) -> tuple[Any, list[Message]]:
         env = self._class(env_config=self._env_config, extras={"max_turns": self._max_turns, **row})
@@ -62,12 +64,12 @@ class GymEnv(MultiTurn):
 
 
 class _GymEpisode:
-    def __init__(self, env: Any) -> None:
+    def __init__(self, env: Any, threads: Threads) -> None:
         self.metrics: dict[str, float] = {}
-        self._env, self._reward = env, 0.0
+        self._env, self._threads, self._reward = env, threads, 0.0
 
     async def respond(self, reply: str) -> list[Message] | None:
-        result = await asyncio.to_thread(self._env.step, reply)
+        result = await self._threads.run(partial(self._env.step, reply))
         reward = float(result["reward"])
         if not math.isfinite(reward):
             raise ValueError(f"{type(self._env).__name__}.step returned the reward {reward}; it must be finite")

@@ -12,9 +12,11 @@ import asyncio
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 from asyncrl.envs.base import import_object
+from asyncrl.threads import Threads
 
 Reward: TypeAlias = str | Callable[..., Any]
 """`module:function`, or the function."""
@@ -42,6 +44,7 @@ class Rewards:
                 "each function of env.args.reward one weight"
             )
         self._timeout_s = timeout_s
+        self._threads = Threads()
 
     async def score(
         self, prompt: Any, completion: str, token_ids: Sequence[int], columns: Mapping[str, Any]
@@ -73,10 +76,10 @@ class Rewards:
 
     async def _call(self, name: str, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         try:
+            if not inspect.iscoroutinefunction(function):
+                return await self._threads.run(partial(function, **arguments), self._timeout_s)
             async with asyncio.timeout(self._timeout_s):
-                if inspect.iscoroutinefunction(function):
-                    return await function(**arguments)
-                return await asyncio.to_thread(function, **arguments)
+                return await function(**arguments)
         except TimeoutError as error:
             raise TimeoutError(
                 f"reward function {name!r} took longer than {self._timeout_s:g} s; env.args.timeout_s bounds it"

@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from asyncrl import garbage
 from asyncrl.config import Config
+from asyncrl.engine.base import EngineDied
 from asyncrl.handles import ActorDied
 from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.rollout import UpdateReport
@@ -38,6 +39,7 @@ from asyncrl.weights import Bucket
 _Started = TypeVar("_Started")
 _STORE_BYTES = 512 * 2**20
 _MAX_CONCURRENCY = 100_000  # prompts wait in the engine, not in front of the actor
+_CLOSE_S = 60.0  # an engine waits for its processes for 30
 _SENDING = "sending"
 
 
@@ -78,7 +80,7 @@ class RolloutActor:
 
 
 class LearnerActor:
-    """The process of one learner rank. Weights are sent by a thread of their own, beside a gradient."""
+    """The process of one learner rank. Weights go out from a thread of their own, beside a gradient."""
 
     def __init__(self, config: Config, folder: str, resume: Path | None, placement: Placement) -> None:
         torch.set_num_threads(config.learner.num_threads)
@@ -106,9 +108,11 @@ class LearnerActor:
         metrics = self._learner.apply()
         return self._learner.version, metrics
 
+    @ray.method(concurrency_group=_SENDING)
     def rendezvous(self, world_size: int, audience: Audience) -> Rendezvous:
         return self._learner.rendezvous(world_size, audience)
 
+    @ray.method(concurrency_group=_SENDING)
     def join(self, audience: Audience) -> None:
         self._learner.join(audience)
 
@@ -135,7 +139,8 @@ class RemoteRollout:
         self._exchange = Exchange(self._call, self._explain)
 
     async def run(self, prompt: Prompt) -> Group:
-        return await self._exchange.run(prompt)
+        with self._dying():
+            return await self._exchange.run(prompt)
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
         groups: list[Group] = await self._reply(self.actor.evaluate.remote(prompts))
@@ -152,23 +157,32 @@ class RemoteRollout:
         return report
 
     async def close(self) -> None:
-        """Ends the process."""
-        await self._reply(self.actor.close.remote())
-        ray.kill(self.actor)
+        """Ends the process, also one that is not heard of any more."""
+        try:
+            async with asyncio.timeout(_CLOSE_S):
+                await self._reply(self.actor.close.remote())
+        finally:
+            ray.kill(self.actor)
 
     async def _reply(self, reference: Any) -> Any:
-        try:
+        with self._dying():
             return await reference
-        except ray.exceptions.RayActorError as error:
-            raise self._explain(error) from error
+
+    @contextmanager
+    def _dying(self) -> Iterator[None]:
+        try:
+            yield
+        except (ray.exceptions.RayActorError, EngineDied) as error:  # without its engine an actor is of no use
+            raise ActorDied(f"{self.name}: {error}") from error
 
     def _call(self, prompts: list[Numbered]) -> tuple[asyncio.Future[list[Answer]], Any]:
         answers, tokens = self.actor.exchange.remote(prompts)
         return asyncio.wrap_future(answers.future()), tokens
 
     def _explain(self, error: BaseException) -> Exception:
-        died = isinstance(error, ray.exceptions.RayActorError)
-        return (ActorDied if died else RuntimeError)(f"{self.name}: {error}")
+        if isinstance(error, ray.exceptions.RayActorError):
+            return ActorDied(f"{self.name}: {error}")
+        return RuntimeError(f"{self.name}: {error}")
 
 
 class RemoteLearner:

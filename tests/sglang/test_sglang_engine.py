@@ -16,6 +16,7 @@ import torch
 from sglang_learner import buckets_of
 from sglang_world import Run, World, adapted, start
 
+from asyncrl.engine.base import EngineDied
 from asyncrl.types import Completion, Sampling
 
 pytestmark = pytest.mark.timeout(120)
@@ -346,9 +347,9 @@ def test_two_engines_on_one_host_and_the_end_of_one(world, run):
         async with asyncio.timeout(10):
             results = await asyncio.gather(*calls, return_exceptions=True)
         for result in results:
-            assert isinstance(result, RuntimeError)
+            assert isinstance(result, EngineDied)
             assert f"process {process.pid} ended with exit code -9" in str(result)
-        with pytest.raises(RuntimeError, match="exit code -9"):
+        with pytest.raises(EngineDied, match="exit code -9"):
             await second.pause()
         await second.close()
         manager = second._engine.tokenizer_manager

@@ -1,0 +1,53 @@
+"""Blocking calls in threads that nothing else waits for.
+
+`asyncio.to_thread` shares a few threads among everybody: a handful of calls that hang there hold up all others, and the
+exit. Python cannot end a thread, but one that hangs here is only its own caller's loss.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+async def in_thread(function: Callable[[], T]) -> T:
+    """What the function returns or raises, from a daemon thread, which goes on if the caller is cancelled."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+    call = contextvars.copy_context().run
+
+    def deliver(give: Callable[[Any], None], value: Any) -> None:
+        if not result.done():
+            give(value)
+
+    def work() -> None:
+        give: Callable[[Any], None] = result.set_result
+        value: Any
+        try:
+            value = call(function)
+        except BaseException as error:
+            give, value = result.set_exception, error
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(deliver, give, value)
+
+    threading.Thread(target=work, daemon=True).start()
+    return await result
+
+
+class Threads:
+    """Calls of somebody else's code, a few at once."""
+
+    def __init__(self) -> None:
+        self._room = asyncio.Semaphore((os.cpu_count() or 1) + 4)
+
+    async def run(self, function: Callable[[], T], timeout_s: float | None = None) -> T:
+        """What the function returns or raises. Raises `TimeoutError` if it runs longer than `timeout_s`; the time that
+        it waits for its turn does not count, and once it is given up it takes nobody's turn."""
+        async with self._room, asyncio.timeout(timeout_s):
+            return await in_thread(function)

@@ -1,0 +1,77 @@
+"""Calls that block: those that never end take nobody's place."""
+
+import asyncio
+import threading
+import time
+from functools import partial
+
+import pytest
+from helpers import run
+
+from asyncrl.threads import Threads, in_thread
+
+
+def test_results_and_errors_come_back():
+    def fail():
+        raise KeyError("x")
+
+    async def body():
+        assert await in_thread(threading.get_ident) != threading.get_ident()
+        assert await in_thread(threading.current_thread) is not await in_thread(threading.current_thread)
+        with pytest.raises(KeyError, match="x"):
+            await in_thread(fail)
+
+    run(body())
+
+
+def test_calls_that_hang_hold_up_neither_others_nor_the_default_executor():
+    ended = threading.Event()
+
+    async def body():
+        threads = Threads()
+        hanging = [asyncio.ensure_future(threads.run(ended.wait, 0.05)) for _ in range(100)]
+        assert await threads.run(lambda: "scored") == "scored", "only once 100 before it were given up"
+        assert await asyncio.to_thread(lambda: "written") == "written"
+        for result in await asyncio.gather(*hanging, return_exceptions=True):
+            assert isinstance(result, TimeoutError)
+
+    try:
+        run(body())
+    finally:
+        ended.set()
+
+
+def test_only_a_few_run_at_once_and_waiting_for_a_turn_does_not_count(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    running, most = [], []
+
+    def work():
+        running.append(None)
+        most.append(len(running))
+        time.sleep(0.02)
+        running.pop()
+
+    async def body():
+        threads = Threads()
+        await asyncio.gather(*(threads.run(work, timeout_s=1) for _ in range(20)))
+
+    run(body())
+    assert max(most) == 5
+
+
+def test_a_caller_that_is_cancelled_gives_its_turn_back():
+    ended = threading.Event()
+
+    async def body():
+        threads = Threads()
+        calls = [asyncio.ensure_future(threads.run(ended.wait)) for _ in range(100)]
+        await asyncio.sleep(0.01)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        assert await threads.run(partial(max, 1, 2)) == 2
+
+    try:
+        run(body())
+    finally:
+        ended.set()
