@@ -1,25 +1,11 @@
-"""One training job from its configuration: prepares the weights, starts the actors, runs the loop, leaves a run folder.
-
-runs/20261122-193000-largest-digit/
-    config.json  run.json        resolved configuration; git commit, command, no-skill scores
-    metrics.jsonl  tensorboard/  every metric of every step
-    checkpoints/step-000160/     loads with transformers as it is
-    journal.bin  groups/         what happened to every prompt; the finished groups that a resume may need
-    timeline.jsonl               what every part of the run did, and when
-    trajectories/                a few trajectories of each step, parquet
-    curves.png                   reward, held-out accuracy, lag, utilisation
-    output.log                   with --watch: what was printed besides the lines of the run
-"""
+"""One training job from its configuration: prepares the weights, starts the actors, runs the loop, leaves a folder."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -28,9 +14,10 @@ from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
+from asyncrl import run_folder
 from asyncrl.algo import own
 from asyncrl.buffer import Buffer
-from asyncrl.config import Config, to_tree
+from asyncrl.config import Config
 from asyncrl.envs.base import load_env
 from asyncrl.handles import LearnerHandle, RolloutHandle
 from asyncrl.loop import run
@@ -47,8 +34,9 @@ from asyncrl.recovery.supervisor import Supervisor
 from asyncrl.recovery.watchdog import Watchdog
 from asyncrl.staleness import StalenessControl
 from asyncrl.system import System
+from asyncrl.training.learner import row_length
 from asyncrl.training.warmup import prepare
-from asyncrl.types import Prompt
+from asyncrl.types import Group, Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +60,11 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
     env = load_env(config.env.path, tokenizer, config.env.args)
     heldout = list(islice(env.prompts("heldout", 0), config.eval.num_prompts))
     baselines = env.baselines(heldout)
-    folder = (resume or new_folder(config, baselines)).absolute()
+    folder = (resume or run_folder.create(config, baselines)).absolute()
     buffer = make_buffer(config)
     journal, saved = open_journal(folder, buffer, resumed=resume is not None)
     first_step = journal.accounts.version
+    changes = run_folder.change(folder, config, first_step)
 
     def decode(token_ids: list[int]) -> str:
         return str(tokenizer.decode(token_ids))
@@ -92,6 +81,8 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
             decode=decode,
         ) as metrics,
     ):
+        for line in changes:
+            metrics.say(line)
         _say_how_it_begins(metrics, config, journal, baselines, getattr(env, "skipped", {}))
         prompts = PromptQueue(
             env.prompts("train", config.seed),
@@ -100,6 +91,7 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
             keep_groups=config.journal.keep_groups,
             curriculum=None if config.curriculum.by == "off" else Curriculum(config.curriculum, config.seed),
             pass_reward=config.eval.pass_reward,
+            fits=partial(fits, config.rollout.group_size, row_length(config, env.max_prompt_tokens)),
         )
         async with runtime.open_actors(config, initial, saved, folder / "groups") as (learner, actors):
             system = make_system(
@@ -205,6 +197,12 @@ def make_watchdog(
     )
 
 
+def fits(group_size: int, row_tokens: int, group: Group) -> bool:
+    """Whether the learner takes a group that was made before a stop, perhaps under other settings."""
+    longest = max(len(trajectory.token_ids) for trajectory in group.trajectories)
+    return len(group.rewards) == group_size and longest <= row_tokens
+
+
 def open_journal(folder: Path, buffer: Buffer, *, resumed: bool) -> tuple[Journal, Path | None]:
     """The run's journal, and the newest whole checkpoint, which the accounts are now those of.
 
@@ -231,24 +229,6 @@ def open_journal(folder: Path, buffer: Buffer, *, resumed: bool) -> tuple[Journa
     else:
         journal.append(Resumed(version=cursor.version))
     return journal, saved
-
-
-def new_folder(config: Config, baselines: dict[str, float]) -> Path:
-    """A new run folder with its configuration and origin written down."""
-    task = config.env.path.rpartition(":")[2].lower()
-    stem = time.strftime(f"%Y%m%d-%H%M%S-{task}")
-    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
-        folder = Path(config.run_dir) / f"{stem}{suffix}"
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            folder.mkdir(mode=0o700)  # prompts and completions are nobody else's business
-            break
-        except FileExistsError:
-            continue
-    (folder / "config.json").write_text(json.dumps(to_tree(config), indent=2) + "\n")
-    origin = {"commit": _commit(), "command": sys.argv, "no_skill": baselines, "python": sys.version.split()[0]}
-    (folder / "run.json").write_text(json.dumps(origin, indent=2) + "\n")
-    return folder
 
 
 def _say_how_it_begins(
@@ -289,15 +269,6 @@ def report(result: Result, num_steps: int) -> str:
     if result.version < num_steps:
         lines.append(f"go on with: python launch/run.py --resume {result.folder}")
     return "\n".join(lines)
-
-
-def _commit() -> str | None:
-    """The commit of the working directory, marked where files differ from it; None outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from random import Random
 
 import pytest
@@ -14,6 +15,7 @@ from helpers import run, trajectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asyncrl import job
 from asyncrl.buffer import Buffer
 from asyncrl.loop import check_digests
 from asyncrl.recovery import groups as files
@@ -273,10 +275,9 @@ class World:
             return
         ticket, prompt, oldest = flying.pop(self.random.randrange(len(flying)))
         attempts = [trajectory(1, 1, seed=0, version=v) for v in sorted({oldest, version})]
-        group = make_group(prompt, attempts)
-        group = files.write(
-            self.folder / "groups", replace(group, digests={v: published[v] for v in {oldest, version}})
-        )
+        group = replace(make_group(prompt, attempts), digests={v: published[v] for v in {oldest, version}})
+        if self.random.random() < 0.9:  # else the disk is full
+            group = files.write(self.folder / "groups", group)
         self.maybe_die()
         queue.generated(group)
         self.maybe_die()
@@ -356,3 +357,17 @@ def test_finished_groups_are_used_after_a_crash(tmp_path):
     first, second = again.issue(), again.issue()
     assert (first[0].id, first[1].uses) == (0, 0)
     assert (second[0].id, second[1]) == (1, None)
+
+
+@pytest.mark.parametrize(("group_size", "row_tokens", "used"), [(1, 3, True), (2, 3, False), (1, 2, False)])
+def test_a_finished_group_that_the_settings_of_now_do_not_take_is_played_again(tmp_path, group_size, row_tokens, used):
+    (tmp_path / "groups").mkdir()
+    queue = PromptQueue(prompts(), Journal(tmp_path / "journal.bin"), tmp_path / "groups")
+    prompt, _ = queue.issue()
+    queue.generated(files.write(tmp_path / "groups", make_group(prompt, [trajectory(1, 2, seed=0)])))
+    queue.journal.close()
+    takes = partial(job.fits, group_size, row_tokens)
+    again = PromptQueue(prompts(), Journal(tmp_path / "journal.bin"), tmp_path / "groups", fits=takes)
+    assert again.restore({}, groups_per_step=1, window=1) == used
+    prompt, finished = again.issue()
+    assert (prompt.id, finished is not None) == (0, used)

@@ -13,7 +13,7 @@ import torch
 from helpers import run
 
 from asyncrl import config as configuration
-from asyncrl import job, loop
+from asyncrl import job, loop, run_folder
 from asyncrl.envs.base import load_env
 from asyncrl.handles import ActorDied
 from asyncrl.loop import check_digests
@@ -198,10 +198,23 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):
     first = run(job.train(small(tmp_path, *words, "num_steps=2"), quiet=True))
     second = run(job.train(small(tmp_path, *words), first.folder, quiet=True))
     assert second.version == 4
+    before, now = (json.loads((second.folder / f"config{at}.json").read_text()) for at in (".step-000002", ""))
+    assert (before.pop("num_steps"), now.pop("num_steps")) == (2, 4)
+    assert before == now
     one, other = (parameters(checkpoint.latest(r.folder / "checkpoints")) for r in (unbroken, second))
     assert all(torch.equal(one[name], other[name]) for name in one)
     rows = [row["version"] for row in metrics.read(second.folder) if "reward/mean" in row]
     assert rows == [1, 2, 3, 4]
+
+
+def test_a_change_of_the_configuration_is_told_and_both_are_kept(tmp_path):
+    first = small(tmp_path, "env.args={max_digits=4}")
+    folder = run_folder.create(first, {})
+    assert run_folder.change(folder, first, 3) == []
+    told = run_folder.change(folder, small(tmp_path, "num_steps=6", "env.args={max_digits=5}"), 3)
+    assert told == ["changed at step 3: num_steps 4 -> 6", "changed at step 3: env.args.max_digits 4 -> 5"]
+    assert configuration.load(folder / "config.step-000003.json") == first
+    assert configuration.load(folder / "config.json").num_steps == 6
 
 
 class Failing:

@@ -87,7 +87,7 @@ LAYERS = [
     {"system"},
     {"loop"},
     {"runtime.exchange", "runtime.placement", "runtime.stacks", "runtime.parts", "runtime.local", "runtime.cluster"},
-    {"job", "runtime.preflight"},
+    {"job", "run_folder", "runtime.preflight"},
 ]
 
 

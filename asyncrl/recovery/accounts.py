@@ -195,13 +195,18 @@ class Accounts:
             return False
         return not account.settled or any(self.usable_at(account, version) for version in (*self.kept, self.version))
 
+    def _comes_again(self, account: Account) -> bool:
+        """Whether the buffer may still give the group out, on disk or not."""
+        left = len(account.steps) < self.reuse and account.dropped is None
+        return left and account.oldest + self.max_lag >= self.version
+
     def forget_settled(self) -> None:
         """Leaves out prompts that are settled for good: no resume at a kept version would open them again."""
         oldest = min(self.kept)
         for account in list(self._accounts.values()):
             dropped = account.dropped is not None and account.dropped.version <= oldest
-            trained = account.uses_at(oldest) > 0 and not self.needs_group(account.id)
-            if dropped or trained:
+            ended = not self.needs_group(account.id) and not self._comes_again(account)
+            if dropped or (ended and account.uses_at(oldest) > 0):
                 del self._accounts[account.id]
                 self.closed[account.dropped.reason if account.dropped else "trained"] += 1
 

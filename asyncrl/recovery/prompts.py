@@ -8,7 +8,7 @@ issue ---> (played, or finished before a crash) ---> generated ---> trained(step
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -41,9 +41,11 @@ class PromptQueue:
         keep_groups: bool = False,
         curriculum: Curriculum | None = None,
         pass_reward: float = 1.0,
+        fits: Callable[[Group], bool] = lambda _group: True,
     ) -> None:
         """`source`: the endless prompts of the run, from the first one. `folder`: where groups are stored, if they are.
         `pass_reward`: the reward from which on an attempt counts as passed, in the journal and for the curriculum.
+        `fits`: whether the run's settings still take a stored group.
 
         Raises `ValueError` if an open prompt is no longer the one that was admitted under its id.
         """
@@ -52,7 +54,7 @@ class PromptQueue:
         self._source, self._folder, self._keep_groups = source, folder, keep_groups
         again = {account.id: account for account in self._accounts if not account.settled or account.stored}
         drawn: Iterator[Prompt] = islice(source, self._accounts.next_id)
-        self._curriculum, self._pass_reward = curriculum, pass_reward
+        self._curriculum, self._pass_reward, self._fits = curriculum, pass_reward, fits
         if curriculum is not None:
             drawn = map(curriculum.meet, drawn)
         self._again = deque(_checked(prompt, again[prompt.id]) for prompt in drawn if prompt.id in again)
@@ -68,9 +70,9 @@ class PromptQueue:
     def restore(self, published: Mapping[Version, str], *, groups_per_step: int, window: int) -> int:
         """Finds the finished groups that can still be trained; returns how many. Call it once, before the first issue.
 
-        A group qualifies if its file is whole, its tokens were made by weights that are published under the same digest
-        now, and it will be young enough even if it waits as long as the buffer's order allows. Other open prompts are
-        played again.
+        A group qualifies if its file is whole and fits the settings of now, its tokens were made by weights that are
+        published under the same digest, and it will be young enough even if it waits as long as the buffer's order
+        allows. Other open prompts are played again.
         """
         waiting: deque[Prompt] = deque()
         for prompt in self._again:
@@ -164,6 +166,8 @@ class PromptQueue:
             return None
         group = files.read(self._folder, account.id, account.stored)
         if group is None or any(published.get(version) != digest for version, digest in group.digests.items()):
+            return None
+        if not self._fits(group):
             return None
         return group
 

@@ -1,0 +1,82 @@
+"""The folder that a run leaves behind.
+
+runs/20261122-193000-largest-digit/
+    config.json  run.json        resolved configuration; git commit, command, no-skill scores
+    config.step-000120.json      what it was up to that step, if a resume changed it
+    metrics.jsonl  tensorboard/  every metric of every step
+    checkpoints/step-000160/     loads with transformers as it is
+    journal.bin  groups/         what happened to every prompt; the finished groups that a resume may need
+    timeline.jsonl               what every part of the run did, and when
+    trajectories/                a few trajectories of each step, parquet
+    curves.png                   reward, held-out accuracy, lag, utilisation
+    output.log                   with --watch: what was printed besides the lines of the run
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from asyncrl.config import Config, to_tree
+
+_CONFIG = "config.json"
+
+
+def create(config: Config, baselines: dict[str, float]) -> Path:
+    """A new run folder with its configuration and origin written down."""
+    task = config.env.path.rpartition(":")[2].lower()
+    stem = time.strftime(f"%Y%m%d-%H%M%S-{task}")
+    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+        folder = Path(config.run_dir) / f"{stem}{suffix}"
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700)  # prompts and completions are nobody else's business
+            break
+        except FileExistsError:
+            continue
+    _write(folder / _CONFIG, to_tree(config))
+    origin = {"commit": _commit(), "command": sys.argv, "no_skill": baselines, "python": sys.version.split()[0]}
+    _write(folder / "run.json", origin)
+    return folder
+
+
+def change(folder: Path, config: Config, step: int) -> list[str]:
+    """Makes this the configuration of a run that goes on from `step`. The one before is kept beside it.
+
+    Returns a line for each value that is another now.
+    """
+    path = folder / _CONFIG
+    before, now = json.loads(path.read_text()), json.loads(json.dumps(to_tree(config)))
+    changes = [f"changed at step {step}: {line}" for line in _differences(before, now)]
+    if changes:
+        path.rename(folder / f"config.step-{step:06d}.json")
+        _write(path, now)
+    return changes
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    if before == now:
+        return []
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return [f"{name} {json.dumps(before)} -> {json.dumps(now)}"]
+    lines = []
+    for key in dict.fromkeys([*before, *now]):
+        lines += _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    return lines
+
+
+def _write(path: Path, tree: dict[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=2) + "\n")
+
+
+def _commit() -> str | None:
+    """The commit of the working directory, marked where files differ from it; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
