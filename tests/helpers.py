@@ -1,8 +1,11 @@
 """Small things that several test files need."""
 
 import asyncio
+import os
+import re
 from collections.abc import Coroutine
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,6 +14,7 @@ from asyncrl.envs.digits import SortDigits
 from asyncrl.types import Completion, Trajectory
 
 Result = TypeVar("Result")
+_LISTEN = "0A"
 
 
 def run(coroutine: Coroutine[Any, Any, Result], seconds: float = 60) -> Result:
@@ -74,3 +78,40 @@ def attempt(env, prompt, reply: str, finish="stop") -> Trajectory:
         return Completion(ids, np.full(len(ids), -1, np.float32), np.zeros(len(ids), np.int32), finish)
 
     return run(env.play(prompt, generate))
+
+
+def session_of(leader: int) -> list[int]:
+    """Live processes of a session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, session = re.sub(r"^.*\) ", "", path.read_text()).split()[:4]
+        except OSError:
+            continue
+        if int(session) == leader and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def listening(processes):
+    """Addresses that these processes listen on, by TCP, as in /proc/net: hexadecimal, little-endian words."""
+    sockets = set()
+    for process in processes:
+        for descriptor in Path(f"/proc/{process}/fd").glob("*"):
+            try:
+                sockets |= set(re.findall(r"socket:\[(\d+)\]", os.readlink(descriptor)))
+            except OSError:  # closed meanwhile
+                continue
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == _LISTEN and words[9] in sockets:
+                found.add(words[1].partition(":")[0])
+    return found
+
+
+def is_loopback(address):
+    last = address[-8:]  # of an IPv4 address within IPv6, the part that counts
+    mapped = address[:-8] in ("", "0000000000000000FFFF0000")
+    return (mapped and last.endswith("7F")) or address == "00000000000000000000000001000000"

@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import run
+from helpers import is_loopback, listening, run, session_of
 
 from asyncrl import config as configuration
 from asyncrl import job
@@ -148,7 +147,7 @@ def test_actors_run_uvloop_agree_on_weights_and_a_killed_one_loses_no_prompt(tmp
 
 
 @pytest.mark.timeout(200)
-def test_ctrl_c_saves_leaves_no_process_and_the_run_goes_on(tmp_path):
+def test_ctrl_c_saves_no_process_or_open_port_is_left_and_the_run_goes_on(tmp_path):
     words = [*SMALL, f"run_dir={tmp_path}", "num_steps=100000"]
     command = [sys.executable, str(ROOT / "launch" / "run.py"), *words]
     lines = []
@@ -156,30 +155,19 @@ def test_ctrl_c_saves_leaves_no_process_and_the_run_goes_on(tmp_path):
         for line in process.stdout:
             lines.append(line)
             if line.startswith("step 3 "):
+                addresses = listening(session_of(process.pid))
                 os.kill(process.pid, signal.SIGINT)
     assert process.returncode == 0, "".join(lines)
     (folder,) = [path for path in tmp_path.iterdir() if path.name != "cache"]
     assert f"--resume {folder}" in "".join(lines)
     saved = checkpoint.load_cursor(checkpoint.latest(folder / "checkpoints"))
     assert saved.version >= 3
-    assert not _members(process.pid), "processes were left behind"
+    assert not session_of(process.pid), "processes were left behind"
+    assert addresses
+    assert {address for address in addresses if not is_loopback(address)} == set(), "ports that other machines reach"
 
     config = configuration.load(folder / "config.json", [f"num_steps={saved.version + 2}"])
     result = run(job.train(config, folder, quiet=True), seconds=90)
     assert result.version == saved.version + 2
     versions = [row["version"] for row in metrics.read(folder) if "reward/mean" in row]
     assert versions == list(range(1, result.version + 1))
-
-
-def _members(session: int) -> list[str]:
-    """Command lines of live processes of a session."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            text = path.read_text()
-        except OSError:
-            continue
-        state, _, _, owner = re.sub(r"^.*\) ", "", text).split()[:4]
-        if int(owner) == session and state != "Z":
-            found.append((path.parent / "cmdline").read_text())
-    return found

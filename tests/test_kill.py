@@ -1,7 +1,6 @@
 """`kill -9` of a real run through its command line, then `--resume`: no prompt is lost, none is trained twice."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from helpers import session_of
 
 from asyncrl.monitor import metrics
 from asyncrl.recovery import checkpoint, journal
@@ -25,19 +25,6 @@ SMALL = [
     "eval.num_prompts=8",
     "checkpoint.every=3",
 ]
-
-
-def session_of(leader: int) -> list[int]:
-    """Live processes of a session."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, session = re.sub(r"^.*\) ", "", path.read_text()).split()[:4]
-        except OSError:
-            continue
-        if int(session) == leader and state != "Z":
-            found.append(int(path.parent.name))
-    return found
 
 
 def start(tmp_path, *words):
@@ -58,24 +45,24 @@ def kill_at(process, line_start):
     raise AssertionError("".join(lines))
 
 
-@pytest.mark.parametrize("runtime", ["local", "cluster"])
+@pytest.mark.parametrize(("runtime", "kills"), [("local", {2: 0, 5: 3}), ("cluster", {5: 3})])
 @pytest.mark.timeout(300)
-def test_a_run_that_is_killed_twice_loses_nothing(tmp_path, runtime):
-    """Once before the first checkpoint, once between two."""
+def test_a_run_that_is_killed_loses_nothing(tmp_path, runtime, kills):
+    """Before the first checkpoint and between two; `kills` are the steps, with the versions to go on from."""
     words = [*SMALL, f"runtime={runtime}", f"run_dir={tmp_path}", "num_steps=9"]
-    with start(tmp_path, *words) as first:
-        kill_at(first, "step 2 ")
-    (folder,) = [path for path in tmp_path.iterdir() if path.name != "cache"]
-    assert folder.stat().st_mode & 0o077 == 0
-    with start(tmp_path, "--resume", str(folder)) as second:
-        kill_at(second, "step 5 ")
-    with start(tmp_path, "--resume", str(folder)) as third:
-        output = third.communicate()[0]
-    assert third.returncode == 0, output
+    for step in kills:
+        with start(tmp_path, *words) as killed:
+            kill_at(killed, f"step {step} ")
+        (folder,) = [path for path in tmp_path.iterdir() if path.name != "cache"]
+        assert folder.stat().st_mode & 0o077 == 0
+        words = ["--resume", str(folder)]
+    with start(tmp_path, *words) as last:
+        output = last.communicate()[0]
+    assert last.returncode == 0, output
     assert checkpoint.load_cursor(checkpoint.latest(folder / "checkpoints")).version == 9
 
     records, _, _ = journal.read(folder / "journal.bin")
-    assert [record.version for record in records if isinstance(record, Resumed)] == [0, 3]
+    assert [record.version for record in records if isinstance(record, Resumed)] == [*kills.values()]
     trained, admitted = {}, set()
     for record in records:
         match record:
