@@ -183,6 +183,7 @@ class Buffer:
             entry.uses += 1
             if entry.uses < self.reuse:
                 self._replays[entry.ticket.number] = entry
+        self._changed.set()  # a batch of groups that are given out again needs no new one
         self._wake_admissions(self._limit - self.charged)
         return sum(now - entry.ready_at for entry in batch) / max(len(batch), 1)
 

@@ -84,7 +84,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
         low, high = np.percentile(array[draws].mean(1), [2.5, 97.5])
         return float(low), float(high)
     variance = float(array.var())
-    effective = size * mean * (1 - mean) / variance if variance > 0 else size
+    differ = array.max() > array.min()  # of equal values, rounding may leave a variance
+    effective = size * mean * (1 - mean) / variance if differ else size
     shrink = 1 + _Z**2 / effective
     center = (mean + _Z**2 / (2 * effective)) / shrink
     half = _Z / shrink * math.sqrt(mean * (1 - mean) / effective + (_Z / (2 * effective)) ** 2)

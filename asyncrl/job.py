@@ -64,7 +64,7 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
     buffer = make_buffer(config)
     journal, saved = open_journal(folder, buffer, resumed=resume is not None)
     first_step = journal.accounts.version
-    changes = run_folder.change(folder, config, first_step)
+    changes = run_folder.differences(folder, config)
 
     def decode(token_ids: list[int]) -> str:
         return str(tokenizer.decode(token_ids))
@@ -82,7 +82,7 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
         ) as metrics,
     ):
         for line in changes:
-            metrics.say(line)
+            metrics.say(f"changed at step {first_step}: {line}")
         _say_how_it_begins(metrics, config, journal, baselines, getattr(env, "skipped", {}))
         prompts = PromptQueue(
             env.prompts("train", config.seed),
@@ -106,6 +106,8 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
                 metrics=metrics,
             )
             system.rollouts.published.update(journal.accounts.published)
+            if changes:  # they are accepted by everything there is
+                run_folder.keep(folder, config, first_step)
             with _stop_on_ctrl_c(buffer, metrics):
                 await run(system)
             result = Result(folder, learner.version, metrics.last_accuracy, baselines)
@@ -273,17 +275,22 @@ def report(result: Result, num_steps: int) -> str:
 
 @contextmanager
 def _stop_on_ctrl_c(buffer: Buffer, metrics: Metrics) -> Iterator[None]:
-    """The first Ctrl-C closes the buffer: the step under way ends, then the run is saved. The second one interrupts."""
+    """The first Ctrl-C, or SIGTERM, closes the buffer: the step under way ends, then the run is saved. The second one
+    interrupts."""
     loop = asyncio.get_running_loop()
+    signals = signal.SIGINT, signal.SIGTERM  # the latter is how schedulers of clusters and containers say it
 
     def stop() -> None:
         metrics.say("stopping after this step, with a checkpoint; once more to interrupt at once")
-        loop.remove_signal_handler(signal.SIGINT)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in signals:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.default_int_handler)
         buffer.close()
 
-    loop.add_signal_handler(signal.SIGINT, stop)
+    for number in signals:
+        loop.add_signal_handler(number, stop)
     try:
         yield
     finally:
-        loop.remove_signal_handler(signal.SIGINT)
+        for number in signals:
+            loop.remove_signal_handler(number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -10,7 +11,9 @@ from asyncrl.config import Config
 
 def check(config: Config) -> None:
     """The rules between knobs. Raises `ValueError` with the rule, the values and the remedy."""
+    _check_least(config)
     _check_ranges(config)
+    _check_clipping(config)
     _check_secrets(config.env.args, "env.args")
     _check_secrets(config.rollout.engine_args, "rollout.engine_args")
     _check_critic(config)
@@ -48,7 +51,14 @@ def _check_correction(config: Config) -> None:
     if rollout.group_size < 2 and loss.center in ("mean", "loo"):
         raise ValueError(
             f"a group baseline needs at least two samples: rollout.group_size is {rollout.group_size} and the preset's "
-            f"center is {loss.center!r}; raise rollout.group_size or set algorithm.loss.center=none"
+            f"center is {loss.center!r}; raise rollout.group_size, or set algorithm.loss.center=none and "
+            "algorithm.loss.scale=none"
+        )
+    if config.algorithm.drop_zero_variance and (rollout.group_size < 2 or loss.center in ("batch", "none")):
+        raise ValueError(
+            "algorithm.drop_zero_variance drops groups of equal rewards because they teach nothing, but with "
+            f"rollout.group_size={rollout.group_size} and center {loss.center!r} they do, or all groups are such: set "
+            "algorithm.drop_zero_variance=false"
         )
 
 
@@ -178,7 +188,6 @@ _AT_LEAST = {
     "critic.num_updates": 1,
     "critic.warmup_steps": 0,
     "critic.clip": 0,
-    "critic.max_grad_norm": 0,
     "curriculum.visits": 1,
     "eval.every": 0,
     "eval.num_prompts": 1,
@@ -197,13 +206,26 @@ _AT_LEAST = {
 }
 
 
-def _check_ranges(config: Config) -> None:
+def _check_clipping(config: Config) -> None:
+    for name, norm in (("learner", config.learner.max_grad_norm), ("critic", config.critic.max_grad_norm)):
+        if not 0 < norm < math.inf:
+            raise ValueError(
+                f"{name}.max_grad_norm must be above 0 and finite, got {norm}; for no clipping set it to 1e9"
+            )
+
+
+def _check_least(config: Config) -> None:
     for name, least in _AT_LEAST.items():
         value: Any = config
         for part in name.split("."):
             value = getattr(value, part)
-        if value < least:
+        if not value >= least:  # nor NaN
             raise ValueError(f"{name} must be at least {least}, got {value}")
+        if value == math.inf:
+            raise ValueError(f"{name} must be finite, got {value}")
+
+
+def _check_ranges(config: Config) -> None:
     if not 0 < config.rollout.gpu_memory_utilization < 1:
         raise ValueError(
             f"rollout.gpu_memory_utilization must be above 0 and below 1, got {config.rollout.gpu_memory_utilization}"

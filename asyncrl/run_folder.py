@@ -44,18 +44,31 @@ def create(config: Config, baselines: dict[str, float]) -> Path:
     return folder
 
 
-def change(folder: Path, config: Config, step: int) -> list[str]:
-    """Makes this the configuration of a run that goes on from `step`. The one before is kept beside it.
+def differences(folder: Path, config: Config) -> list[str]:
+    """A line for each value that is another one than the folder's configuration has.
 
-    Returns a line for each value that is another now.
+    Raises `ValueError` for what a run cannot change on its way: its checkpoints are of that shape.
     """
+    before, now = json.loads((folder / _CONFIG).read_text()), json.loads(json.dumps(to_tree(config)))
+    lines = _differences(before, now)
+    for line in lines:
+        if line.startswith(("model.", "lora.")) and not line.startswith(("model.path ", "lora.sync ")):
+            raise ValueError(
+                f"{line}: the checkpoints of {folder} are of the old value; go on without this change, or start a new "
+                "run"
+            )
+    return lines
+
+
+def keep(folder: Path, config: Config, step: int) -> None:
+    """Makes this the configuration of a run that goes on from `step`; the one before stays beside it."""
     path = folder / _CONFIG
-    before, now = json.loads(path.read_text()), json.loads(json.dumps(to_tree(config)))
-    changes = [f"changed at step {step}: {line}" for line in _differences(before, now)]
-    if changes:
-        path.rename(folder / f"config.step-{step:06d}.json")
-        _write(path, now)
-    return changes
+    for suffix in ("", *(f".{number}" for number in range(2, 1000))):
+        old = folder / f"config.step-{step:06d}{suffix}.json"
+        if not old.exists():
+            path.rename(old)
+            break
+    _write(path, to_tree(config))
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:

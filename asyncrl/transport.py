@@ -167,7 +167,7 @@ def _backend(where: Rendezvous, store: PrefixStore, rank: int, address: str) -> 
         return ProcessGroupGloo(store, rank, where.world_size, options)
     if where.backend == "nccl":
         options = torch.distributed.ProcessGroupNCCL.Options()
-        options._timeout = timeout
+        options._timeout = timedelta(days=1)  # `_wait_until` ends waits; torch's own watchdog would hold up the abort
         with _own_error_handling():
             group: Any = torch.distributed.ProcessGroupNCCL(store, rank, where.world_size, options)
         # NCCL meets at the first collective. Here, so that a member that is missing is missed at the join.

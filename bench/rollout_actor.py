@@ -94,7 +94,7 @@ async def compare(options: argparse.Namespace) -> dict[str, Any]:
         config = configuration.load(None, words)
         placement = Placement("cuda" if cuda else "cpu", 0, int(cuda), "gloo")
         common: dict[str, Any] = {"num_cpus": 0, "num_gpus": int(cuda), "max_concurrency": 1000}
-        ours = ray.remote(RolloutActor).options(**common).remote(config, folder, placement)
+        ours = ray.remote(RolloutActor).options(**common).remote(config, folder, placement, None)
         actor = RemoteRollout("rollout", ours, await ours.start.remote())
         bare = ray.remote(BareActor).options(**common).remote()
         await bare.start.remote(bare_arguments(config, folder, placement))

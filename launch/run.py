@@ -40,6 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: what was done since the last checkpoint is in the journal alone", file=sys.stderr)
+        return 130
     return 0
 
 

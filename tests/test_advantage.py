@@ -124,3 +124,8 @@ def test_the_overlong_punishment_falls_over_the_tail():
     """DAPO with L = 20 and a tail of 4: 0 up to 16 tokens, (16 - T) / 4 up to 20, -1 from there on."""
     lengths = torch.tensor([1, 16, 17, 18, 20, 25])
     assert overlong_punishment(lengths, 20, 4).tolist() == [0.0, 0.0, -0.25, -0.5, -1.0, -1.0]
+
+
+def test_equal_rewards_without_a_baseline_stay_what_they_are():
+    rewards = torch.ones(4)
+    assert advantages(rewards, torch.tensor([1, 1, 2, 2]), "none", "batch_std").tolist() == [1.0] * 4

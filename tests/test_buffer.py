@@ -263,6 +263,23 @@ def test_reused_groups_fill_the_batch_until_spent():
     run(play())
 
 
+def test_a_batch_of_groups_that_are_given_out_again_is_ready_with_their_release():
+    """At staleness 0 all slots are theirs, so no new group will come and wake whoever waits."""
+
+    async def body():
+        buffer = Buffer(2, 1, reuse=2)
+        buffer.allow(0)
+        for number in range(2):
+            buffer.put(await buffer.admit(), group(number, 0))
+        assert len(await buffer.take(0)) == 2
+        waiting = asyncio.ensure_future(buffer.take(1))
+        await asyncio.sleep(0)
+        buffer.release()
+        assert sorted(given.prompt.id for given in await waiting) == [0, 1]
+
+    run(body())
+
+
 def test_close_releases_everyone_who_waits():
     async def play():
         buffer = Buffer(1, 0)

@@ -147,7 +147,7 @@ def test_actors_run_uvloop_agree_on_weights_and_a_killed_one_loses_no_prompt(tmp
 
 
 @pytest.mark.timeout(200)
-def test_ctrl_c_saves_no_process_or_open_port_is_left_and_the_run_goes_on(tmp_path):
+def test_sigterm_saves_no_process_or_open_port_is_left_and_the_run_goes_on(tmp_path):
     words = [*SMALL, f"run_dir={tmp_path}", "num_steps=100000"]
     command = [sys.executable, str(ROOT / "launch" / "run.py"), *words]
     lines = []
@@ -156,7 +156,7 @@ def test_ctrl_c_saves_no_process_or_open_port_is_left_and_the_run_goes_on(tmp_pa
             lines.append(line)
             if line.startswith("step 3 "):
                 addresses = listening(session_of(process.pid))
-                os.kill(process.pid, signal.SIGINT)
+                os.kill(process.pid, signal.SIGTERM)
     assert process.returncode == 0, "".join(lines)
     (folder,) = [path for path in tmp_path.iterdir() if path.name != "cache"]
     assert f"--resume {folder}" in "".join(lines)

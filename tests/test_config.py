@@ -56,6 +56,15 @@ def test_a_resolved_config_reads_back_the_same():
         (["curriculum.bounds=[0.9, 0.1]"], "0 <= hard < easy <= 1, got 0.9 and 0.1"),
         (["curriculum.by=level"], "curriculum.by"),
         (["buffer.window=0"], "buffer.window must be at least 1"),
+        (["learner.max_grad_norm=0"], "learner.max_grad_norm must be above 0 and finite, got 0"),
+        (["critic.max_grad_norm=nan"], "critic.max_grad_norm must be above 0 and finite, got nan"),
+        (["learner.learning_rate=nan"], "learner.learning_rate must be at least 0, got nan"),
+        (["learner.learning_rate=inf"], "learner.learning_rate must be finite, got inf"),
+        (["algorithm.loss.center=none", "algorithm.loss.scale=group_std"], 'center = "none" with scale = "group_std"'),
+        (
+            ["algorithm.preset=reinforce_pp", "rollout.group_size=1", "algorithm.drop_zero_variance=true"],
+            "drop_zero_variance drops groups of equal rewards.*rollout.group_size=1",
+        ),
         (["algorithm.preset=async_defautl"], "async_default"),
         (["algorithm.loss.entropi_bonus=1"], "entropy_bonus"),
         (

@@ -181,3 +181,12 @@ def test_there_are_commands():
     assert len(SENTENCES) > 20
     assert {command for command in ONLY_PARSED if command not in LINES} == set()
     assert configuration.load(None, SMALL).num_steps == 2
+
+
+def test_an_interrupt_at_the_start_is_one_line(monkeypatch, capsys):
+    def interrupted(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("asyncrl.job.train", interrupted)
+    assert run.main(["runtime=local"]) == 130
+    assert capsys.readouterr().err.startswith("interrupted: ")

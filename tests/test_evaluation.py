@@ -44,6 +44,8 @@ def test_one_attempt_a_prompt_gives_wilsons_interval():
     assert interval([1.0] * 81 + [0.0] * 182) == pytest.approx((0.2553, 0.3662), abs=1e-4)
     assert interval([0.0] * 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
     assert interval([1.0] * 20) == pytest.approx((0.8389, 1.0), abs=1e-4)
+    low, high = interval([1 / 3] * 200)
+    assert high - low > 0.1, "equal values whose mean is rounded"
 
 
 @pytest.mark.parametrize(("num_samples", "scale"), [(1, 1.0), (4, 1.0), (4, 5.0)])

@@ -371,3 +371,10 @@ def test_a_finished_group_that_the_settings_of_now_do_not_take_is_played_again(t
     assert again.restore({}, groups_per_step=1, window=1) == used
     prompt, finished = again.issue()
     assert (prompt.id, finished is not None) == (0, used)
+
+
+def test_an_environment_whose_prompts_end_is_told_that_they_must_not():
+    queue = PromptQueue(itertools.islice(prompts(), 2))
+    queue.issue(), queue.issue()
+    with pytest.raises(ValueError, match=r"has only 2 training prompts: .* must be endless"):
+        queue.issue()

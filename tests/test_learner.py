@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import run, trajectory
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from asyncrl import config as configuration
@@ -205,6 +206,35 @@ def test_a_saved_state_goes_on_exactly(folder):
     assert first.version == second.version == 2
     for one, other in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("words", [[], ["algorithm.preset=ppo", "critic.backbone=own"]])
+def test_what_was_saved_before_the_first_step_goes_on(folder, words):
+    learner, again = make_learner(folder, *words), make_learner(folder, *words)
+    again.load_state(learner.state(), 0)
+    batch = play(folder, 1.0)
+    learner.step(batch), again.step(batch)
+    for one, other in zip(learner.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_layers_are_compiled_once_for_all_shapes(folder, monkeypatch):
+    """Lengths and numbers of rows and segments differ from step to step."""
+    compile_module = nn.Module.compile
+    eager = {"backend": "eager"}
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_module(self, **options, **eager))
+    monkeypatch.setattr("asyncrl.training.head._compiled", lambda function: function)
+    learner = make_learner(folder, "learner.compile=true", "learner.micro_batch_tokens=64")
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for num_groups, num_new in ((2, 3), (5, 9), (3, 20), (9, 2)):
+            learner.step(
+                [
+                    [trajectory(4, num_new, seed=10 * number + sample, reward=float(sample)) for sample in range(2)]
+                    for number in range(num_groups)
+                ]
+            )
+    assert learner.version == 4
 
 
 def test_broadcast_before_a_group_exists_is_refused(folder):

@@ -210,11 +210,25 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):
 def test_a_change_of_the_configuration_is_told_and_both_are_kept(tmp_path):
     first = small(tmp_path, "env.args={max_digits=4}")
     folder = run_folder.create(first, {})
-    assert run_folder.change(folder, first, 3) == []
-    told = run_folder.change(folder, small(tmp_path, "num_steps=6", "env.args={max_digits=5}"), 3)
-    assert told == ["changed at step 3: num_steps 4 -> 6", "changed at step 3: env.args.max_digits 4 -> 5"]
+    assert run_folder.differences(folder, first) == []
+    second = small(tmp_path, "num_steps=6", "env.args={max_digits=5}")
+    assert run_folder.differences(folder, second) == ["num_steps 4 -> 6", "env.args.max_digits 4 -> 5"]
+    run_folder.keep(folder, second, 3)
+    run_folder.keep(folder, small(tmp_path, "num_steps=7"), 3)
     assert configuration.load(folder / "config.step-000003.json") == first
-    assert configuration.load(folder / "config.json").num_steps == 6
+    assert configuration.load(folder / "config.step-000003.2.json") == second
+    assert configuration.load(folder / "config.json").num_steps == 7
+    with pytest.raises(ValueError, match=r"model.num_layers 2 -> 3: the checkpoints of .* are of the old value"):
+        run_folder.differences(folder, small(tmp_path, "model.num_layers=3"))
+
+
+def test_a_resume_that_is_refused_leaves_the_configuration_alone(tmp_path):
+    folder = run(job.train(small(tmp_path, "num_steps=1"), quiet=True)).folder
+    before = (folder / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="is not the one that the run admitted"):
+        run(job.train(small(tmp_path, "env.path=asyncrl.envs.digits:LargestDigit"), folder, quiet=True))
+    assert (folder / "config.json").read_bytes() == before
+    assert list(folder.glob("config.step-*")) == []
 
 
 class Failing:

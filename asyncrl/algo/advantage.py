@@ -71,7 +71,8 @@ def advantages(rewards: Tensor, groups: Tensor, center: Center, scale: Scale) ->
     if scale == "group_std":
         centered = centered / (_group_mean(deviation.square(), index, sizes).sqrt() + _STD_FLOOR)
     elif scale == "batch_std":
-        centered = centered / (centered.std(correction=0) + _STD_FLOOR)
+        spread = centered.std(correction=0)
+        centered = centered / (spread + _STD_FLOOR) if spread > 0 else centered  # equal ones stay what they are
     return centered.to(rewards.dtype)
 
 

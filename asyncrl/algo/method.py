@@ -131,6 +131,11 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             )
         if self.center == "batch" and self.scale == "group_std":
             raise ValueError('center = "batch" knows no groups: set scale = "batch_std" or "none", got "group_std"')
+        if self.center == "none" and self.scale == "group_std":
+            raise ValueError(
+                'center = "none" with scale = "group_std" divides the rewards of a group without variance by nothing: '
+                'set scale = "none" or "batch_std"'
+            )
         if self.center == "critic" and (self.scale == "group_std" or self.advantage):
             raise ValueError(
                 f'center = "critic" gives each token an advantage of its own: scale is {self.scale!r} and advantage is '

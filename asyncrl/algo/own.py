@@ -24,7 +24,10 @@ def load(path: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{path!r}: no module {error.name!r}; write 'package.module:function'") from error
+        raise ValueError(
+            f"{path!r}: no module {error.name!r}; write 'package.module:function', and for a file of your own add its "
+            "folder to PYTHONPATH"
+        ) from error
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"{path!r}: module {module_name!r} has no function {name!r}; write 'package.module:function'")

@@ -70,7 +70,7 @@ class ReceivedWeights:
 
     def _checksum(self, flat: Tensor) -> Tensor:
         """On a stream of its own, so that the next bucket's broadcast does not wait for it."""
-        if self._checksums is None:
+        if self._checksums is None or not flat.is_cuda:  # over gloo it comes to the host
             return flat_digest(flat)
         self._checksums.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._checksums):

@@ -89,7 +89,10 @@ def import_object(path: str, knob: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{knob} {path!r}: no module {error.name!r}; write 'package.module:Name'") from error
+        raise ValueError(
+            f"{knob} {path!r}: no module {error.name!r}; write 'package.module:Name', and for a file of your own add "
+            "its folder to PYTHONPATH"
+        ) from error
     if not name or not hasattr(module, name):
         raise ValueError(f"{knob} {path!r}: module {module_name!r} has no {name!r}; write 'package.module:Name'")
     return getattr(module, name)

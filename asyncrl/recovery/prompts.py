@@ -90,7 +90,12 @@ class PromptQueue:
         """The next prompt to play; or one that was played before the crash, with its group."""
         while True:
             again = bool(self._again)
-            prompt = self._again.popleft() if again else next(self._source)
+            prompt = self._again.popleft() if again else next(self._source, None)
+            if prompt is None:
+                raise ValueError(
+                    f"the environment has only {self._accounts.next_id} training prompts: prompts() must be endless "
+                    "for the split 'train', so begin again after the last one"
+                )
             finished = self._finished.pop(prompt.id, None)
             if finished is not None:
                 return prompt, finished

@@ -114,5 +114,6 @@ class Critic:
         for index, (name, parameter) in enumerate(self._named.items()):
             with torch.no_grad():
                 parameter.copy_(tensors[f"{name}.weight"])
-            state[index] = {key: tensors[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq", "step")}
+            if f"{name}.step" in tensors:  # else it never had a gradient, as before the first step
+                state[index] = {key: tensors[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq", "step")}
         self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": state})

@@ -152,7 +152,7 @@ class Learner:
         scorer = Scorer(model, head, bfloat16=bfloat16, varlen=self.attention == "varlen")
         if settings.compile:
             for layer in decoder_layers(model):
-                layer.compile()
+                layer.compile(dynamic=True)  # lengths and numbers of segments change: else some of them compile anew
         if settings.activation_checkpointing:
             recompute_activations(decoder_layers(model))
         if self.ranks.mesh is not None:
@@ -288,6 +288,8 @@ class Learner:
         """The inverse of `state`, from the full tensors, whatever number of ranks saved them."""
         state: dict[int, dict[str, Tensor]] = {}
         for index, (name, parameter) in enumerate(self._trained().items()):
+            if f"{name}.step" not in tensors:  # it never had a gradient, as before the first step
+                continue
             moments = {key: split_like(tensors[f"{name}.{key}"], parameter) for key in ("exp_avg", "exp_avg_sq")}
             state[index] = moments | {"step": tensors[f"{name}.step"]}
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
