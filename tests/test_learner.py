@@ -3,6 +3,8 @@
 import asyncio
 import copy
 import itertools
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -235,6 +237,30 @@ def test_layers_are_compiled_once_for_all_shapes(folder, monkeypatch):
                 ]
             )
     assert learner.version == 4
+
+
+def test_models_that_would_be_scored_wrongly_are_refused(folder, tmp_path):
+    def made(change):
+        model = load_model(folder, dtype=torch.float32, device="cpu")
+        change(model)
+        return Learner(configuration.load(None, []), model, 64)
+
+    def biased(model):
+        model.lm_head.bias = nn.Parameter(torch.arange(float(model.config.vocab_size)))
+
+    with pytest.raises(ValueError, match=r"Qwen2ForCausalLM are not .*: a bias, a scale or a cap"):
+        made(biased)
+    with pytest.raises(ValueError, match="has full_attention, linear_attention: choose another"):
+        made(lambda model: setattr(model.config, "layer_types", ["linear_attention", "full_attention"]))
+
+    windowed = shutil.copytree(folder, tmp_path / "windowed")
+    settings = json.loads((windowed / "config.json").read_text())
+    settings |= {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2}
+    (windowed / "config.json").write_text(json.dumps(settings))
+    learner = make_learner(windowed)
+    learner.step([[trajectory(4, 4, seed=number, reward=float(number)) for number in range(2)]])
+    with pytest.raises(ValueError, match="a trajectory has 9 tokens and the model's sliding attention window is 8"):
+        learner.step([[trajectory(4, 5, seed=number) for number in range(2)]])
 
 
 def test_broadcast_before_a_group_exists_is_refused(folder):

@@ -28,7 +28,7 @@ from asyncrl.training.critic import Critic
 from asyncrl.training.head import Head
 from asyncrl.training.lora import Adapters
 from asyncrl.training.packing import Batch, MicroBatch, pack
-from asyncrl.training.scoring import Scorer, recompute_activations
+from asyncrl.training.scoring import Scorer, check_model, recompute_activations
 from asyncrl.training.shaping import shape
 from asyncrl.training.sharding import Ranks, collect, shard, split_like, whole
 from asyncrl.training.step_metrics import GradientWatch, Seen, measure, speed
@@ -138,6 +138,7 @@ class Learner:
     def _make_scorer(self, model: nn.Module) -> Scorer:
         settings = self._config.learner
         bfloat16 = self._uses_bfloat16(model)
+        self._window = check_model(model, bfloat16=bfloat16, has_values=self.ranks.is_first)
         self.attention = self._use_attention(model)
         if bfloat16 and self._device_type(model) == "cuda":
             # What is left in float32 then runs on tensor cores (TF32).
@@ -168,6 +169,8 @@ class Learner:
         """The gradient of one optimizer step on whole groups, on every rank; the weights stay what they are."""
         began, varlen = time.perf_counter(), self.attention == "varlen"
         settings = self._config.learner
+        if self._window is not None and not varlen:
+            self._check_window(self._window, max(len(t.token_ids) for group in groups for t in group))
         batch = pack(
             groups,
             self.loss,
@@ -297,6 +300,15 @@ class Learner:
             start = "critic."
             self._critic.load_state({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
         self.version = version
+
+    @staticmethod
+    def _check_window(window: int, longest: int) -> None:
+        if longest > window:
+            raise ValueError(
+                f"a trajectory has {longest} tokens and the model's sliding attention window is {window}, which "
+                "learner.attention=sdpa does not apply: lower rollout.max_new_tokens, or train on a GPU with "
+                "learner.attention=varlen"
+            )
 
     def _make_room(self) -> None:
         """The engines take back the memory that the step needed."""

@@ -41,6 +41,41 @@ class Scorer(nn.Module):
         return self._head(hidden[micro_batch.rows, micro_batch.columns].float(), micro_batch.targets, weight)
 
 
+_CLOSE = {False: 0.05, True: 0.5}  # log-probs of the same head in other arithmetic; another head is off by whole units
+
+
+@torch.no_grad()
+def check_model(model: Any, *, bfloat16: bool, has_values: bool) -> int | None:
+    """The longest trajectory that a dense mask is right for, None if any is: the model's sliding attention window.
+
+    Raises `ValueError` for a model that `Scorer` would score wrongly: layers that carry a state from one trajectory of
+    a row into the next, or logits that are more than hidden states times the output embeddings.
+    """
+    kinds = set(getattr(model.config, "layer_types", None) or ())
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"the learner packs trajectories into rows, for attention layers only; {_of(model, kinds)}")
+    if has_values:  # not so at the learner ranks that get theirs from the first one
+        weight = model.get_output_embeddings().weight
+        ids = torch.arange(4, device=weight.device).unsqueeze(0)
+        with torch.autocast(weight.device.type, torch.bfloat16, enabled=bfloat16):
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            logits = model(input_ids=ids, use_cache=False).logits.float()
+        seen = (hidden.float() @ weight.float().T).log_softmax(-1)
+        difference = float((seen - logits.log_softmax(-1)).abs().max())
+        if not difference < _CLOSE[bfloat16]:
+            raise ValueError(
+                f"the learner takes logits for hidden states times the output embeddings, and those of "
+                f"{type(model).__name__} are not (log-probs differ by {difference:.2g}: a bias, a scale or a cap): "
+                "choose another model.path"
+            )
+    window: int | None = getattr(model.config, "sliding_window", None)
+    return window if kinds != {"full_attention"} else None
+
+
+def _of(model: Any, kinds: set[str]) -> str:
+    return f"{type(model).__name__} has {', '.join(sorted(kinds))}: choose another model.path"
+
+
 def attention_inputs(micro_batch: MicroBatch, *, varlen: bool) -> dict[str, Any]:
     """What keeps trajectories apart, as keyword arguments of a model: segments, or a mask."""
     if varlen:
