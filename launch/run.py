@@ -38,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(train(config, options.resume, watch=options.watch))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        cause = getattr(error, "cause", error)  # of one that Ray brings from an actor, without the stack there
+        print(f"error: {cause}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: what was done since the last checkpoint is in the journal alone", file=sys.stderr)

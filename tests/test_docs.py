@@ -190,3 +190,15 @@ def test_an_interrupt_at_the_start_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr("asyncrl.job.train", interrupted)
     assert run.main(["runtime=local"]) == 130
     assert capsys.readouterr().err.startswith("interrupted: ")
+
+
+def test_a_mistake_that_an_actor_finds_is_told_without_its_stack(monkeypatch, capsys):
+    class Brought(ValueError):
+        cause = ValueError("lora.targets names nothing")
+
+    def failing(*_arguments, **_options):
+        raise Brought("ray::LearnerActor.start() and twenty lines")
+
+    monkeypatch.setattr("asyncrl.job.train", failing)
+    assert run.main(["runtime=local"]) == 2
+    assert capsys.readouterr().err == "error: lora.targets names nothing\n"
