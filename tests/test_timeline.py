@@ -7,6 +7,7 @@ import pytest
 
 from asyncrl.monitor import timeline
 from asyncrl.monitor.blame import METRICS, blame, told, waits
+from asyncrl.monitor.metrics import verdict
 from asyncrl.monitor.timeline import Span, Timeline
 
 
@@ -148,6 +149,12 @@ def test_the_bound_is_the_work_of_the_busier_side():
         "80% of the ideal overlap: a step took 10 s, of which the busier side, the rollout actors, worked 8 s"
     )
     assert blame([row(weights=3.0, idle=0.9)]).overlap == pytest.approx(0.7), "a weight update is no work of a side"
+
+
+def test_the_verdict_leaves_the_steps_out_in_which_kernels_are_compiled(tmp_path):
+    rows = [row(groups=9.0, idle=0.95)] * 2 + [row(groups=3.8, idle=0.2)] * 18
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one | {"reward/mean": 0.0}) + "\n" for one in rows))
+    assert verdict(tmp_path).overlap == pytest.approx(0.8)
 
 
 def test_no_steps_no_blame():
