@@ -64,7 +64,7 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
     buffer = make_buffer(config)
     journal, saved = open_journal(folder, buffer, resumed=resume is not None)
     first_step = journal.accounts.version
-    changes = run_folder.differences(folder, config)
+    changes = run_folder.differences(folder, config) if resume else []
 
     def decode(token_ids: list[int]) -> str:
         return str(tokenizer.decode(token_ids))

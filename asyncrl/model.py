@@ -144,6 +144,15 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
+def attention_of(config: Any) -> tuple[list[str], int | None]:
+    """What a plain causal mask is wrong for: kinds of layers, if one is no attention, all of them; and the length from
+    which on attention is windowed, None if it never is."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window: int | None = getattr(config, "sliding_window", None)
+    others = kinds - {"full_attention", "sliding_attention"}
+    return sorted(kinds) if others else [], window if kinds != {"full_attention"} else None
+
+
 def use_attention(model: nn.Module, wanted: str, device: str, *, bfloat16: bool) -> str:
     """Readies a model for packed rows with `wanted` attention: "sdpa" (a dense mask), "varlen" (segments end to end,
     no mask), or "auto", which is varlen where it can be. Returns which of the two it is.

@@ -20,7 +20,7 @@ from typing import Any
 
 from asyncrl import config as configuration
 from asyncrl.monitor import metrics, samples, timeline
-from asyncrl.monitor.blame import blame
+from asyncrl.monitor.blame import blame, warmed_up
 from asyncrl.monitor.sinks import flat
 from asyncrl.monitor.timeline import Span
 
@@ -67,7 +67,7 @@ def collect(folder: Path, window: tuple[int, int] | None = None) -> dict[str, An
         raise ValueError(f"{folder} is no run folder: it has no config.json")
     rows: list[Row] = metrics.read(folder) if (folder / "metrics.jsonl").exists() else []
     steps = newest([row for row in rows if "reward/mean" in row])
-    found = blame(steps)
+    found = blame(warmed_up(steps))
     spans, num_damaged = read_spans(folder)
     return {
         "name": folder.resolve().name,

@@ -87,6 +87,12 @@ class Learner:
         return "right"
 
 
+def supervised(pool, start, folder, **options):
+    """The task of a supervisor over a pool."""
+    supervisor = Supervisor(pool, start, folder, **options, say=print)
+    return asyncio.ensure_future(supervisor.run(asyncio.Lock(), lambda: pool.update_weights(Learner())))
+
+
 def test_prompts_go_to_the_least_loaded():
     async def body():
         slow, fast = Actor("slow"), Actor("fast")
@@ -227,15 +233,14 @@ def test_the_dead_are_replaced_prompts_wait_and_too_many_deaths_end_the_run(tmp_
     async def body():
         first = Actor("rollout 0")
         first.error = first.update_error = ActorDied("gone")
-        started, said = [], []
+        started = []
 
         async def start(number):
             started.append(Actor(f"rollout {number}"))
             return started[-1]
 
         pool = RolloutPool([first], max_attempts=3)
-        supervisor = Supervisor(pool, start, tmp_path, target=1, first_number=1, max_replacements=1, say=said.append)
-        watch = asyncio.ensure_future(supervisor.run(asyncio.Lock(), lambda: pool.update_weights(Learner())))
+        watch = supervised(pool, start, tmp_path, target=1, first_number=1, max_replacements=1)
         assert (await pool.run(PROMPTS[0])).prompt == PROMPTS[0]
         (second,) = started
         assert second.played == [0]
@@ -255,8 +260,7 @@ def test_the_number_of_actors_follows_what_is_asked(tmp_path):
 
         pool = RolloutPool([Actor("rollout 0"), Actor("rollout 1")], max_attempts=1)
         await pool.update_weights(Learner())
-        supervisor = Supervisor(pool, start, tmp_path, target=2, first_number=2, max_replacements=0, say=print)
-        watch = asyncio.ensure_future(supervisor.run(asyncio.Lock(), lambda: pool.update_weights(Learner())))
+        watch = supervised(pool, start, tmp_path, target=2, first_number=2, max_replacements=0)
         (tmp_path / "config.json").touch()
         with closing(Journal(tmp_path / "journal.bin")):
             for wanted in (4, 1):
@@ -377,8 +381,7 @@ def test_a_newcomer_that_dies_in_its_first_update_is_replaced_too(tmp_path):
             return started
 
         pool = RolloutPool([first], max_attempts=3)
-        supervisor = Supervisor(pool, start, tmp_path, target=1, first_number=1, max_replacements=2, say=print)
-        watch = asyncio.ensure_future(supervisor.run(asyncio.Lock(), lambda: pool.update_weights(Learner())))
+        watch = supervised(pool, start, tmp_path, target=1, first_number=1, max_replacements=2)
         await pool.run(PROMPTS[0])
         assert [actor.name for actor in pool.actors] == ["rollout 2"]
         watch.cancel()
@@ -393,8 +396,7 @@ def test_what_waits_for_an_actor_ends_when_the_supervisor_does(tmp_path):
         async def never(_number):
             await asyncio.Event().wait()
 
-        supervisor = Supervisor(pool, never, tmp_path, target=1, first_number=1, max_replacements=1, say=print)
-        watch = asyncio.ensure_future(supervisor.run(asyncio.Lock(), lambda: pool.update_weights(Learner())))
+        watch = supervised(pool, never, tmp_path, target=1, first_number=1, max_replacements=1)
         play = asyncio.ensure_future(pool.run(PROMPTS[0]))
         await asyncio.sleep(0.05)
         assert not play.done()
@@ -415,8 +417,7 @@ def test_fewer_are_asked_for_while_the_last_replacement_starts(tmp_path):
             return Actor(f"rollout {number}")
 
         pool = RolloutPool([first], max_attempts=3)
-        supervisor = Supervisor(pool, start, tmp_path, target=2, first_number=1, max_replacements=1, say=print)
-        watch = asyncio.ensure_future(supervisor.run(asyncio.Lock(), lambda: pool.update_weights(Learner())))
+        watch = supervised(pool, start, tmp_path, target=2, first_number=1, max_replacements=1)
         play = asyncio.ensure_future(pool.run(PROMPTS[0]))
         await asyncio.sleep(0.05)
         (tmp_path / "control.json").write_text('{"num_rollout_actors": 1}')

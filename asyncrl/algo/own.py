@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 from asyncrl.algo.method import Loss
+from asyncrl.imports import load_module
 
 
 def check(loss: Loss) -> None:
@@ -20,15 +20,9 @@ def check(loss: Loss) -> None:
 @cache
 def load(path: str) -> Callable[..., Any]:
     """The function at `package.module:function`. Raises `ValueError` saying which half of the path is wrong."""
-    module_name, _, name = path.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{path!r}: no module {error.name!r}; write 'package.module:function', and for a file of your own add its "
-            "folder to PYTHONPATH"
-        ) from error
+    told, form = repr(path), "package.module:function"
+    module, name = load_module(path, told, form)
     function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"{path!r}: module {module_name!r} has no function {name!r}; write 'package.module:function'")
+        raise ValueError(f"{told}: module {module.__name__!r} has no function {name!r}; write {form!r}")
     return function

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asyncrl.model import attention_of
+
 _PREFILL_TOKENS = 1 << 14  # Padded tokens in one prefill forward; bounds its memory.
 _ROUND = 16  # Positions are read in whole multiples: the GPU attention kernels want an aligned mask.
 
@@ -163,11 +165,10 @@ def _check(config: Any, max_length: int) -> None:
     attention = config._attn_implementation
     if attention not in ("sdpa", "eager"):
         raise ValueError(f"the embedded engine needs attention 'sdpa' or 'eager', the model uses {attention!r}")
-    kinds = set(getattr(config, "layer_types", None) or ())
-    window = getattr(config, "sliding_window", None)
-    if kinds - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"the embedded engine runs attention layers only, the model has {sorted(kinds)}")
-    if window is not None and kinds != {"full_attention"} and window < max_length:
+    kinds, window = attention_of(config)
+    if kinds:
+        raise ValueError(f"the embedded engine runs attention layers only, the model has {kinds}")
+    if window is not None and window < max_length:
         raise ValueError(
             f"max_length {max_length} exceeds the model's sliding attention window of {window}, which the embedded "
             f"engine does not apply: set max_length to {window} or less"

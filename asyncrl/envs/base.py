@@ -7,13 +7,13 @@ tokenizer and the table `[env.args]`. There is no registry.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 
+from asyncrl.imports import load_module
 from asyncrl.types import Completion, Prompt, Trajectory
 
 Split: TypeAlias = Literal["train", "heldout"]
@@ -85,16 +85,10 @@ def load_env(path: str, tokenizer: Tokenizer, args: dict[str, Any]) -> Env:
 
 def import_object(path: str, knob: str) -> Any:
     """What `module:name` names. Raises `ValueError` saying which half of the path, the value of `knob`, is wrong."""
-    module_name, _, name = path.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{knob} {path!r}: no module {error.name!r}; write 'package.module:Name', and for a file of your own add "
-            "its folder to PYTHONPATH"
-        ) from error
+    told, form = f"{knob} {path!r}", "package.module:Name"
+    module, name = load_module(path, told, form)
     if not name or not hasattr(module, name):
-        raise ValueError(f"{knob} {path!r}: module {module_name!r} has no {name!r}; write 'package.module:Name'")
+        raise ValueError(f"{told}: module {module.__name__!r} has no {name!r}; write {form!r}")
     return getattr(module, name)
 
 

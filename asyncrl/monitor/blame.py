@@ -95,6 +95,11 @@ class Blame:
     """The measured time of a step beside the least possible one, in a sentence."""
 
 
+def warmed_up(rows: Sequence[Mapping[str, float]]) -> Sequence[Mapping[str, float]]:
+    """A run's steps without the first tenth, at most ten, in which kernels are compiled."""
+    return rows[min(10, len(rows) // 10) :]
+
+
 def blame(rows: Sequence[Mapping[str, float]]) -> Blame | None:
     """Sums up the metric rows of a run's steps; None before there are any.
 

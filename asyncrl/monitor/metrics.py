@@ -17,7 +17,7 @@ from asyncrl.algo.diagnostics import METRICS as DIAGNOSTICS
 from asyncrl.algo.diagnostics import alarms
 from asyncrl.config import Config, MetricsConfig
 from asyncrl.monitor.blame import METRICS as WAITS
-from asyncrl.monitor.blame import Blame, blame, told, waits
+from asyncrl.monitor.blame import Blame, blame, told, waits, warmed_up
 from asyncrl.monitor.samples import Samples
 from asyncrl.monitor.sinks import Prometheus, Sink, TensorBoard, WeightsAndBiases
 from asyncrl.monitor.terminal import open_terminal
@@ -245,12 +245,8 @@ def cut(folder: Path, version: int) -> None:
 
 
 def verdict(folder: Path) -> Blame | None:
-    """Who waited for whom in a run, but for the first tenth of its steps, at most ten, in which kernels are compiled.
-
-    None before its first step.
-    """
-    steps = [row for row in read(folder) if "reward/mean" in row]
-    return blame(steps[min(10, len(steps) // 10) :])
+    """Who waited for whom in a run, once it was warm; None before its first step."""
+    return blame(warmed_up([row for row in read(folder) if "reward/mean" in row]))
 
 
 def plot(folder: Path, baseline: float) -> Path:

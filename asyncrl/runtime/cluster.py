@@ -41,6 +41,7 @@ _STORE_BYTES = 512 * 2**20
 _MAX_CONCURRENCY = 100_000  # prompts wait in the engine, not in front of the actor
 _CLOSE_S = 60.0  # an engine waits for its processes for 30
 _SENDING = "sending"
+_DEATHS = (ray.exceptions.RayActorError, EngineDied)  # without its engine an actor is of no use
 
 
 class RolloutActor:
@@ -172,17 +173,15 @@ class RemoteRollout:
     def _dying(self) -> Iterator[None]:
         try:
             yield
-        except (ray.exceptions.RayActorError, EngineDied) as error:  # without its engine an actor is of no use
-            raise ActorDied(f"{self.name}: {error}") from error
+        except _DEATHS as error:
+            raise self._explain(error) from error
 
     def _call(self, prompts: list[Numbered]) -> tuple[asyncio.Future[list[Answer]], Any]:
         answers, tokens = self.actor.exchange.remote(prompts)
         return asyncio.wrap_future(answers.future()), tokens
 
     def _explain(self, error: BaseException) -> Exception:
-        if isinstance(error, ray.exceptions.RayActorError):
-            return ActorDied(f"{self.name}: {error}")
-        return RuntimeError(f"{self.name}: {error}")
+        return (ActorDied if isinstance(error, _DEATHS) else RuntimeError)(f"{self.name}: {error}")
 
 
 class RemoteLearner:

@@ -28,7 +28,7 @@ from asyncrl.training.critic import Critic
 from asyncrl.training.head import Head
 from asyncrl.training.lora import Adapters
 from asyncrl.training.packing import Batch, MicroBatch, pack
-from asyncrl.training.scoring import Scorer, check_model, recompute_activations
+from asyncrl.training.scoring import Scorer, check_lengths, check_model, recompute_activations
 from asyncrl.training.shaping import shape
 from asyncrl.training.sharding import Ranks, collect, shard, split_like, whole
 from asyncrl.training.step_metrics import GradientWatch, Seen, measure, speed
@@ -170,7 +170,7 @@ class Learner:
         began, varlen = time.perf_counter(), self.attention == "varlen"
         settings = self._config.learner
         if self._window is not None and not varlen:
-            self._check_window(self._window, max(len(t.token_ids) for group in groups for t in group))
+            check_lengths(self._window, groups)
         batch = pack(
             groups,
             self.loss,
@@ -300,15 +300,6 @@ class Learner:
             start = "critic."
             self._critic.load_state({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
         self.version = version
-
-    @staticmethod
-    def _check_window(window: int, longest: int) -> None:
-        if longest > window:
-            raise ValueError(
-                f"a trajectory has {longest} tokens and the model's sliding attention window is {window}, which "
-                "learner.attention=sdpa does not apply: lower rollout.max_new_tokens, or train on a GPU with "
-                "learner.attention=varlen"
-            )
 
     def _make_room(self) -> None:
         """The engines take back the memory that the step needed."""

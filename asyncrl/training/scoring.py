@@ -6,7 +6,7 @@ rows [R, L] -> decoder (bfloat16 where the learner uses it) -> the n positions t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from asyncrl.model import attention_of
 from asyncrl.training.head import Head
 from asyncrl.training.packing import MicroBatch
+from asyncrl.types import Trajectory
 
 
 class Scorer(nn.Module):
@@ -51,9 +53,12 @@ def check_model(model: Any, *, bfloat16: bool, has_values: bool) -> int | None:
     Raises `ValueError` for a model that `Scorer` would score wrongly: layers that carry a state from one trajectory of
     a row into the next, or logits that are more than hidden states times the output embeddings.
     """
-    kinds = set(getattr(model.config, "layer_types", None) or ())
-    if kinds - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"the learner packs trajectories into rows, for attention layers only; {_of(model, kinds)}")
+    kinds, window = attention_of(model.config)
+    if kinds:
+        raise ValueError(
+            f"the learner packs trajectories into rows, for attention layers only; {type(model).__name__} has "
+            f"{', '.join(kinds)}: choose another model.path"
+        )
     if has_values:  # not so at the learner ranks that get theirs from the first one
         weight = model.get_output_embeddings().weight
         ids = torch.arange(4, device=weight.device).unsqueeze(0)
@@ -68,12 +73,18 @@ def check_model(model: Any, *, bfloat16: bool, has_values: bool) -> int | None:
                 f"{type(model).__name__} are not (log-probs differ by {difference:.2g}: a bias, a scale or a cap): "
                 "choose another model.path"
             )
-    window: int | None = getattr(model.config, "sliding_window", None)
-    return window if kinds != {"full_attention"} else None
+    return window
 
 
-def _of(model: Any, kinds: set[str]) -> str:
-    return f"{type(model).__name__} has {', '.join(sorted(kinds))}: choose another model.path"
+def check_lengths(window: int, groups: Sequence[Sequence[Trajectory]]) -> None:
+    """Raises `ValueError` for a trajectory that a dense mask is wrong for; `window` as `check_model` returned it."""
+    longest = max(len(trajectory.token_ids) for group in groups for trajectory in group)
+    if longest > window:
+        raise ValueError(
+            f"a trajectory has {longest} tokens and the model's sliding attention window is {window}, which "
+            "learner.attention=sdpa does not apply: lower rollout.max_new_tokens, or train on a GPU with "
+            "learner.attention=varlen"
+        )
 
 
 def attention_inputs(micro_batch: MicroBatch, *, varlen: bool) -> dict[str, Any]:
