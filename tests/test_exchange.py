@@ -9,6 +9,7 @@ from helpers import run, trajectory
 from asyncrl.envs.faults import EnvFault
 from asyncrl.handles import ActorDied
 from asyncrl.rollout import make_group
+from asyncrl.runtime import exchange
 from asyncrl.runtime.exchange import Exchange, Outbox, Part, separate, unite
 from asyncrl.types import Prompt
 
@@ -172,6 +173,20 @@ def test_a_group_waits_for_company_in_proportion_to_what_groups_take(typical_s, 
         never.set()
         await straggler
         assert link.outbox._typical_s < typical_s or not together, "what these took counts from now on"
+
+    run(body(), seconds=10)
+
+
+def test_the_last_group_ends_the_wait_for_company(monkeypatch):
+    monkeypatch.setattr(exchange, "_LINGER_S", (60, 60))
+
+    async def body():
+        async def play(prompt):
+            await asyncio.sleep(0.05 * prompt.id)
+            return group_of(prompt)
+
+        _, batches = unite(await asyncio.gather(*Link(play).run(PROMPTS[:3])))
+        assert len(batches) == 1
 
     run(body(), seconds=10)
 

@@ -20,6 +20,7 @@ import pickle
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -95,13 +96,21 @@ class Outbox:
                 while not self._finished and self._num_calls <= len(self._running):
                     self._changed.clear()
                     await self._changed.wait()
-                if self._finished and self._running:
-                    least, most = _LINGER_S
-                    await asyncio.sleep(min(max(_LINGER_SHARE * self._typical_s, least), most))
+                if self._finished:
+                    await self._linger()
                 finished, self._finished = self._finished, []
         finally:
             self._num_calls -= 1
         return [answer for answer, _ in finished], [tokens for _, tokens in finished]
+
+    async def _linger(self) -> None:
+        """Waits for company of what is finished, while there is any to come."""
+        least, most = _LINGER_S
+        with suppress(TimeoutError):
+            async with asyncio.timeout(min(max(_LINGER_SHARE * self._typical_s, least), most)):
+                while self._running:
+                    self._changed.clear()
+                    await self._changed.wait()
 
     async def _run(self, number: int, prompt: Prompt) -> None:
         tokens: Tokens = None
