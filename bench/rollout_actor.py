@@ -1,10 +1,10 @@
 """Tokens per second of a rollout actor beside a bare SGLang `Engine` with the same arguments on the same prompts.
 
-    python bench/rollout_actor.py [--shape 0.5b] [--groups 32] [--group-size 16] [--new-tokens 256] [--repeats 4]
+    python bench/rollout_actor.py [--shape 0.5b] [--groups 96] [--group-size 16] [--new-tokens 256] [--repeats 4]
 
 The actor's side is the whole path: Ray call, environment, per-token versions and log-probs, group, object store. The
 bare side sends the same requests, log-probs included, to an `Engine` of its own in an actor, tokens thrown away. Random
-weights, one GPU each, pairs of runs one after the other.
+weights, one GPU each or both on one, pairs of runs one after the other.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ class BareActor:
 
 
 async def compare(options: argparse.Namespace) -> dict[str, Any]:
-    cuda = torch.cuda.device_count() >= 2
+    share = min(torch.cuda.device_count() / 2, 1)  # of a GPU, for each engine
+    cuda = share > 0
     with tempfile.TemporaryDirectory() as folder:
         build_tiny(folder, seed=0)  # its tokenizer; the shape's configuration goes over the tiny model's
         (Path(folder) / "model.safetensors").unlink()
@@ -89,11 +90,12 @@ async def compare(options: argparse.Namespace) -> dict[str, Any]:
             f"rollout.max_running={options.running}",
             f"rollout.dtype={'bfloat16' if cuda else 'float32'}",
             f"rollout.attention_backend={options.attention_backend}",
+            f"rollout.gpu_memory_utilization={0.8 if share == 1 else 0.35}",
             'rollout.engine_args={load_format="dummy"}',
         ]
         config = configuration.load(None, words)
-        placement = Placement("cuda" if cuda else "cpu", 0, int(cuda), "gloo")
-        common: dict[str, Any] = {"num_cpus": 0, "num_gpus": int(cuda), "max_concurrency": 1000}
+        placement = Placement("cuda" if cuda else "cpu", 0, share, "gloo")
+        common: dict[str, Any] = {"num_cpus": 0, "num_gpus": share, "max_concurrency": 1000}
         ours = ray.remote(RolloutActor).options(**common).remote(config, folder, placement, None)
         actor = RemoteRollout("rollout", ours, await ours.start.remote())
         bare = ray.remote(BareActor).options(**common).remote()
@@ -143,7 +145,7 @@ def bare_arguments(config: configuration.Config, folder: str, placement: Placeme
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
-    parser.add_argument("--groups", type=int, default=32)
+    parser.add_argument("--groups", type=int, default=96, help="several times as many replies as run at once")
     parser.add_argument("--group-size", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--running", type=int, default=256, help="requests that run at once")

@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
-from torch import Tensor
 
 from asyncrl import garbage
+from asyncrl.engine.sglang_sampling import replace_sampling
 from asyncrl.engine.sglang_weights import ReceivedWeights
 from asyncrl.transport import Rendezvous
 from asyncrl.weights import Bucket
@@ -41,11 +41,6 @@ if TYPE_CHECKING:
     _Scheduler = Any
 else:
     _Scheduler = object
-
-_GOLDEN, _MIX_1, _MIX_2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-
-_GREEDY = 1
-"""The top-k by which SGLang writes temperature 0."""
 
 VERSIONS_KEY = "asyncrl_versions"
 """Where in an output's `meta_info` the version of each token is."""
@@ -93,7 +88,7 @@ class SchedulerMixin(_Scheduler):  # type: ignore[misc]
         # A completion ends at the stop tokens that its request names, and at no others.
         self.model_config.hf_eos_token_id = None
         self._weights = ReceivedWeights(self.tp_worker.model_runner.model, self.ps.tp_rank, self.ps.tp_size)
-        _replace_sampling()
+        replace_sampling()
 
     @_exits_on_error
     def run_event_loop(self) -> None:
@@ -222,77 +217,3 @@ class SchedulerMixin(_Scheduler):  # type: ignore[misc]
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _replace_sampling() -> None:
-    """Makes SGLang's sampler follow the seeds and report log-probs of the truncated distribution.
-
-    On its own it follows seeds in its deterministic mode only, and reports log-probs from before top-k and top-p.
-    """
-    from sglang.srt.layers.sampler import Sampler
-    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
-    from sglang.srt.sampling.sampling_params import TOP_K_ALL
-
-    make = SamplingBatchInfo.from_schedule_batch
-
-    def from_schedule_batch(batch: Any, vocab_size: int) -> Any:
-        info = make(batch, vocab_size)
-        seeds = [req.sampling_params.sampling_seed or 0 for req in batch.reqs]
-        info.sampling_seed = torch.tensor(seeds, dtype=torch.int64, device=info.temperatures.device)
-        # Greedy requests need no truncation, which waits for the device; and once a batch that goes on has needed any,
-        # SGLang has it go through that to its end: one evaluation would have cost all later steps their overlap.
-        info.need_top_k_sampling = any(req.sampling_params.top_k not in (TOP_K_ALL, _GREEDY) for req in batch.reqs)
-        return info
-
-    def sample(_sampler: Any, probs: Tensor, info: Any, positions: Tensor, simple: bool) -> Tensor:
-        if not simple:
-            # The caller takes the log-probs from `probs` afterwards.
-            truncate(probs, info.top_ks, info.top_ps)
-        tokens = draw(probs, info.sampling_seed, positions)
-        return torch.where(info.top_ks == _GREEDY, probs.argmax(dim=-1).to(torch.int32), tokens)
-
-    SamplingBatchInfo.from_schedule_batch = staticmethod(from_schedule_batch)
-    Sampler._sample_from_probs = sample
-
-
-def truncate(probs: Tensor, top_k: Tensor, top_p: Tensor) -> None:
-    """Cuts distributions, [R, V], to top-k, then to top-p of what top-k left, in place. Greedy rows stay whole."""
-    size = probs.shape[1]
-    rows = ((top_k != _GREEDY) & ((top_k < size) | (top_p < 1))).nonzero()[:, 0]
-    ordered, order = probs[rows].sort(dim=-1, descending=True, stable=True)
-    ordered.masked_fill_(torch.arange(size, device=probs.device) >= top_k[rows].unsqueeze(1), 0.0)
-    shares = ordered.double() / ordered.double().sum(dim=-1, keepdim=True)
-    # A token stays while the tokens before it do not reach top_p, so the most likely one always stays.
-    before, limit = shares.cumsum(dim=-1) - shares, top_p[rows].unsqueeze(1)
-    ordered.masked_fill_((before >= limit) & (limit < 1), 0.0)
-    ordered /= ordered.sum(dim=-1, keepdim=True)
-    probs[rows] = torch.empty_like(ordered).scatter_(1, order, ordered)
-
-
-def draw(probs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-    """One token per row, int32[R], by inverting the cumulative distribution at a number made of seed and position.
-
-    `probs` is [R, V] and need not be normalised; `seeds` and `positions` are integers, [R].
-    """
-    cumulative = probs.double().cumsum(dim=-1)
-    targets = uniforms(seeds, positions).unsqueeze(1) * cumulative[:, -1:]
-    # The first token whose cumulative probability exceeds the target: one of probability 0 is never that.
-    return torch.searchsorted(cumulative, targets, right=True)[:, 0].to(torch.int32)
-
-
-def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
-    """One number in [0, 1) for each (seed, position), float64[R], by two rounds of splitmix64 (Steele et al., 2014)."""
-    hashed = _mix(_mix(seeds + _GOLDEN) + (positions.to(torch.int64) + 1) * _GOLDEN)
-    # 52 bits: the largest number times a total near 1 still rounds to less than the total.
-    return _shift(hashed, 12).double() * 2.0**-52
-
-
-def _mix(values: Tensor) -> Tensor:
-    values = (values ^ _shift(values, 30)) * _MIX_1
-    values = (values ^ _shift(values, 27)) * _MIX_2
-    return values ^ _shift(values, 31)
-
-
-def _shift(values: Tensor, bits: int) -> Tensor:
-    """A shift to the right that brings in zeros; torch's own brings in the sign."""
-    return (values >> bits) & ((1 << (64 - bits)) - 1)

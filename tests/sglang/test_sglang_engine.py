@@ -256,7 +256,7 @@ def test_greedy_requests_need_no_truncation(monkeypatch):
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
     from sglang.srt.sampling.sampling_params import SamplingParams
 
-    from asyncrl.engine import sglang_scheduler
+    from asyncrl.engine import sglang_sampling
 
     def info(*params):
         batch = SimpleNamespace(reqs=[SimpleNamespace(sampling_params=one) for one in params])
@@ -265,7 +265,7 @@ def test_greedy_requests_need_no_truncation(monkeypatch):
     made = SimpleNamespace(temperatures=torch.ones(2, 1), need_top_k_sampling=True)
     monkeypatch.setattr(SamplingBatchInfo, "from_schedule_batch", lambda *_: made)
     monkeypatch.setattr(Sampler, "_sample_from_probs", None)
-    sglang_scheduler._replace_sampling()
+    sglang_sampling.replace_sampling()
     sampled, greedy, truncated = SamplingParams(), SamplingParams(temperature=0.0), SamplingParams(top_k=5)
     assert not info(sampled, greedy).need_top_k_sampling
     assert info(sampled, truncated).need_top_k_sampling

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from asyncrl.engine import sampler
 from asyncrl.engine.sglang_launch import choose_attention_backend, server_arguments
-from asyncrl.engine.sglang_scheduler import draw, truncate, uniforms
+from asyncrl.engine.sglang_sampling import draw, truncate, uniforms
 
 ALL = {"flashinfer", "fa3", "triton", "torch_native"}
 
@@ -101,6 +107,50 @@ def test_truncated_draws_follow_the_distribution_that_is_left():
     rows = torch.arange(20000)
     shares = torch.bincount(draw(probs, rows, rows).long(), minlength=4) / 20000
     assert torch.allclose(shares, probs[0], atol=0.015)
+
+
+SIZES = [5, 256, 2048, 9000]
+
+
+def rows_of_weights(size):
+    """Whole numbers, so that sums are exact; with zeros here and there, and at the end of half of the rows."""
+    random = torch.Generator().manual_seed(size)
+    weights = torch.randint(0, 9, (200, size), generator=random).float()
+    weights *= torch.rand(200, size, generator=random) < 0.3
+    weights[:, size // 2] += 1
+    weights[:100, 3 * size // 4 :] = 0
+    return weights, torch.randint(0, 2**62, (200,), generator=random), torch.arange(200)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_draws_invert_the_cumulative_distribution(size):
+    weights, seeds, positions = rows_of_weights(size)
+    cumulative = weights.double().cumsum(dim=-1)
+    targets = uniforms(seeds, positions).unsqueeze(1) * cumulative[:, -1:]
+    chosen = draw(weights, seeds, positions)
+    assert torch.equal(chosen, torch.searchsorted(cumulative, targets, right=True)[:, 0].int())
+    assert (weights.gather(1, chosen.long().unsqueeze(1)) > 0).all()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_the_kernel_draws_the_same():
+    """In Triton's interpreter, which is chosen before Triton is imported."""
+    script = """
+import torch
+from test_sglang_launch import SIZES, rows_of_weights
+from asyncrl.engine import draw_kernel, sglang_sampling
+for size in SIZES:
+    rows = rows_of_weights(size)
+    assert torch.equal(draw_kernel.draw(*rows), sglang_sampling.draw(*rows)), size
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, cwd=Path(__file__).parent)
+
+
+def test_rows_that_are_not_numbers_draw_a_token_of_the_vocabulary():
+    rows = torch.arange(3)
+    probs = torch.full((3, 300), torch.nan)
+    assert (draw(probs, rows, rows) < 300).all()
 
 
 def test_truncation_leaves_other_rows_alone():
