@@ -183,10 +183,6 @@ def server_arguments(
     else:
         # Graphs of prefills cost start-up time and memory, and a prefill of a whole group gains little from them.
         defaults |= {"disable_prefill_cuda_graph": True, "cuda_graph_max_bs_decode": max_running}
-        if not extra.get("disable_overlap_schedule"):
-            # Requests end one by one; prefilling their successors one by one would put a prefill after nearly every
-            # decoding step. They wait for a tenth of the running requests, or 30 steps.
-            defaults |= {"enable_prefill_delayer": True, "prefill_delayer_queue_min_ratio": 0.1}
     fixed = {
         "model_path": model_path,
         "dtype": dtype,

@@ -25,7 +25,7 @@ import functools
 import json
 import os
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -50,6 +50,9 @@ _RELEASED = ("weights", "kv_cache")
 
 _FORGET_TOKENS = 1 << 14
 """Prefixes of old weights leave the cache in parts of this size, each while the device runs a batch."""
+
+_MAX_WAIT_STEPS = 32
+"""Steps of decoding that a request waits at most for others to be prefilled with."""
 
 ABORTED = "ended by a weight update"
 """The message of a completion that an update cut short."""
@@ -77,6 +80,29 @@ def _exits_on_error(method: Any) -> Any:
     return wrapper
 
 
+class Refill:
+    """Lets requests that wait enter together, as decoding stops for each prefill, however small.
+
+    SGLang fills every place as soon as it is free. With replies of different lengths that is a prefill in almost every
+    step. Here the queue is let in when its waiting has cost as many request-steps as a prefill costs those that run,
+    which is taken for one step of all of them: holding and ordering cost the same at the economic order quantity
+    (Harris, 1913). Steps are counted, not time, as tensor-parallel ranks must come to the same answer.
+    """
+
+    def __init__(self, num_waiting: Callable[[], int]) -> None:
+        self._num_waiting = num_waiting
+        self._cost, self._num_steps = 0, 0
+
+    def should_delay(self, *, running_bs: int, num_allocatable_reqs: int) -> bool:
+        """Asked by SGLang in each step in which requests wait."""
+        self._cost += min(self._num_waiting(), num_allocatable_reqs)
+        self._num_steps += 1
+        if self._cost < running_bs and self._num_steps < _MAX_WAIT_STEPS:
+            return True
+        self._cost = self._num_steps = 0
+        return False
+
+
 class SchedulerMixin(_Scheduler):  # type: ignore[misc]
     """Goes in front of SGLang's `Scheduler`: versions, and the commands of `SGLangEngine`."""
 
@@ -89,6 +115,10 @@ class SchedulerMixin(_Scheduler):  # type: ignore[misc]
         self.model_config.hf_eos_token_id = None
         self._weights = ReceivedWeights(self.tp_worker.model_runner.model, self.ps.tp_rank, self.ps.tp_size)
         replace_sampling()
+        if self.prefill_delayer is None and getattr(self, "min_free_slots_delayer", None) is None:
+            # The user asked for none of SGLang's own.
+            self.min_free_slots_delayer = Refill(lambda: len(self.waiting_queue))
+        self.load_snapshot_writer = None  # written for others at each prefill, by a walk through the whole queue
 
     @_exits_on_error
     def run_event_loop(self) -> None:

@@ -251,6 +251,22 @@ def test_prefixes_of_old_weights_leave_the_cache():
     assert cache.total_size() == 2 * size
 
 
+def test_sglang_asks_whether_those_that_wait_may_enter():
+    from sglang.srt.managers.scheduler import Scheduler
+
+    from asyncrl.engine.sglang_scheduler import Refill
+
+    scheduler = Scheduler.__new__(Scheduler)
+    scheduler.grammar_manager = SimpleNamespace(has_waiting_grammars=lambda: False)
+    scheduler.enable_hierarchical_cache = scheduler.enable_priority_preemption = scheduler.is_hybrid_swa = False
+    scheduler.waiting_queue, scheduler.chunked_req = [None], None
+    scheduler.get_num_allocatable_reqs = lambda _running: 4
+    scheduler.min_free_slots_delayer = Refill(lambda: len(scheduler.waiting_queue))
+    running = SimpleNamespace(batch_is_full=False, reqs=[None] * 9)
+    assert scheduler._get_new_batch_prefill_raw(None, running) == (None, running)
+    assert scheduler.min_free_slots_delayer._cost == 1
+
+
 def test_greedy_requests_need_no_truncation(monkeypatch):
     from sglang.srt.layers.sampler import Sampler
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo

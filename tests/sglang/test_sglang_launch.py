@@ -15,6 +15,7 @@ import torch
 from asyncrl.engine import sampler
 from asyncrl.engine.sglang_launch import choose_attention_backend, server_arguments
 from asyncrl.engine.sglang_sampling import draw, truncate, uniforms
+from asyncrl.engine.sglang_scheduler import Refill
 
 ALL = {"flashinfer", "fa3", "triton", "torch_native"}
 
@@ -74,9 +75,6 @@ def test_the_users_arguments_replace_defaults_only():
     assert (made["tp_size"], made["mem_fraction_static"], made["random_seed"]) == (2, 0.7, 5)
     assert made["max_total_tokens"] == (1 << 16) + 1024
     assert arguments()["cuda_graph_max_bs_decode"] == 64
-    assert arguments()["enable_prefill_delayer"]
-    # SGLang refuses the two together.
-    assert "enable_prefill_delayer" not in arguments(disable_overlap_schedule=True)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +105,17 @@ def test_truncated_draws_follow_the_distribution_that_is_left():
     rows = torch.arange(20000)
     shares = torch.bincount(draw(probs, rows, rows).long(), minlength=4) / 20000
     assert torch.allclose(shares, probs[0], atol=0.015)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "places", "running", "steps"),
+    [(3, 8, 0, 0), (30, 30, 30, 0), (200, 7, 28, 3), (7, 200, 28, 3), (1, 1, 256, 31)],
+)
+def test_requests_wait_until_that_costs_as_much_as_a_prefill(waiting, places, running, steps):
+    refill = Refill(lambda: waiting)
+    for _ in range(2):  # the second time as the first
+        waited = [refill.should_delay(running_bs=running, num_allocatable_reqs=places) for _ in range(steps + 1)]
+        assert waited == [True] * steps + [False]
 
 
 SIZES = [5, 256, 2048, 9000]
