@@ -43,8 +43,8 @@ from asyncrl.monitor.metrics import Metrics
 from asyncrl.recovery.journal import Journal
 from asyncrl.recovery.prompts import PromptQueue
 from asyncrl.rollout import UpdateReport, make_group
-from asyncrl.runtime.cluster import RemoteLearner, RemoteRollout
 from asyncrl.runtime.exchange import Answer, Numbered, Outbox, Tokens, separate
+from asyncrl.runtime.remotes import RemoteLearner, RemoteRollout
 from asyncrl.transport import Audience, Rendezvous
 from asyncrl.types import Group, Prompt, Trajectory, Version
 

@@ -148,7 +148,7 @@ def handles_of(runtime: str) -> Handles:
         from asyncrl.runtime.local import LocalLearner
 
         return Handles(LocalLearner, Rollout)
-    from asyncrl.runtime.cluster import RemoteLearner, RemoteRollout
+    from asyncrl.runtime.remotes import RemoteLearner, RemoteRollout
 
     return Handles(RemoteLearner, RemoteRollout)
 

@@ -28,8 +28,9 @@ from weight_sync import SHAPES, write_config
 from asyncrl import config as configuration
 from asyncrl.envs.base import Generate, Split, Tokenizer, single_turn
 from asyncrl.model import build_tiny
-from asyncrl.runtime.cluster import RemoteRollout, RolloutActor
+from asyncrl.runtime.actors import RolloutActor
 from asyncrl.runtime.placement import Placement
+from asyncrl.runtime.remotes import RemoteRollout
 from asyncrl.types import Prompt, Trajectory
 
 PROMPT_TOKENS = 64

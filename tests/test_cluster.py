@@ -22,7 +22,8 @@ from asyncrl.model import load_tokenizer
 from asyncrl.monitor import metrics
 from asyncrl.pool import RolloutPool
 from asyncrl.recovery import checkpoint
-from asyncrl.runtime.cluster import RemoteRollout, open_actors
+from asyncrl.runtime.cluster import open_actors
+from asyncrl.runtime.remotes import RemoteRollout
 from asyncrl.training.warmup import prepare
 from asyncrl.types import Prompt
 

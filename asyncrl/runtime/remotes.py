@@ -1,0 +1,125 @@
+"""Actors as the driver sees them: `RolloutHandle` and `LearnerHandle` over Ray.
+
+Token columns stay in the object store: a rollout actor returns them as a second value, whose reference the driver
+passes on to the learner without reading it. `exchange.py` puts several prompts and groups into one call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from asyncrl.engine.base import EngineDied
+from asyncrl.handles import ActorDied
+from asyncrl.recovery.checkpoint import Cursor
+from asyncrl.rollout import UpdateReport
+from asyncrl.runtime.exchange import Answer, Exchange, Numbered, unite
+from asyncrl.transport import Audience, Rendezvous
+from asyncrl.types import Group, Prompt, Version
+from asyncrl.weights import Bucket
+
+_CLOSE_S = 60.0  # an engine waits for its processes for 30
+_DEATHS = (ray.exceptions.RayActorError, EngineDied)  # without its engine an actor is of no use
+
+
+class RemoteRollout:
+    """A rollout actor as the driver sees it."""
+
+    def __init__(self, name: str, actor: Any, facts: dict[str, Any]) -> None:
+        self.name = name
+        self.actor = actor
+        self.facts = facts
+        self.num_ranks: int = facts["num_ranks"]
+        self._exchange = Exchange(self._call, self._explain)
+
+    async def run(self, prompt: Prompt) -> Group:
+        with self._dying():
+            return await self._exchange.run(prompt)
+
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
+        groups: list[Group] = await self._reply(self.actor.evaluate.remote(prompts))
+        return groups
+
+    async def join(self, where: Rendezvous, first_rank: int) -> None:
+        await self._reply(self.actor.join.remote(where, first_rank))
+
+    async def release(self) -> None:
+        await self._reply(self.actor.release.remote())
+
+    async def update_weights(self, buckets: Sequence[Bucket], version: Version) -> UpdateReport:
+        report: UpdateReport = await self._reply(self.actor.update_weights.remote(buckets, version))
+        return report
+
+    async def close(self) -> None:
+        """Ends the process, also one that is not heard of any more."""
+        try:
+            async with asyncio.timeout(_CLOSE_S):
+                await self._reply(self.actor.close.remote())
+        finally:
+            ray.kill(self.actor)
+
+    async def _reply(self, reference: Any) -> Any:
+        with self._dying():
+            return await reference
+
+    @contextmanager
+    def _dying(self) -> Iterator[None]:
+        try:
+            yield
+        except _DEATHS as error:
+            raise self._explain(error) from error
+
+    def _call(self, prompts: list[Numbered]) -> tuple[asyncio.Future[list[Answer]], Any]:
+        answers, tokens = self.actor.exchange.remote(prompts)
+        return asyncio.wrap_future(answers.future()), tokens
+
+    def _explain(self, error: BaseException) -> Exception:
+        return (ActorDied if isinstance(error, _DEATHS) else RuntimeError)(f"{self.name}: {error}")
+
+
+class RemoteLearner:
+    """The learner as the driver sees it. `ranks` are its actors, whose first one answers; `facts` are of each."""
+
+    def __init__(
+        self, ranks: Sequence[Any], version: Version, buckets: Sequence[Bucket], facts: list[dict[str, Any]]
+    ) -> None:
+        self.ranks = ranks
+        self.version = version
+        self.buckets = buckets
+        self.facts = facts
+
+    async def gradient(self, groups: Sequence[Group]) -> None:
+        places, batches = unite(groups)
+        await self._all("gradient", places, *batches)
+
+    async def apply(self) -> dict[str, float]:
+        metrics: dict[str, float]
+        self.version, metrics = await self._all("apply")
+        return metrics
+
+    async def rendezvous(self, world_size: int, audience: Audience = "rollouts") -> Rendezvous:
+        where: Rendezvous = await self.ranks[0].rendezvous.remote(world_size, audience)
+        return where
+
+    async def join(self, audience: Audience = "rollouts") -> None:
+        await self.ranks[0].join.remote(audience)
+
+    async def prepare(self, audience: Audience = "rollouts") -> None:
+        await self._all("prepare", audience)
+
+    async def broadcast(self, audience: Audience = "rollouts") -> str:
+        digest: str = await self._all("broadcast", audience)
+        return digest
+
+    async def save(self, folder: Path, cursor: Cursor) -> None:
+        await self._all("save", folder, cursor)
+
+    async def _all(self, method: str, *arguments: Any) -> Any:
+        """Calls every rank; raises the first failure of any, as the others may then wait for ever."""
+        answers = await asyncio.gather(*(getattr(rank, method).remote(*arguments) for rank in self.ranks))
+        return answers[0]
