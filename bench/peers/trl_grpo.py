@@ -60,7 +60,7 @@ def compare(options: argparse.Namespace) -> None:
     words += [f"model.path={options.model}"] if options.model else []
     print("| | seed | s a step, median | samples/s | step to 0.9 | s to 0.9 | final held-out |")
     print("|---|---|---|---|---|---|---|")
-    ratios = []
+    ratios, said = [], []
     for seed in range(options.seeds):
         results = [
             run_asyncrl(options.config, [*words, f"seed={seed}"]),
@@ -71,7 +71,9 @@ def compare(options: argparse.Namespace) -> None:
             with (options.out / "trl_grpo.jsonl").open("a") as file:
                 file.write(json.dumps({"seed": seed, **result}) + "\n")
             print(line(seed, result), flush=True)
+        said.append(f"asyncrl, seed {seed}: {results[0]['said']}")
         ratios.append(results[0]["samples_per_s"] / results[1]["samples_per_s"])
+    print(*said, sep="\n")
     print(f"samples/s, asyncrl over TRL, pair by pair: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
 
 
@@ -90,7 +92,9 @@ def run_asyncrl(config: str, words: list[str]) -> dict[str, Any]:
         if "eval/accuracy" in row
     ]
     samples = settings["learner"]["groups_per_step"] * settings["rollout"]["group_size"]
-    return {"system": "asyncrl", "samples_per_step": samples, "step_s": steps, "curve": curve}
+    found = metrics.verdict(folder)
+    said = f"{found.sentence} {found.bound}" if found else ""
+    return {"system": "asyncrl", "samples_per_step": samples, "step_s": steps, "curve": curve, "said": said}
 
 
 def run_trl(path: str, words: list[str], options: argparse.Namespace) -> dict[str, Any]:
