@@ -25,6 +25,7 @@ import numpy as np
 from asyncrl.engine import sampler, sglang_launch, sglang_scheduler
 from asyncrl.engine.base import CHECKPOINT, OnUpdate
 from asyncrl.engine.sglang_calls import Calls
+from asyncrl.engine.sglang_results import VERSIONS_KEY
 from asyncrl.transport import Rendezvous
 from asyncrl.types import Completion, Finish, Sampling, Version
 from asyncrl.weights import Bucket
@@ -274,7 +275,7 @@ class SGLangEngine:
         if sampling.top_k == 1 and sampling.temperature > 0:
             # One token is left of the distribution. SGLang takes it for greedy sampling, which is not truncated.
             logprobs = [0.0] * len(logprobs)
-        versions = info.get(sglang_scheduler.VERSIONS_KEY, [])
+        versions = info.get(VERSIONS_KEY, [])
         if not len(tokens) == len(logprobs) == len(versions):
             raise RuntimeError(
                 f"SGLang returned {len(tokens)} tokens, {len(logprobs)} log-probs and {len(versions)} versions"

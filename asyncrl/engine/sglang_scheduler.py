@@ -32,6 +32,7 @@ import msgspec
 import torch
 
 from asyncrl import garbage
+from asyncrl.engine.sglang_results import VERSIONS_KEY, replace_results
 from asyncrl.engine.sglang_sampling import replace_sampling
 from asyncrl.engine.sglang_weights import ReceivedWeights
 from asyncrl.transport import Rendezvous
@@ -41,9 +42,6 @@ if TYPE_CHECKING:
     _Scheduler = Any
 else:
     _Scheduler = object
-
-VERSIONS_KEY = "asyncrl_versions"
-"""Where in an output's `meta_info` the version of each token is."""
 
 _RELEASED = ("weights", "kv_cache")
 """SGLang's names for the parts of its memory that can be given back."""
@@ -115,6 +113,7 @@ class SchedulerMixin(_Scheduler):  # type: ignore[misc]
         self.model_config.hf_eos_token_id = None
         self._weights = ReceivedWeights(self.tp_worker.model_runner.model, self.ps.tp_rank, self.ps.tp_size)
         replace_sampling()
+        replace_results(self)
         if self.prefill_delayer is None and getattr(self, "min_free_slots_delayer", None) is None:
             # The user asked for none of SGLang's own.
             self.min_free_slots_delayer = Refill(lambda: len(self.waiting_queue))

@@ -267,6 +267,28 @@ def test_sglang_asks_whether_those_that_wait_may_enter():
     assert scheduler.min_free_slots_delayer._cost == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "replaced"),
+    [({}, True), ({"spec": True}, False), ({"mamba": True}, False), ({"offload": True}, False)],
+)
+def test_sglang_books_tokens_itself_where_more_is_asked_for_at_each(monkeypatch, change, replaced):
+    from sglang.srt.managers.scheduler_components.batch_result_processor import SchedulerBatchResultProcessor
+
+    from asyncrl.engine import sglang_results
+
+    scheduler = SimpleNamespace(
+        tree_cache=SimpleNamespace(supports_mamba=lambda: change.get("mamba", False)),
+        spec_algorithm=SimpleNamespace(is_none=lambda: not change.get("spec", False)),
+        server_args=SimpleNamespace(
+            disaggregation_mode="null", disaggregation_decode_enable_offload_kvcache=change.get("offload", False)
+        ),
+    )
+    whole = SchedulerBatchResultProcessor.process_batch_result_decode
+    monkeypatch.setattr(SchedulerBatchResultProcessor, "process_batch_result_decode", whole)
+    sglang_results.replace_results(scheduler)
+    assert (SchedulerBatchResultProcessor.process_batch_result_decode is not whole) == replaced
+
+
 def test_greedy_requests_need_no_truncation(monkeypatch):
     from sglang.srt.layers.sampler import Sampler
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
