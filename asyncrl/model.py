@@ -153,6 +153,25 @@ def attention_of(config: Any) -> tuple[list[str], int | None]:
     return sorted(kinds) if others else [], window if kinds != {"full_attention"} else None
 
 
+def rope_limit(model: nn.Module) -> int | None:
+    """The longest trajectory whose rotary frequencies are its own; None if they are fixed.
+
+    Beyond it "dynamic" and "longrope" frequencies are chosen by the last position of a whole forward pass: one long
+    trajectory moves those of every other that goes through the model with it.
+    """
+    limits: list[int] = []
+    rotary: list[Any] = [module for module in model.modules() if hasattr(module, "rope_type")]
+    for module in rotary:
+        kinds = module.rope_type if isinstance(module.rope_type, dict) else {"": module.rope_type}
+        for layer, kind in kinds.items():  # by name, where kinds of layers have their own
+            if kind == "longrope":
+                parameters = module.config.rope_parameters
+                limits.append((parameters[layer] if layer else parameters)["original_max_position_embeddings"])
+            elif "dynamic" in kind:
+                limits.append(module.original_max_seq_len)
+    return min(limits, default=None)
+
+
 def use_attention(model: nn.Module, wanted: str, device: str, *, bfloat16: bool) -> str:
     """Readies a model for packed rows with `wanted` attention: "sdpa" (a dense mask), "varlen" (segments end to end,
     no mask), or "auto", which is varlen where it can be. Returns which of the two it is.

@@ -6,6 +6,7 @@ import math
 import re
 from typing import Any
 
+from asyncrl.algo.method import Loss
 from asyncrl.config import Config
 
 
@@ -20,6 +21,7 @@ def check(config: Config) -> None:
     _check_curriculum(config)
     _check_lora(config)
     _check_correction(config)
+    _check_proximal(config)
     _check_rollout(config)
     if config.learner.num_gpus > 1 and config.runtime == "local":
         raise ValueError(
@@ -48,17 +50,37 @@ def _check_correction(config: Config) -> None:
                 f"truncated sampling needs a corrected loss: rollout.top_p is {rollout.top_p}, rollout.top_k is "
                 f"{rollout.top_k} and preset {config.algorithm.preset!r} has no importance correction; {remedy}"
             )
-    if rollout.group_size < 2 and loss.center in ("mean", "loo"):
+    if rollout.group_size < 2 and loss.center in ("mean", "loo") and not loss.advantage:
         raise ValueError(
             f"a group baseline needs at least two samples: rollout.group_size is {rollout.group_size} and the preset's "
             f"center is {loss.center!r}; raise rollout.group_size, or set algorithm.loss.center=none and "
-            "algorithm.loss.scale=none"
+            "algorithm.loss.scale=none, or algorithm.loss.advantage to a function of your own"
         )
     if config.algorithm.drop_zero_variance and (rollout.group_size < 2 or loss.center in ("batch", "none")):
         raise ValueError(
             "algorithm.drop_zero_variance drops groups of equal rewards because they teach nothing, but with "
             f"rollout.group_size={rollout.group_size} and center {loss.center!r} they do, or all groups are such: set "
             "algorithm.drop_zero_variance=false"
+        )
+
+
+def _check_proximal(config: Config) -> None:
+    """A batch is one optimizer step, so the proximal policy is the one being trained and their ratio is always 1."""
+    loss, off = config.loss, Loss()
+    if loss.anchor != "proximal":
+        return
+    published = ("policy_weight", "trust", "trust_low", "trust_high", "trust_signed")  # part of decoupled PPO's formula
+    idle = [
+        f"{name} = {getattr(loss, name)}"
+        for name in loss.__struct_fields__
+        if name.startswith(("policy_", "trust", "penalty")) and name != "policy_factor"
+        if getattr(loss, name) != getattr(off, name) and (name in config.algorithm.loss or name not in published)
+    ]
+    if idle:
+        raise ValueError(
+            f'with anchor = "proximal" nothing that acts on the ratio to it has an effect, as a batch is one optimizer '
+            f"step and that ratio is 1; got {', '.join(idle)}: remove it, or set algorithm.loss.anchor=behavior and "
+            "algorithm.loss.behavior_weight=none; behavior_* and guard do act"
         )
 
 

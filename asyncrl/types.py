@@ -113,5 +113,9 @@ class Group:
 
     @property
     def has_variance(self) -> bool:
-        """Whether the rewards differ; without variance every group-relative advantage is zero."""
+        """Whether the rewards differ; without variance every group-relative advantage is zero.
+
+        These are the environment's rewards, before any overlong punishment, as DAPO's dynamic sampling goes by accuracy
+        alone (2503.14476, equation 11): a group that is solved throughout is dropped whatever its lengths.
+        """
         return min(self.rewards) != max(self.rewards)

@@ -93,6 +93,37 @@ def test_the_mix_moves_with_the_policy(tmp_path):
     assert queue.metrics()["curriculum/hard"] == 0
 
 
+class Watched(dict):
+    """Notes which keys are looked at, and refuses to be gone through."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.seen = set()
+
+    def __getitem__(self, key):
+        self.seen.add(key)
+        return super().__getitem__(key)
+
+    def values(self):
+        raise AssertionError("every prompt that was ever met is looked at")
+
+
+def test_neither_a_step_nor_a_save_looks_at_every_prompt(tmp_path):
+    journal = Journal(tmp_path / "journal.bin")
+    curriculum = Curriculum(CurriculumConfig(by="prompt"), seed=0)
+    queue = PromptQueue(prompts(50), journal, curriculum=curriculum)
+    for _ in range(50):
+        finish(queue, queue.issue()[0], [1, 1])
+    curriculum.apply(Saved(version=0, kept=(0,)))
+    for _ in range(3):
+        finish(queue, queue.issue()[0], [1, 1])
+    curriculum._visits = watched = Watched(curriculum._visits)
+    curriculum.apply(Saved(version=0, kept=(0,)))
+    assert len(watched.seen) == 3
+    row = queue.metrics()
+    assert (row["curriculum/easy"], row["curriculum/new"]) == (3 / 50, 47 / 50)
+
+
 def test_sources_share_a_pass_rate(tmp_path):
     settings = CurriculumConfig(by="source", visits=10, bounds=(0.1, 0.9), skip=0.5)
     journal = Journal(tmp_path / "journal.bin")

@@ -263,6 +263,40 @@ def test_models_that_would_be_scored_wrongly_are_refused(folder, tmp_path):
         learner.step([[trajectory(4, 5, seed=number) for number in range(2)]])
 
 
+ROPES = {
+    "dynamic": {"factor": 4.0},
+    "longrope": {"short_factor": [1.0] * 16, "long_factor": [4.0] * 16, "original_max_position_embeddings": 16},
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rotary_frequencies_that_depend_on_the_row_are_refused(folder, tmp_path, kind):
+    made = shutil.copytree(folder, tmp_path / kind)
+    settings = json.loads((made / "config.json").read_text())
+    rope = {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4} | ROPES[kind]}
+    short = {"max_position_embeddings": 16} if kind == "dynamic" else {}
+    (made / "config.json").write_text(json.dumps(settings | rope | short))
+    model, config = (
+        load_model(made, dtype=torch.float32, device="cpu"),
+        configuration.load(None, ["algorithm.preset=ppo"]),
+    )
+    with pytest.raises(ValueError, match="a trajectory of 17 tokens, and beyond 16 the rotary frequencies of Qwen2"):
+        Learner(config, model, 17)
+    plain = load_model(folder, dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match="beyond 16 the rotary"):
+        Learner(config, plain, 17, critic=model)
+    assert Learner(config, plain, 16, critic=model)
+
+
+def test_a_masked_trajectory_has_no_part_in_any_term(folder):
+    """Its own log-probs far off, nothing of it may be seen in the gradient: no penalty, KL or bonus either."""
+    kept, cut = trajectory(4, 6, seed=1, reward=1.0), replace(trajectory(4, 6, seed=2), finish="length")
+    words = ["algorithm.mask_truncated=true", "algorithm.loss.penalty=0.1", "algorithm.loss.entropy_bonus=0.1"]
+    words += ["algorithm.loss.reference_kl=0.1", "algorithm.loss.center=none"]
+    other = replace(trajectory(4, 6, seed=3), finish="length")
+    assert torch.equal(gradients(folder, [[kept, cut]], *words), gradients(folder, [[kept, other]], *words))
+
+
 def test_broadcast_before_a_group_exists_is_refused(folder):
     with pytest.raises(RuntimeError, match="before join"):
         make_learner(folder).prepare()

@@ -539,6 +539,22 @@ def own_tis2(columns):
     return -(columns.normalizers * ratio * columns.advantages * columns.logprobs).sum()
 
 
+def own_kl(columns):
+    """With a KL term, and no thought of trajectories that are masked."""
+    return (columns.logprobs - columns.reference_logprobs).square().sum()
+
+
+@pytest.mark.parametrize("loss", [Loss(penalty=0.1, reference_kl=0.1), Loss(function=f"{__name__}:own_kl")])
+def test_a_normalizer_of_zero_leaves_a_trajectory_out_of_every_term(loss):
+    columns = guard_columns([[math.inf, 0.1], [0.1, 0.1]], [0.0, 1.0])
+    weights = torch.tensor([0.0, 0.0, 0.5, 0.5], dtype=torch.float64)
+    reference = torch.full_like(weights, -2.0)
+    columns = dataclasses.replace(columns, normalizers=weights, reference_logprobs=reference)
+    found, outcome = gradient(columns, loss)
+    assert found[:2].tolist() == outcome.coefficient[:2].tolist() == [0.0, 0.0]
+    assert (found[2:] != 0).all()
+
+
 def own_constant(columns):
     return columns.advantages.sum()
 

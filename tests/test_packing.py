@@ -150,7 +150,9 @@ def test_truncated_trajectories_keep_their_place_in_the_denominator():
     groups[0][1] = dataclasses.replace(groups[0][1], finish="length")
     batch = pack(groups, LOSS, row_tokens=20, micro_batch_tokens=99, max_new_tokens=9, mask_truncated=True)
     assert batch.advantages.tolist() == [-0.5, 0.0]
-    assert float(batch.micro_batches[0].normalizers.sum()) == pytest.approx(1.0)
+    (part,) = batch.micro_batches
+    factors = {part.members[n].item(): part.normalizers[part.sequence == n].tolist() for n in range(2)}
+    assert factors == {0: [1 / 8] * 4, 1: [0.0] * 4}
 
 
 def test_tokens_of_two_versions_in_one_trajectory_keep_their_own_version_and_logprob():
@@ -175,6 +177,14 @@ def test_long_replies_are_punished_before_advantages_are_taken():
     groups[0][0] = dataclasses.replace(groups[0][0], reward=1.0)
     batch = pack(groups, LOSS, row_tokens=30, micro_batch_tokens=99, max_new_tokens=10, overlong_tail=4)
     assert batch.advantages.tolist() == [0.25, -0.25], "rewards 1 and 1 - 0.5"
+
+
+def test_the_replies_of_several_turns_are_punished_for_the_longest():
+    """The limit cuts a reply: 5 + 9 + 5 tokens under one of 10 are 9, of which 6 are free of punishment."""
+    mask = np.repeat([False, True, False, True, False, True], [2, 5, 3, 9, 1, 5])
+    turns = dataclasses.replace(trajectory(2, 23, seed=0), mask=mask)
+    batch = pack([[turns]], LOSS, row_tokens=30, micro_batch_tokens=99, max_new_tokens=10, overlong_tail=4)
+    assert batch.rewards.tolist() == [-0.75]
 
 
 def test_a_trajectory_that_cannot_fit_is_an_error_not_a_drop():

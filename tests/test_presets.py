@@ -5,6 +5,7 @@ import re
 import msgspec
 import pytest
 
+from asyncrl import config as configuration
 from asyncrl.algo.presets import PRESETS, Loss, resolve
 
 
@@ -72,3 +73,36 @@ def test_a_decoupled_loss_without_behavior_weight_is_uncorrected():
     assert not resolve("decoupled_ppo", {**plain, "penalty": 0.1}).is_corrected
     assert resolve("decoupled_ppo", {**plain, "anchor": "behavior"}).is_corrected
     assert not resolve("reinforce", {"trust": "tv"}).is_corrected
+
+
+DECOUPLED = {"anchor": "proximal", "behavior_weight": "token"}
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "idle"),
+    [
+        ("decoupled_ppo", {"penalty": 0.1}, "penalty = 0.1"),
+        ("decoupled_ppo", {"policy_cap": 2.0}, "policy_cap = 2.0"),
+        ("icepop", {"policy_gate": 1.0, "trust_high": 0.3}, "policy_gate = 1.0, trust_high = 0.3"),
+        ("tis2", DECOUPLED, "policy_cap = 2.0"),
+        ("prime", DECOUPLED, "penalty = 0.001"),
+    ],
+)
+def test_what_acts_on_a_ratio_that_is_always_one_is_refused(preset, overrides, idle):
+    with pytest.raises(ValueError, match=rf"a batch is one optimizer step and that ratio is 1; got {idle}: remove"):
+        configuration.from_tree({"algorithm": {"preset": preset, "loss": overrides}})
+
+
+@pytest.mark.parametrize("preset", [name for name, loss in PRESETS.items() if loss.anchor == "proximal"])
+def test_decoupled_losses_are_taken_as_published_and_with_what_acts(preset):
+    for loss in ({}, {"behavior_cap": 9.0}, {"policy_factor": 0.5}, {"entropy_bonus": 0.1}):
+        assert configuration.from_tree({"algorithm": {"preset": preset, "loss": loss}})
+    composed = DECOUPLED | {"policy_cap": 0.0}
+    assert configuration.from_tree({"algorithm": {"preset": "tis2", "loss": composed}}).loss.anchor == "proximal"
+
+
+def test_an_advantage_of_the_user_may_do_without_groups():
+    algorithm = {"loss": {"advantage": "my_package:baseline"}}
+    assert configuration.from_tree({"algorithm": algorithm, "rollout": {"group_size": 1}})
+    with pytest.raises(ValueError, match=r"or algorithm\.loss\.advantage to a function of your own"):
+        configuration.from_tree({"rollout": {"group_size": 1}})

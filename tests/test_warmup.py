@@ -65,3 +65,13 @@ def test_the_result_is_made_once_for_each_combination_of_settings(tmp_path):
     assert (first / "model.safetensors").stat().st_mtime_ns == stamp
     assert prepare(configuration.load(None, [*words, "warmup.num_steps=2"]), quiet=True) != first
     assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_a_model_that_changed_under_its_path_is_warmed_up_anew(folder, tmp_path):
+    config = configuration.load(None, [*WORDS, "warmup.num_steps=1", f"model.path={folder}", f"run_dir={tmp_path}"])
+    first = prepare(config, quiet=True)
+    assert prepare(config, quiet=True) == first
+    build_tiny(folder, seed=1)  # files of the same names and sizes
+    again = prepare(config, quiet=True)
+    assert again != first
+    assert (again / "model.safetensors").read_bytes() != (first / "model.safetensors").read_bytes()

@@ -35,7 +35,8 @@ def estimate(rewards: Tensor, groups: Tensor, loss: Loss) -> Tensor:
 def overlong_punishment(lengths: Tensor, max_length: int, tail: int) -> Tensor:
     """Added to the rewards of long replies (DAPO 2503.14476, equation 13); float32[N] in [-1, 0].
 
-    0 up to `max_length` - `tail` tokens, then falling in a line to -1 at `max_length` and beyond.
+    0 up to `max_length` - `tail` tokens, then falling in a line to -1 at `max_length` and beyond. `lengths` int64[N] is
+    of the longest reply of each trajectory: `max_length` cuts a reply, and the sum of several has no such limit.
     """
     return ((max_length - tail - lengths.float()) / tail).clamp(-1.0, 0.0)
 
@@ -81,8 +82,9 @@ def normalizers(aggregate: Aggregate, lengths: Tensor, groups: Tensor, max_lengt
 
     `lengths` int64[N] counts the trained tokens, `groups` int64[N] names the prompt, over the whole batch of all
     learner ranks. "token" 1/sum T (DAPO), "seq_mean" 1/(N T_i) (GRPO), "seq_sum" 1/N, "prompt" every prompt equal and
-    its tokens equal inside it (ScaleRL), "constant" 1/(N max_length) with `max_length` the most tokens a trajectory
-    may train on (Dr. GRPO). RuntimeError if a trajectory has no trained token.
+    its tokens equal inside it (ScaleRL), "constant" 1/(N max_length) with `max_length` the most tokens of a reply (Dr.
+    GRPO); the replies of several turns may add up to more, which is one factor for all alike. RuntimeError if a
+    trajectory has no trained token.
     """
     if bool((lengths < 1).any()):
         raise RuntimeError("a trajectory without trained tokens has no place in the loss")

@@ -32,7 +32,8 @@ class Columns:
 
     `logprobs` of the current policy is the only one with a gradient. `sequence` int64[n] is the index of the trajectory
     inside this micro-batch, 0..num_sequences-1; a trajectory never spans micro-batches. `lag` int64[n] is the learner's
-    version minus the token's. `advantages` and `normalizers` are those of the trajectory, repeated for its tokens.
+    version minus the token's. `advantages` and `normalizers` are those of the trajectory, repeated for its tokens; a
+    normalizer of 0 leaves it out of every term of the loss.
     RuntimeError if the columns differ in shape or the behavior log-probs or versions are missing.
     """
 
@@ -117,9 +118,11 @@ def _own_loss(columns: Columns, loss: Loss) -> tuple[Tensor, Outcome]:
         if not isinstance(total, Tensor) or total.dim() or not total.requires_grad:
             raise ValueError(f"{loss.function!r} must return a scalar tensor that depends on columns.logprobs")
         (slope,) = torch.autograd.grad(total, leaf)
+    counts = columns.normalizers != 0
+    slope = torch.where(counts, slope, 0.0)
     current = columns.logprobs
     nothing = torch.zeros_like(slope, dtype=torch.bool)
-    coefficient = -slope / columns.normalizers
+    coefficient = torch.where(counts, -slope / columns.normalizers, 0.0)
     weight = torch.where(columns.advantages != 0, coefficient / columns.advantages, 1.0).abs()
     log_ratio = current.detach() - columns.behavior_logprobs
     nonfinite = ~(log_ratio.isfinite() & coefficient.isfinite())
@@ -285,7 +288,7 @@ def _kappa(current: Tensor, anchor: Tensor, columns: Columns, loss: Loss) -> Ten
     if loss.reference_kl:
         away = current - _require(columns.reference_logprobs, "reference_logprobs")
         kappa = kappa - loss.reference_kl * _kl_slope(away, current - columns.behavior_logprobs, loss)
-    return kappa
+    return torch.where(columns.normalizers != 0, kappa, 0.0)
 
 
 def _kl_slope(away: Tensor, log_ratio: Tensor, loss: Loss) -> Tensor:

@@ -34,7 +34,8 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     `anchor` says what x_w and x_r are: "behavior" has x_r = current - behavior and no x_w; "proximal" has
     x_w = proximal - behavior and x_r = current - proximal; "loglinear" is "behavior" with a trust range that widens
-    with the lag d of a token to ((1 - low)^max(d, 1), (1 + high)^max(d, 1)).
+    with the lag d of a token to ((1 - low)^max(d, 1), (1 + high)^max(d, 1)). The learner makes one optimizer step a
+    batch, so its "proximal" x_r is 0: what acts on x_r then does nothing, and `rules` refuses a run that asks for it.
 
     A weight "none" is 1; otherwise it is the ratio of the token, the geometric mean of the ratios of the sequence, or
     their product. Outside floor and cap it is clamped and keeps its gradient, or the token is dropped; a cap of 0
@@ -47,7 +48,7 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     you."""
     advantage: str = ""
     """`package.module:function`, your own advantages in place of `center` and `scale`: from rewards float32[N] and the
-    group of each trajectory, int64[N], to float[N]."""
+    group of each trajectory, int64[N], to float[N]. Groups may then be of one sample."""
 
     center: Center = "mean"
     """What the reward is compared with: the mean of its group, of the others of the group, of the batch, or what a

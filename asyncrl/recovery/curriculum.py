@@ -13,6 +13,10 @@ All that it knows comes from the journal (`Generated.passed`), and each draw tha
 dropped. So a resumed run goes on with the same buckets; what was decided on the way to its weights stands, and what
 lost weights had a part in is decided anew. Which groups are finished at the moment of a draw depends on timing, unless
 staleness is 0. If the journal is lost, what was known of the prompts is lost with it.
+
+Every prompt that was met is remembered, some 400 bytes each: one that was forgotten would be new whenever it comes
+again. A task that makes up prompts without end has hardly any that come again, and so nothing to leave out: for it,
+curriculum.by is "source" or "off".
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ from __future__ import annotations
 import random
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -64,6 +69,10 @@ class Curriculum:
         """Of draws that are not finished: what their result will be booked under."""
         self._replaying = True
         self._visits: dict[int | str, list[_Visit]] = {}
+        self._buckets: Counter[Bucket] = Counter()
+        """How many of `_visits` are in each: they are too many to be counted at every step."""
+        self._unsettled: set[int | str] = set()
+        """Keys with visits of versions that the last save did not settle: all that the next one has to look at."""
         self._decided: dict[int, Version] = {}
         """Draws, and the version under which it was decided to play them or to leave them out."""
         self._void: set[int] = set()
@@ -91,13 +100,16 @@ class Curriculum:
         match record:
             case Admitted(id=number):
                 if (visits := self._visits_of(number)) is not None:  # it is played again, whatever came of it before
-                    visits[:] = [visit for visit in visits if visit.id != number]
+                    with self._counted_anew(visits):
+                        visits[:] = [visit for visit in visits if visit.id != number]
                 self._decided[number] = self.version
                 self._void.discard(number)
             case Generated(id=number, newest=newest, passed=passed):
                 visits = self._visits_of(number)
                 if visits is not None and passed is not None:
-                    insort(visits, _Visit(number, newest, passed))
+                    with self._counted_anew(visits):
+                        insort(visits, _Visit(number, newest, passed))
+                    self._unsettled.add(self._keys[number])
                     self.version = max(self.version, newest)  # an engine may have it before all of them do
                 self._close([number])
             case Dropped(ids=ids):
@@ -112,6 +124,7 @@ class Curriculum:
                 self._decided = {number: at for number, at in self._decided.items() if at <= version}
                 for visits in self._visits.values():
                     visits[:] = [visit for visit in visits if visit.newest <= version]
+                self._buckets = Counter(map(self._bucket, self._visits.values()))
 
     def reason(self, prompt: Prompt, *, again: bool) -> str:
         """Why this draw is left out, "" if it is played. `again`: it was drawn before the run was resumed."""
@@ -123,9 +136,8 @@ class Curriculum:
 
     def metrics(self, totals: Counter[str]) -> dict[str, float]:
         """`totals`: prompts by what became of them (`Accounts.totals`)."""
-        buckets = Counter(self._bucket(visits) for visits in self._visits.values())
         names: tuple[Bucket, ...] = ("easy", "hard", "between", "new")
-        share = {f"curriculum/{name}": buckets[name] / max(1, buckets.total()) for name in names}
+        share = {f"curriculum/{name}": self._buckets[name] / max(1, len(self._visits)) for name in names}
         return share | {f"curriculum/skipped_{name}": float(totals[reason]) for name, reason in REASONS.items()}
 
     def _bucket(self, visits: list[_Visit]) -> Bucket:
@@ -138,7 +150,19 @@ class Curriculum:
 
     def _visits_of(self, number: int) -> list[_Visit] | None:
         key = self._keys.get(number)
-        return None if key is None else self._visits.setdefault(key, [])
+        if key is None:
+            return None
+        if key not in self._visits:
+            self._visits[key] = []
+            self._buckets["new"] += 1
+        return self._visits[key]
+
+    @contextmanager
+    def _counted_anew(self, visits: list[_Visit]) -> Iterator[None]:
+        """Around a change of these visits: they may come to be in another bucket."""
+        self._buckets[self._bucket(visits)] -= 1
+        yield
+        self._buckets[self._bucket(visits)] += 1
 
     def _close(self, numbers: Iterable[int]) -> None:
         """No result of these draws is to come; in a journal that is read again one may, of a later life."""
@@ -148,7 +172,10 @@ class Curriculum:
     def _forget(self, oldest: Version) -> None:
         """Leaves out what no resume at a kept version can bring to matter again."""
         self._decided = {number: at for number, at in self._decided.items() if at > oldest}
-        for visits in self._visits.values():
+        for key in list(self._unsettled):
+            visits = self._visits[key]
             settled = [visit for visit in visits if visit.newest <= oldest]
+            if len(settled) == len(visits):
+                self._unsettled.remove(key)
             gone = set(settled[: -self._settings.visits])
             visits[:] = [visit for visit in visits if visit not in gone]

@@ -28,7 +28,7 @@ from asyncrl.training.critic import Critic
 from asyncrl.training.head import Head
 from asyncrl.training.lora import Adapters
 from asyncrl.training.packing import Batch, MicroBatch, pack
-from asyncrl.training.scoring import Scorer, check_lengths, check_model, recompute_activations
+from asyncrl.training.scoring import Scorer, check_lengths, check_model, check_rope, recompute_activations
 from asyncrl.training.shaping import shape
 from asyncrl.training.sharding import Ranks, collect, shard, split_like, whole
 from asyncrl.training.step_metrics import GradientWatch, Seen, measure, speed
@@ -125,6 +125,7 @@ class Learner:
         elif model is None:
             raise RuntimeError("the critic has a backbone of its own, and none was given")
         else:
+            check_rope(model, self._row_tokens)
             self._use_attention(model)
             if self._config.learner.activation_checkpointing:
                 recompute_activations(decoder_layers(model))
@@ -139,6 +140,7 @@ class Learner:
         settings = self._config.learner
         bfloat16 = self._uses_bfloat16(model)
         self._window = check_model(model, bfloat16=bfloat16, has_values=self.ranks.is_first)
+        check_rope(model, self._row_tokens)
         self.attention = self._use_attention(model)
         if bfloat16 and self._device_type(model) == "cuda":
             # What is left in float32 then runs on tensor cores (TF32).

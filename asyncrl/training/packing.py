@@ -78,7 +78,7 @@ class Batch:
     advantages: Tensor  # float32[N], per trajectory
     rewards: Tensor  # float32[N], with the overlong punishment
     groups: Tensor  # int64[N], equal for trajectories of one prompt
-    kept: Tensor  # bool[N]: not masked for being truncated
+    kept: Tensor  # bool[N]: not masked for being truncated, which leaves a trajectory no part in any term of the loss
     num_tokens: int  # trained tokens
     num_held: int  # tokens of all trajectories, prompts included
     num_inputs: int  # tokens that go through the model: a shared prompt counts once
@@ -112,11 +112,12 @@ def pack(
     trained = [np.flatnonzero(trajectory.mask) for trajectory in trajectories]
     lengths = torch.tensor([len(where) for where in trained])
     if overlong_tail:
-        rewards = rewards + overlong_punishment(lengths, max_new_tokens, overlong_tail)
+        replies = torch.tensor([_longest_reply(where) for where in trained])
+        rewards = rewards + overlong_punishment(replies, max_new_tokens, overlong_tail)
     advantage = estimate(rewards, index, loss)
     kept = torch.tensor([not mask_truncated or trajectory.finish != "length" for trajectory in trajectories])
     advantage = torch.where(kept, advantage, 0.0)
-    normalizer = normalizers(loss.aggregate, lengths, index, max_new_tokens)
+    normalizer = torch.where(kept, normalizers(loss.aggregate, lengths, index, max_new_tokens), 0.0)
     pieces = _pieces(groups, iter(trained), share_prompts)
     longest = max(len(trajectory.token_ids) for trajectory in trajectories)
     if longest > row_tokens:
@@ -174,6 +175,12 @@ def _pieces(groups: Sequence[Sequence[Trajectory]], trained: Iterator[np.ndarray
         for trajectory, where in members:
             pieces.append(_Piece(len(pieces), number, shared, int(where[-1]), where, trajectory))
     return pieces
+
+
+def _longest_reply(trained: np.ndarray) -> int:
+    """Tokens of the longest of a trajectory's replies, which what the environment said keeps apart."""
+    ends = np.flatnonzero(np.diff(trained) > 1)
+    return int(np.diff([-1, *ends, len(trained) - 1]).max())
 
 
 def _num_common(prompts: Sequence[np.ndarray]) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from asyncrl.model import attention_of
+from asyncrl.model import attention_of, rope_limit
 from asyncrl.training.head import Head
 from asyncrl.training.packing import MicroBatch
 from asyncrl.types import Trajectory
@@ -84,6 +84,20 @@ def check_lengths(window: int, groups: Sequence[Sequence[Trajectory]]) -> None:
             f"a trajectory has {longest} tokens and the model's sliding attention window is {window}, which "
             "learner.attention=sdpa does not apply: lower rollout.max_new_tokens, or train on a GPU with "
             "learner.attention=varlen"
+        )
+
+
+def check_rope(model: nn.Module, row_tokens: int) -> None:
+    """Raises `ValueError` for a model whose log-probs would depend on what else is in the rows: see `rope_limit`.
+
+    `row_tokens`: length of a row, and so of the longest trajectory that can occur.
+    """
+    limit = rope_limit(model)
+    if limit is not None and row_tokens > limit:
+        raise ValueError(
+            f"a row has room for a trajectory of {row_tokens} tokens, and beyond {limit} the rotary frequencies of "
+            f"{type(model).__name__} (dynamic or longrope) change with the longest trajectory that is computed beside: "
+            f"lower rollout.max_new_tokens, the prompts of the environment and learner.row_tokens until it is {limit}"
         )
 
 

@@ -22,16 +22,18 @@ from asyncrl.model import TINY, TINY_BYTES, build_tiny, load_model, load_tokeniz
 def prepare(config: Config, *, quiet: bool = False) -> Path:
     """The folder of the weights that version 0 stands for, as a path or a Hugging Face id.
 
-    Made once for each combination of the settings that it depends on; a folder that exists is complete.
+    Made once for each combination of the settings that it depends on and each state of the files in the folder that
+    `model.path` names; a folder that exists is complete. A model of the hub is known by its id, an environment by its
+    path and arguments: where what they name has changed, remove `run_dir`/cache.
     """
     if config.model.path not in (TINY, TINY_BYTES) and config.warmup.num_steps == 0:
         return Path(config.model.path)
-    depends_on = msgspec.json.encode((config.seed, config.model, config.env, config.warmup))
+    source = Path(config.model.path)
+    depends_on = msgspec.json.encode((config.seed, config.model, config.env, config.warmup, _state_of(source)))
     folder = Path(config.run_dir) / "cache" / hashlib.blake2b(depends_on, digest_size=8).hexdigest()
     if folder.exists():
         return folder
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    source = Path(config.model.path)
     if config.model.path in (TINY, TINY_BYTES):
         source = partial
         build_tiny(partial, name=config.model.path, num_layers=config.model.num_layers, seed=config.seed)
@@ -49,6 +51,14 @@ def prepare(config: Config, *, quiet: bool = False) -> Path:
     else:
         partial.rename(folder)
     return folder
+
+
+def _state_of(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, bytes and time of change of each file: to hash gigabytes may take longer than the steps."""
+    if not folder.is_dir():
+        return []
+    stats = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
 def warm_up(model: nn.Module, env: Env, config: Config, *, quiet: bool) -> None:
