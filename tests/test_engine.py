@@ -513,6 +513,17 @@ def test_a_model_that_does_not_attend_to_everything_is_refused(tiny):
         EmbeddedEngine(model, max_running=2, max_length=96)
 
 
+def test_a_model_whose_rotary_frequencies_depend_on_the_length_is_refused():
+    config = LlamaConfig(
+        vocab_size=31, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=32, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with pytest.raises(ValueError, match=r"max_length 96 exceeds 32, beyond which the model's rotary frequencies"):
+        EmbeddedEngine(model, max_running=2, max_length=96)
+    assert EmbeddedEngine(model, max_running=2, max_length=32)
+
+
 def test_attention_that_takes_no_mask_is_refused(tiny):
     model = copy.deepcopy(tiny)
     model.config._attn_implementation = "flash_attention_2"

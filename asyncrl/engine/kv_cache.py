@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asyncrl.model import attention_of
+from asyncrl.model import attention_of, rope_limit
 
 _PREFILL_TOKENS = 1 << 14  # Padded tokens in one prefill forward; bounds its memory.
 _ROUND = 16  # Positions are read in whole multiples: the GPU attention kernels want an aligned mask.
@@ -30,7 +30,7 @@ class SlotCache:
     def __init__(self, model: Any, num_rows: int, max_length: int) -> None:
         """Allocates everything at once. Raises `ValueError` for a model whose layers do not attend to everything."""
         config = model.config
-        _check(config, max_length)
+        _check(model, max_length)
         self.num_rows, self.max_length = num_rows, -(-max_length // _ROUND) * _ROUND
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -161,7 +161,8 @@ def _chunks(sequences: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]
     return chunks
 
 
-def _check(config: Any, max_length: int) -> None:
+def _check(model: Any, max_length: int) -> None:
+    config = model.config
     attention = config._attn_implementation
     if attention not in ("sdpa", "eager"):
         raise ValueError(f"the embedded engine needs attention 'sdpa' or 'eager', the model uses {attention!r}")
@@ -172,4 +173,10 @@ def _check(config: Any, max_length: int) -> None:
         raise ValueError(
             f"max_length {max_length} exceeds the model's sliding attention window of {window}, which the embedded "
             f"engine does not apply: set max_length to {window} or less"
+        )
+    limit = rope_limit(model)
+    if limit is not None and limit < max_length:
+        raise ValueError(
+            f"max_length {max_length} exceeds {limit}, beyond which the model's rotary frequencies change with the "
+            f"length, also those of the keys that are cached: set max_length to {limit} or less"
         )
