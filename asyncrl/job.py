@@ -22,7 +22,7 @@ from asyncrl.envs.base import load_env
 from asyncrl.handles import LearnerHandle, RolloutHandle
 from asyncrl.loop import run
 from asyncrl.model import load_tokenizer
-from asyncrl.monitor.metrics import Metrics, plot, verdict
+from asyncrl.monitor.metrics import Metrics, plot, read, verdict
 from asyncrl.pool import RolloutPool
 from asyncrl.recovery import checkpoint
 from asyncrl.recovery.accounts import Resumed, Started
@@ -64,6 +64,12 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
     buffer = make_buffer(config)
     journal, saved = open_journal(folder, buffer, resumed=resume is not None)
     first_step = journal.accounts.version
+    if resume and first_step >= config.num_steps and has_last_evaluation(folder, config):
+        journal.close()
+        print(
+            f"{folder} is at step {first_step} of {config.num_steps}: nothing is left to do; num_steps=N goes on to N"
+        )
+        return Result(folder, first_step, None, baselines)
     changes = run_folder.differences(folder, config) if resume else []
 
     def decode(token_ids: list[int]) -> str:
@@ -203,6 +209,13 @@ def fits(group_size: int, row_tokens: int, group: Group) -> bool:
     """Whether the learner takes a group that was made before a stop, perhaps under other settings."""
     longest = max(len(trajectory.token_ids) for trajectory in group.trajectories)
     return len(group.rewards) == group_size and longest <= row_tokens
+
+
+def has_last_evaluation(folder: Path, config: Config) -> bool:
+    """Whether a run at its last step did what comes after it."""
+    return config.eval.every == 0 or any(
+        "eval/accuracy" in row and row["version"] >= config.num_steps for row in read(folder)
+    )
 
 
 def open_journal(folder: Path, buffer: Buffer, *, resumed: bool) -> tuple[Journal, Path | None]:

@@ -14,10 +14,12 @@ runs/20261122-193000-largest-digit/
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +29,25 @@ _CONFIG = "config.json"
 
 
 def create(config: Config, baselines: dict[str, float]) -> Path:
-    """A new run folder with its configuration and origin written down."""
+    """A new run folder with its configuration and origin written down. Raises `ValueError` if it cannot be."""
     task = config.env.path.rpartition(":")[2].lower()
-    stem = time.strftime(f"%Y%m%d-%H%M%S-{task}")
-    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
-        folder = Path(config.run_dir) / f"{stem}{suffix}"
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            folder.mkdir(mode=0o700)  # prompts and completions are nobody else's business
-            break
-        except FileExistsError:
-            continue
+    try:
+        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+        folder = _new(Path(config.run_dir), time.strftime(f"%Y%m%d-%H%M%S-{task}"))
+    except OSError as error:
+        raise ValueError(f"run_dir {config.run_dir!r} cannot be written to: {error}") from error
     _write(folder / _CONFIG, to_tree(config))
     origin = {"commit": _commit(), "command": sys.argv, "no_skill": baselines, "python": sys.version.split()[0]}
     _write(folder / "run.json", origin)
+    return folder
+
+
+def _new(parent: Path, stem: str) -> Path:
+    for number in itertools.count(1):
+        folder = parent / (stem if number == 1 else f"{stem}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)  # prompts and completions are nobody else's business
+            break
     return folder
 
 

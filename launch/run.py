@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(configuration.to_tree(config), indent=2))
         return 0
     from asyncrl.job import train  # after the checks: it imports torch, transformers and Ray
+    from asyncrl.recovery.prompts import BrokenPrompts
 
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -40,6 +41,12 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         cause = getattr(error, "cause", error)  # of one that Ray brings from an actor, without the stack there
         print(f"error: {cause}", file=sys.stderr)
+        return 2
+    except ExceptionGroup as group:
+        broken, others = group.split(BrokenPrompts)
+        if broken is None or others is not None:
+            raise
+        print(f"error: {broken.exceptions[0]}", file=sys.stderr)  # all who ask for prompts are told the same
         return 2
     except KeyboardInterrupt:
         print("interrupted: what was done since the last checkpoint is in the journal alone", file=sys.stderr)

@@ -122,3 +122,17 @@ def test_the_largest_of_three_counts_as_the_last_number_of_a_reply_that_ended():
 def test_a_wrong_path_says_which_half_is_wrong(tokenizer, path, message):
     with pytest.raises(ValueError, match=message):
         load_env(path, tokenizer, {})
+
+
+def test_a_module_that_fails_says_where(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "broken_env.py").write_text("import json\n\nTABLE = json.loads('{')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"importing broken_env failed, .*broken_env\.py line 3: JSONDecodeError: "):
+        load_env("broken_env:Env", tokenizer, {})
+
+
+def test_a_class_that_is_no_environment_is_told_what_it_lacks(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "half_env.py").write_text("class Half:\n    prompts = 1\n    def __init__(self, tokenizer): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"'half_env:Half' is no environment: it lacks max_prompt_tokens, play, base"):
+        load_env("half_env:Half", tokenizer, {})

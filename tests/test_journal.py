@@ -21,7 +21,7 @@ from asyncrl.loop import check_digests
 from asyncrl.recovery import groups as files
 from asyncrl.recovery.accounts import Admitted, Batch, Dropped, Generated, Resumed, Saved, Started, Synced
 from asyncrl.recovery.journal import Journal, read
-from asyncrl.recovery.prompts import PromptQueue
+from asyncrl.recovery.prompts import BrokenPrompts, PromptQueue
 from asyncrl.rollout import make_group
 from asyncrl.types import Prompt
 
@@ -378,3 +378,15 @@ def test_an_environment_whose_prompts_end_is_told_that_they_must_not():
     queue.issue(), queue.issue()
     with pytest.raises(ValueError, match=r"has only 2 training prompts: .* must be endless"):
         queue.issue()
+
+
+def test_prompts_that_fail_fail_for_all_who_ask():
+    def broken():
+        yield from itertools.islice(prompts(), 2)
+        raise KeyError("question")
+
+    queue = PromptQueue(broken())
+    queue.issue(), queue.issue()
+    for _ in range(2):
+        with pytest.raises(BrokenPrompts, match=r"failed after 2 training prompts: KeyError: 'question'"):
+            queue.issue()

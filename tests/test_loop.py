@@ -207,6 +207,23 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):
     assert rows == [1, 2, 3, 4]
 
 
+def test_a_resumed_run_that_has_ended_does_nothing(tmp_path, capsys):
+    config = small(tmp_path, "num_steps=1", "eval.every=1")
+    folder = run(job.train(config, quiet=True)).folder
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != "journal.bin"}
+    assert run(job.train(config, folder, quiet=True)).version == 1
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != "journal.bin"} == before
+    assert "is at step 1 of 1: nothing is left to do" in capsys.readouterr().out
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"run_dir '.*file' cannot be written to: .*Not a directory|File exists"):
+        run_folder.create(configuration.load(None, [f"run_dir={tmp_path / 'file'}"]), {})
+    with pytest.raises(ValueError, match=r"run_dir '.*file' cannot be written to"):
+        prepare(configuration.load(None, [f"run_dir={tmp_path / 'file'}"]))
+
+
 def test_a_change_of_the_configuration_is_told_and_both_are_kept(tmp_path):
     first = small(tmp_path, "env.args={max_digits=4}")
     folder = run_folder.create(first, {})

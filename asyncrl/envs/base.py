@@ -73,14 +73,20 @@ class Teacher(Protocol):
 
 def load_env(path: str, tokenizer: Tokenizer, args: dict[str, Any]) -> Env:
     """The environment at `module:Class`. Raises `ValueError` saying which half of the path is wrong, or which argument
-    the class does not take."""
+    the class does not take, or what the environment lacks."""
     made: Callable[..., Env] = import_object(path, "env.path")
     try:
         inspect.signature(made).bind(tokenizer, **args)
     except TypeError as error:
         known = ", ".join(list(inspect.signature(made).parameters)[1:]) or "no arguments"
         raise ValueError(f"env.args does not fit {path}: {error}; it takes {known}") from error
-    return made(tokenizer, **args)
+    env = made(tokenizer, **args)
+    missing = [name for name in ("max_prompt_tokens", "prompts", "play", "baselines") if not hasattr(env, name)]
+    if missing:
+        raise ValueError(
+            f"env.path {path!r} is no environment: it lacks {', '.join(missing)}, which asyncrl/envs/base.py explains"
+        )
+    return env
 
 
 def import_object(path: str, knob: str) -> Any:

@@ -29,6 +29,10 @@ class Finished:
     uses: int
 
 
+class BrokenPrompts(ValueError):
+    """The environment has no next prompt to give."""
+
+
 class PromptQueue:
     """Issues prompts and keeps the journal. A resumed run first issues those that are open, under the same ids."""
 
@@ -50,6 +54,7 @@ class PromptQueue:
         Raises `ValueError` if an open prompt is no longer the one that was admitted under its id.
         """
         self.journal = journal or Journal(None)
+        self._failure: str | None = None
         self._accounts = self.journal.accounts
         self._source, self._folder, self._keep_groups = source, folder, keep_groups
         again = {account.id: account for account in self._accounts if not account.settled or account.stored}
@@ -86,16 +91,28 @@ class PromptQueue:
         self._again = waiting
         return len(self._finished)
 
+    def _draw(self) -> Prompt:
+        """The next prompt of the environment; what it raised once is raised for all who ask."""
+        if self._failure is None:
+            given = self._accounts.next_id
+            try:
+                return next(self._source)
+            except StopIteration:
+                self._failure = (
+                    f"the environment has only {given} training prompts: prompts() must be endless for the split "
+                    "'train', so begin again after the last one"
+                )
+            except Exception as error:  # whatever the user's code raises
+                self._failure = (
+                    f"the environment failed after {given} training prompts: {type(error).__name__}: {error}"
+                )
+        raise BrokenPrompts(self._failure)
+
     def issue(self) -> tuple[Prompt, Finished | None]:
         """The next prompt to play; or one that was played before the crash, with its group."""
         while True:
             again = bool(self._again)
-            prompt = self._again.popleft() if again else next(self._source, None)
-            if prompt is None:
-                raise ValueError(
-                    f"the environment has only {self._accounts.next_id} training prompts: prompts() must be endless "
-                    "for the split 'train', so begin again after the last one"
-                )
+            prompt = self._again.popleft() if again else self._draw()
             finished = self._finished.pop(prompt.id, None)
             if finished is not None:
                 return prompt, finished

@@ -33,6 +33,10 @@ def prepare(config: Config, *, quiet: bool = False) -> Path:
     folder = Path(config.run_dir) / "cache" / hashlib.blake2b(depends_on, digest_size=8).hexdigest()
     if folder.exists():
         return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"run_dir {config.run_dir!r} cannot be written to: {error}") from error
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     if config.model.path in (TINY, TINY_BYTES):
         source = partial
