@@ -36,7 +36,6 @@ from asyncrl.runtime.preflight import (
     check_placement,
     check_ports,
     check_python,
-    check_sglang,
 )
 
 if TYPE_CHECKING:  # imported where they are used, so that a missing package is a finding and not a traceback
@@ -104,9 +103,6 @@ def examine(config: Config, start_ray: bool) -> Iterator[Check]:
     yield check_gpus(config, gpus)
     yield check_placement(config, len(gpus))
     if sglang:
-        from asyncrl.engine.sglang_launch import SUPPORTED_VERSIONS
-
-        yield check_sglang(installed("sglang"), SUPPORTED_VERSIONS)
         yield attempt("attention backend", "pip install 'asyncrl[gpu]'", lambda: attention(config, gpus))
     models: list[tuple[int, Any]] = []
     yield attempt("model", "name 'tiny', a folder or a hub id in model.path", lambda: read_model(config, models))
@@ -116,6 +112,9 @@ def examine(config: Config, start_ray: bool) -> Iterator[Check]:
         yield check_gpu_memory(config, parameters, gpus)
         yield check_disk(config, parameters, shutil.disk_usage(nearest(Path(config.run_dir))).free / 1e9)
     yield attempt("run folder", "set run_dir to a folder that you may write to", lambda: write(Path(config.run_dir)))
+    if port := config.metrics.prometheus_port:
+        host = config.metrics.prometheus_host
+        yield attempt("metrics port", "choose another metrics.prometheus_port", lambda: listen(host, port))
     if config.runtime == "cluster":
         yield check_ports(4 + 4 * config.num_engines, bind_loopback)
         yield attempt(
@@ -207,11 +206,12 @@ def count_parameters(settings: dict[str, Any]) -> int:
 
 
 def draw_prompt(config: Config, tokenizer: Any) -> str:
-    """Imports the environment, builds it and draws one prompt."""
+    """Imports the environment, builds it and draws a prompt of each kind."""
     from asyncrl.envs.base import load_env
 
     env = load_env(config.env.path, tokenizer, config.env.args)
     prompt = next(env.prompts("heldout", 0))
+    next(env.prompts("train", config.seed))
     if config.warmup.num_steps and not hasattr(env, "demonstrations"):
         raise ValueError(f"{config.env.path} has no demonstrations(): set warmup.num_steps=0 or add the method")
     return f"{config.env.path}, first prompt of {len(prompt.token_ids)} tokens"
@@ -243,6 +243,12 @@ def bind_loopback(wanted: int) -> int:
             while len(bound) < wanted:
                 bound.append(stack.enter_context(socket.create_server(("127.0.0.1", 0))))
         return len(bound)
+
+
+def listen(host: str, port: int) -> str:
+    """Opens the port and lets go of it."""
+    socket.create_server((host, port)).close()
+    return f"{port} of {host} is free"
 
 
 def try_ray(config: Config, start: bool) -> str:

@@ -1,6 +1,7 @@
 """The preflight: each check passes and fails for its own reason, without the hardware that it is about."""
 
 import importlib.util
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from asyncrl import config as configuration
+from asyncrl.engine.sglang_launch import SUPPORTED_VERSION
 from asyncrl.runtime import preflight
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "doctor.py"
@@ -44,9 +46,11 @@ def test_package(found, status):
     assert bool(check.remedy) == (status == "FAIL")
 
 
-@pytest.mark.parametrize(("found", "status"), [("0.5.17", "ok"), ("0.5.18", "FAIL"), (None, "FAIL")])
-def test_sglang_version(found, status):
-    assert doctor.check_sglang(found, ("0.5.17",)).status == status
+def test_the_sglang_that_the_engine_takes_is_the_one_that_is_installed_and_tested():
+    pinned = f"sglang=={SUPPORTED_VERSION}"
+    assert f'"{pinned}"' in (doctor.ROOT / "pyproject.toml").read_text()
+    assert pinned in (doctor.ROOT / "tests" / "sglang" / "requirements-no-deps.txt").read_text().splitlines()
+    assert doctor.check_package(pinned, {"sglang": "0.5.18"}.get).status == "FAIL"
 
 
 @pytest.mark.parametrize(
@@ -134,6 +138,13 @@ def test_ports():
     assert doctor.check_ports(8, lambda wanted: wanted).status == "ok"
     assert doctor.check_ports(8, lambda _: 3).status == "FAIL"
     assert doctor.bind_loopback(3) == 3
+
+
+def test_a_port_for_metrics_that_is_taken():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert doctor.attempt("metrics port", "another", lambda: doctor.listen("127.0.0.1", port)).status == "FAIL"
+    assert doctor.attempt("metrics port", "another", lambda: doctor.listen("127.0.0.1", port)).status == "ok"
 
 
 def test_model_environment_and_parameters():

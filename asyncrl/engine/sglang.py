@@ -81,7 +81,6 @@ class SGLangEngine:
         seed: int = 0,
         address: str = "127.0.0.1",
         engine_args: Mapping[str, Any] | None = None,
-        allow_any_version: bool = False,
     ) -> SGLangEngine:
         """Starts SGLang's processes and blocks the event loop until the model is loaded.
 
@@ -90,7 +89,7 @@ class SGLangEngine:
         arguments of SGLang. Raises `ValueError` for settings that cannot work, `RuntimeError` when a process ends while
         it starts.
         """
-        sglang_launch.check_version(allow_any_version)
+        sglang_launch.check_version()
         arguments = sglang_launch.server_arguments(
             model_path=str(model_path),
             dtype=dtype,

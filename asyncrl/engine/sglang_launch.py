@@ -27,8 +27,8 @@ from asyncrl.engine import sglang_scheduler
 AttentionBackend: TypeAlias = Literal["auto", "flashinfer", "fa3", "triton", "torch_native"]
 Capability: TypeAlias = tuple[int, int]
 
-SUPPORTED_VERSIONS = ("0.5.17",)
-"""SGLang versions that the engine was run with. The next ones differ in what it relies on."""
+SUPPORTED_VERSION = "0.5.17"
+"""The version of SGLang that the engine was run with, which pyproject.toml pins. Others differ in what it relies on."""
 
 _PREFERRED = ("flashinfer", "fa3", "triton")
 _CAPABILITIES: dict[str, tuple[Capability, Capability]] = {
@@ -68,17 +68,14 @@ _FIXED = {
 }
 
 
-def check_version(allow_any: bool) -> None:
-    """Raises `ValueError` when SGLang is missing, or is a version that the engine was not run with."""
+def check_version() -> None:
+    """Raises `ValueError` when SGLang is missing, or is another version than the engine reaches into."""
     try:
         found = metadata.version("sglang")
     except metadata.PackageNotFoundError:
         raise ValueError("rollout.engine 'sglang' needs the package sglang: install asyncrl[gpu]") from None
-    if found not in SUPPORTED_VERSIONS and not allow_any:
-        raise ValueError(
-            f"sglang must be {' or '.join(SUPPORTED_VERSIONS)}, found {found}: install that version, or set "
-            "allow_any_version to try this one"
-        )
+    if found != SUPPORTED_VERSION:
+        raise ValueError(f"sglang must be {SUPPORTED_VERSION}, found {found}: pip install sglang=={SUPPORTED_VERSION}")
 
 
 def compute_capability(device: str) -> Capability | None:

@@ -46,7 +46,7 @@ def replace_sampling() -> None:
             # The caller takes the log-probs from `probs` afterwards.
             truncate(probs, info.top_ks, info.top_ps)
         tokens = draw(probs, info.sampling_seed, positions)
-        if not getattr(info, "is_any_greedy", True):  # SGLang 0.5.15 does not keep count
+        if not info.is_any_greedy:
             return tokens
         return torch.where(info.top_ks == _GREEDY, probs.argmax(dim=-1).to(torch.int32), tokens)
 

@@ -104,6 +104,8 @@ class Refill:
 class SchedulerMixin(_Scheduler):  # type: ignore[misc]
     """Goes in front of SGLang's `Scheduler`: versions, and the commands of `SGLangEngine`."""
 
+    min_free_slots_delayer: Any
+
     @_exits_on_error
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._version, self._salt = 0, 0
@@ -114,7 +116,7 @@ class SchedulerMixin(_Scheduler):  # type: ignore[misc]
         self._weights = ReceivedWeights(self.tp_worker.model_runner.model, self.ps.tp_rank, self.ps.tp_size)
         replace_sampling()
         replace_results(self)
-        if self.prefill_delayer is None and getattr(self, "min_free_slots_delayer", None) is None:
+        if self.prefill_delayer is None and self.min_free_slots_delayer is None:
             # The user asked for none of SGLang's own.
             self.min_free_slots_delayer = Refill(lambda: len(self.waiting_queue))
         self.load_snapshot_writer = None  # written for others at each prefill, by a walk through the whole queue

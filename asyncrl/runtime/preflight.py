@@ -8,7 +8,7 @@ is a finding and not a traceback.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -74,14 +74,6 @@ def check_package(requirement: str, version_of: Callable[[str], str | None]) -> 
         return Check(wanted.name, "ok", found)
     finding = f"{found or 'not installed'}, needed is {wanted.specifier}"
     return Check(wanted.name, "FAIL", finding, f"pip install '{requirement}'")
-
-
-def check_sglang(found: str | None, supported: Collection[str]) -> Check:
-    """Whether the engine was run with this SGLang version."""
-    if found in supported:
-        return Check("sglang version", "ok", f"{found} is supported")
-    wanted = " or ".join(supported)
-    return Check("sglang version", "FAIL", f"{found or 'none'}, supported is {wanted}", f"install sglang {wanted}")
 
 
 def check_cuda(device: str, build: str | None, driver: str | None, num_gpus: int) -> Check:
