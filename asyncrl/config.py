@@ -332,7 +332,7 @@ def from_tree(tree: dict[str, Any]) -> Config:
     """A checked `Config` from nested tables."""
     from asyncrl import rules  # which needs `Config` itself
 
-    tables.refuse_unknown(tree, Config)
+    tables.check(tree, Config)
     try:
         config = msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:

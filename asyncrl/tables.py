@@ -6,7 +6,8 @@ import difflib
 import json
 import tomllib
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import msgspec
 
@@ -44,8 +45,9 @@ def _parse(text: str) -> Any:
         return text
 
 
-def refuse_unknown(tree: dict[str, Any], section: type[msgspec.Struct], prefix: str = "") -> None:
-    """Raises `ValueError` for a key that `section` does not have, with the nearest one that it has."""
+def check(tree: dict[str, Any], section: type[msgspec.Struct], prefix: str = "") -> None:
+    """Raises `ValueError` for a key that `section` does not have, with the nearest one that it has, and for a value of
+    another type, with those that can be."""
     fields = {field.name: field.type for field in msgspec.structs.fields(section)}
     for key, value in tree.items():
         if key not in fields:
@@ -56,4 +58,33 @@ def refuse_unknown(tree: dict[str, Any], section: type[msgspec.Struct], prefix: 
         if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
             if not isinstance(value, dict):
                 raise ValueError(f"{prefix + key!r} is a table, got {value!r}; set one of its keys")
-            refuse_unknown(value, kind, f"{prefix}{key}.")
+            check(value, kind, f"{prefix}{key}.")
+            continue
+        try:
+            msgspec.convert(value, kind)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"{prefix}{key} must be {_name_of(kind)}, got {value!r}") from error
+
+
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    dict: "a table",
+    list: "a list",
+}
+
+
+def _name_of(kind: Any) -> str:
+    """A type in words."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return " or ".join(map(repr, parts))
+    if origin in (Union, UnionType):
+        return " or ".join(_name_of(part) for part in parts if part is not NoneType)
+    if origin is tuple and Ellipsis not in parts:
+        return f"a list of {len(parts)} ({', '.join(map(_name_of, parts))})"
+    if origin in (list, tuple):
+        return f"a list (of {_name_of(parts[0])} each)"
+    return _NAMES.get(origin or kind, str(kind))
