@@ -18,7 +18,7 @@ from asyncrl import run_folder
 from asyncrl.algo import own
 from asyncrl.buffer import Buffer
 from asyncrl.config import Config
-from asyncrl.envs.base import load_env
+from asyncrl.envs.base import Env, load_env
 from asyncrl.handles import LearnerHandle, RolloutHandle
 from asyncrl.loop import run
 from asyncrl.model import load_tokenizer
@@ -90,15 +90,7 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
         for line in changes:
             metrics.say(f"changed at step {first_step}: {line}")
         _say_how_it_begins(metrics, config, journal, baselines, getattr(env, "skipped", {}))
-        prompts = PromptQueue(
-            env.prompts("train", config.seed),
-            journal,
-            folder / "groups",
-            keep_groups=config.journal.keep_groups,
-            curriculum=None if config.curriculum.by == "off" else Curriculum(config.curriculum, config.seed),
-            pass_reward=config.eval.pass_reward,
-            fits=partial(fits, config.rollout.group_size, row_length(config, env.max_prompt_tokens)),
-        )
+        prompts = make_prompts(config, env, journal, folder)
         async with runtime.open_actors(config, initial, saved, folder / "groups") as (learner, actors):
             system = make_system(
                 config,
@@ -122,6 +114,21 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
         _say_what_became_of_it(system)
         metrics.say(report(result, config.num_steps))
     return result
+
+
+def make_prompts(config: Config, env: Env, journal: Journal, folder: Path) -> PromptQueue:
+    """The run's prompts, of which there is a next one."""
+    prompts = PromptQueue(
+        env.prompts("train", config.seed),
+        journal,
+        folder / "groups",
+        keep_groups=config.journal.keep_groups,
+        curriculum=None if config.curriculum.by == "off" else Curriculum(config.curriculum, config.seed),
+        pass_reward=config.eval.pass_reward,
+        fits=partial(fits, config.rollout.group_size, row_length(config, env.max_prompt_tokens)),
+    )
+    prompts.try_source()
+    return prompts
 
 
 def make_system(

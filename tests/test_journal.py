@@ -386,7 +386,10 @@ def test_prompts_that_fail_fail_for_all_who_ask():
         raise KeyError("question")
 
     queue = PromptQueue(broken())
-    queue.issue(), queue.issue()
+    queue.try_source()
+    assert [queue.issue()[0].id for _ in range(2)] == [0, 1]
+    with pytest.raises(BrokenPrompts, match="failed after 2"):
+        queue.try_source()
     for _ in range(2):
         with pytest.raises(BrokenPrompts, match=r"failed after 2 training prompts: KeyError: 'question'"):
             queue.issue()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from asyncrl.recovery import groups as files
@@ -90,6 +90,10 @@ class PromptQueue:
                 waiting.append(prompt)
         self._again = waiting
         return len(self._finished)
+
+    def try_source(self) -> None:
+        """Draws a prompt and puts it back, so that a broken environment is noticed before anything is started."""
+        self._source = chain([self._draw()], self._source)
 
     def _draw(self) -> Prompt:
         """The next prompt of the environment; what it raised once is raised for all who ask."""
