@@ -39,6 +39,10 @@ _MAX_NEW_TOKENS = 512
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
+        if options.output and not options.output.absolute().parent.is_dir():
+            raise ValueError(
+                f"--output {options.output}: there is no folder {options.output.absolute().parent}; make it"
+            )
         config = resolve(options)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             results = runner.run(evaluate(config, options.n))
@@ -46,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("\n\n".join(map(report, results)))
-    if options.output:
+    if options.output:  # after the results were printed: they are not lost if it cannot be written
         options.output.write_text(json.dumps(results if len(results) > 1 else results[0], indent=2) + "\n")
     return 0
 

@@ -46,11 +46,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     out = options.out or options.run / "report.html"
-    out.write_text(render(data))
-    print(f"report: {out}")
-    if options.trace:
-        options.trace.write_text(json.dumps(timeline.perfetto(read_spans(options.run)[0])))
-        print(f"trace: {options.trace}")
+    try:
+        out.write_text(render(data))
+        print(f"report: {out}")
+        if options.trace:
+            options.trace.write_text(json.dumps(timeline.perfetto(read_spans(options.run)[0])))
+            print(f"trace: {options.trace}")
+    except OSError as error:
+        print(f"error: {error.filename} cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -169,6 +169,8 @@ def test_a_model_is_evaluated_with_several_attempts(tmp_path, capsys):
     assert evaluate.main([str(folder), "eval.num_samples=4"]) == 2
     assert "greedy samples of a prompt are all equal" in capsys.readouterr().err
     assert evaluate.main([str(tmp_path / "nothing")]) == 2
+    assert evaluate.main([str(folder), "--output", str(tmp_path / "no" / "result.json")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
 
 
 def test_without_a_configuration_a_completion_has_room():

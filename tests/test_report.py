@@ -110,6 +110,8 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(configuration.to_tree(configuration.Config())))
     (tmp_path / "metrics.jsonl").write_text('{"version": 0, "time": 1.0, "eval/accuracy": 0.25}\n{"version": 1, "rew')
     assert report.main([str(tmp_path)]) == 0
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "no" / "report.html")]) == 2
+    assert "report.html cannot be written: No such file or directory" in capsys.readouterr().err
     data = data_of((tmp_path / "report.html").read_text())
     assert data["evals"]["eval/accuracy"] == [0.25]
     assert data["blame"] is None
