@@ -32,6 +32,7 @@ import msgspec
 import torch
 
 from asyncrl import garbage
+from asyncrl.engine.sglang_memory import replace_memory
 from asyncrl.engine.sglang_results import VERSIONS_KEY, replace_results
 from asyncrl.engine.sglang_sampling import replace_sampling
 from asyncrl.engine.sglang_weights import ReceivedWeights
@@ -110,6 +111,7 @@ class SchedulerMixin(_Scheduler):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._version, self._salt = 0, 0
         self._dead_tokens = 0
+        replace_memory()
         super().__init__(*args, **kwargs)
         # A completion ends at the stop tokens that its request names, and at no others.
         self.model_config.hf_eos_token_id = None

@@ -14,6 +14,7 @@ import torch
 
 from asyncrl.engine import sampler
 from asyncrl.engine.sglang_launch import choose_attention_backend, server_arguments
+from asyncrl.engine.sglang_memory import cache_bytes
 from asyncrl.engine.sglang_sampling import draw, truncate, uniforms
 from asyncrl.engine.sglang_scheduler import Refill
 
@@ -169,3 +170,19 @@ def test_truncation_leaves_other_rows_alone():
     assert probs[0].tolist() == probs[2].tolist() == pytest.approx(row)
     assert probs[1].tolist() == pytest.approx([0.0, 0.625, 0.375])
     assert probs[3].tolist() == pytest.approx([0.0, 1.0, 0.0])
+
+
+def test_a_cache_gets_its_share_of_the_gpu_less_the_model():
+    assert cache_bytes(0.25, total=80 << 30, held=5 << 30, free=40 << 30) == 15 << 30
+
+
+@pytest.mark.parametrize(
+    ("held", "free", "message"),
+    [
+        (20, 40, r"utilization 0.25 leaves no room for a cache \(20.0 of 80.0 GiB, 20.0 for the model\): raise it"),
+        (5, 14, r"0.25 is more than what is free \(20.0 of 80.0 GiB, 5.0 for the model; 14.0 free\): lower it, or end"),
+    ],
+)
+def test_a_cache_that_has_no_room_says_what_to_change(held, free, message):
+    with pytest.raises(ValueError, match=message):
+        cache_bytes(0.25, total=80 << 30, held=held << 30, free=free << 30)
