@@ -178,8 +178,7 @@ def server_arguments(
         max_total_tokens = min(max_running * max_length, 1 << 16) + 1024
         defaults |= {"disable_cuda_graph": True, "max_total_tokens": max_total_tokens, "sleep_on_idle": True}
     else:
-        # Graphs of prefills cost start-up time and memory, and a prefill of a whole group gains little from them.
-        defaults |= {"disable_prefill_cuda_graph": True, "cuda_graph_max_bs_decode": max_running}
+        defaults |= {"cuda_graph_max_bs_decode": max_running}
     fixed = {
         "model_path": model_path,
         "dtype": dtype,

@@ -50,8 +50,11 @@ _RELEASED = ("weights", "kv_cache")
 _FORGET_TOKENS = 1 << 14
 """Prefixes of old weights leave the cache in parts of this size, each while the device runs a batch."""
 
-_MAX_WAIT_STEPS = 32
+_MAX_WAIT_STEPS = 128
 """Steps of decoding that a request waits at most for others to be prefilled with."""
+
+_PREFILL_STEPS = {"cuda": 4, "cpu": 1}
+"""Steps of decoding that a prefill takes, however small; docs/performance.md has what was measured."""
 
 ABORTED = "ended by a weight update"
 """The message of a completion that an update cut short."""
@@ -83,20 +86,20 @@ class Refill:
     """Lets requests that wait enter together, as decoding stops for each prefill, however small.
 
     SGLang fills every place as soon as it is free. With replies of different lengths that is a prefill in almost every
-    step. Here the queue is let in when its waiting has cost as many request-steps as a prefill costs those that run,
-    which is taken for one step of all of them: holding and ordering cost the same at the economic order quantity
-    (Harris, 1913). Steps are counted, not time, as tensor-parallel ranks must come to the same answer.
+    step. Here the queue is let in when its waiting has cost as many request-steps as a prefill of `prefill_steps` costs
+    those that run: holding and ordering cost the same at the economic order quantity (Harris, 1913). Steps are counted,
+    not time, as tensor-parallel ranks must come to the same answer.
     """
 
-    def __init__(self, num_waiting: Callable[[], int]) -> None:
-        self._num_waiting = num_waiting
+    def __init__(self, num_waiting: Callable[[], int], prefill_steps: int) -> None:
+        self._num_waiting, self._prefill_steps = num_waiting, prefill_steps
         self._cost, self._num_steps = 0, 0
 
     def should_delay(self, *, running_bs: int, num_allocatable_reqs: int) -> bool:
         """Asked by SGLang in each step in which requests wait."""
         self._cost += min(self._num_waiting(), num_allocatable_reqs)
         self._num_steps += 1
-        if self._cost < running_bs and self._num_steps < _MAX_WAIT_STEPS:
+        if self._cost < self._prefill_steps * running_bs and self._num_steps < _MAX_WAIT_STEPS:
             return True
         self._cost = self._num_steps = 0
         return False
@@ -120,7 +123,9 @@ class SchedulerMixin(_Scheduler):  # type: ignore[misc]
         replace_results(self)
         if self.prefill_delayer is None and self.min_free_slots_delayer is None:
             # The user asked for none of SGLang's own.
-            self.min_free_slots_delayer = Refill(lambda: len(self.waiting_queue))
+            self.min_free_slots_delayer = Refill(
+                lambda: len(self.waiting_queue), _PREFILL_STEPS[self._weights.device.type]
+            )
         self.load_snapshot_writer = None  # written for others at each prefill, by a walk through the whole queue
 
     @_exits_on_error

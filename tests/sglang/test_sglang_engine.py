@@ -261,7 +261,7 @@ def test_sglang_asks_whether_those_that_wait_may_enter():
     scheduler.enable_hierarchical_cache = scheduler.enable_priority_preemption = scheduler.is_hybrid_swa = False
     scheduler.waiting_queue, scheduler.chunked_req = [None], None
     scheduler.get_num_allocatable_reqs = lambda _running: 4
-    scheduler.min_free_slots_delayer = Refill(lambda: len(scheduler.waiting_queue))
+    scheduler.min_free_slots_delayer = Refill(lambda: len(scheduler.waiting_queue), 1)
     running = SimpleNamespace(batch_is_full=False, reqs=[None] * 9)
     assert scheduler._get_new_batch_prefill_raw(None, running) == (None, running)
     assert scheduler.min_free_slots_delayer._cost == 1

@@ -109,11 +109,18 @@ def test_truncated_draws_follow_the_distribution_that_is_left():
 
 
 @pytest.mark.parametrize(
-    ("waiting", "places", "running", "steps"),
-    [(3, 8, 0, 0), (30, 30, 30, 0), (200, 7, 28, 3), (7, 200, 28, 3), (1, 1, 256, 31)],
+    ("waiting", "places", "running", "prefill", "steps"),
+    [
+        (3, 8, 0, 4, 0),
+        (30, 30, 30, 1, 0),
+        (200, 7, 28, 1, 3),
+        (7, 200, 28, 1, 3),
+        (7, 9, 28, 4, 15),
+        (1, 1, 256, 1, 127),
+    ],
 )
-def test_requests_wait_until_that_costs_as_much_as_a_prefill(waiting, places, running, steps):
-    refill = Refill(lambda: waiting)
+def test_requests_wait_until_that_costs_as_much_as_a_prefill(waiting, places, running, prefill, steps):
+    refill = Refill(lambda: waiting, prefill)
     for _ in range(2):  # the second time as the first
         waited = [refill.should_delay(running_bs=running, num_allocatable_reqs=places) for _ in range(steps + 1)]
         assert waited == [True] * steps + [False]
