@@ -245,6 +245,7 @@ class SGLangEngine:
             )
 
     async def _request(self, request_id: str, token_ids: Sequence[int], sampling: Sampling, seed: int) -> Any:
+        from fastapi import HTTPException
         from sglang.srt.managers.io_struct import GenerateReqInput
 
         request = GenerateReqInput(
@@ -262,8 +263,11 @@ class SGLangEngine:
             # Nothing is lost without streaming: an end by an update brings the tokens along.
             stream=False,
         )
-        async for output in self._manager.generate_request(request, None):
-            return output
+        try:
+            async for output in self._manager.generate_request(request, None):
+                return output
+        except HTTPException as error:  # it would not survive the way to another process
+            raise RuntimeError(f"SGLang ended a request: {error.detail}") from None
         raise RuntimeError("SGLang ended a request without an answer")
 
     def _completion(self, output: Mapping[str, Any], sampling: Sampling) -> Completion:

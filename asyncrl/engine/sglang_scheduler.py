@@ -50,7 +50,7 @@ _RELEASED = ("weights", "kv_cache")
 _FORGET_TOKENS = 1 << 14
 """Prefixes of old weights leave the cache in parts of this size, each while the device runs a batch."""
 
-_MAX_WAIT_STEPS = 128
+_MAX_WAIT_STEPS = 32
 """Steps of decoding that a request waits at most for others to be prefilled with."""
 
 _PREFILL_STEPS = {"cuda": 4, "cpu": 1}
@@ -97,6 +97,8 @@ class Refill:
 
     def should_delay(self, *, running_bs: int, num_allocatable_reqs: int) -> bool:
         """Asked by SGLang in each step in which requests wait."""
+        if num_allocatable_reqs <= 0:
+            return False  # SGLang finds that out itself, and asks no more until a place is free
         self._cost += min(self._num_waiting(), num_allocatable_reqs)
         self._num_steps += 1
         if self._cost < self._prefill_steps * running_bs and self._num_steps < _MAX_WAIT_STEPS:
@@ -144,6 +146,14 @@ class SchedulerMixin(_Scheduler):  # type: ignore[misc]
         # Salted here and not by the sender: a request may be sent before an update and arrive after it.
         recv_req.extra_key = str(self._salt)
         return super().handle_generate_request(recv_req)
+
+    def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
+        # Log-probs of sampled tokens only. SGLang's own mark is the end of the prompt, past which a retracted request
+        # would have those of all its tokens computed once more, over the whole vocabulary, to be thrown away.
+        req.logprob_start_len = -1
+        if is_retracted:  # its keys and values are made again, by the weights of now
+            req.extra_key = str(self._salt)
+        super()._add_request_to_queue(req, is_retracted)
 
     def run_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         result = super().run_batch(batch, *args, **kwargs)

@@ -116,7 +116,8 @@ def test_truncated_draws_follow_the_distribution_that_is_left():
         (200, 7, 28, 1, 3),
         (7, 200, 28, 1, 3),
         (7, 9, 28, 4, 15),
-        (1, 1, 256, 1, 127),
+        (1, 1, 256, 1, 31),
+        (9, 0, 28, 4, 0),
     ],
 )
 def test_requests_wait_until_that_costs_as_much_as_a_prefill(waiting, places, running, prefill, steps):
