@@ -69,6 +69,7 @@ LAYERS = [
         "engine.sglang_calls",
         "engine.draw_kernel",
         "engine.sglang_launch",
+        "engine.sglang_memory",
         "engine.sglang_results",
         "engine.sglang_sampling",
         "engine.sglang_scheduler",

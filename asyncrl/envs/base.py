@@ -1,6 +1,6 @@
 """The environment protocol: where prompts come from and what an attempt is worth.
 
-An environment is named by import path, `env.path = "asyncrl.envs.largest_digit:LargestDigit"`, and built with the
+An environment is named by import path, `env.path = "asyncrl.envs.digits:LargestDigit"`, and built with the
 tokenizer and the table `[env.args]`. There is no registry.
 """
 
