@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
@@ -18,7 +17,7 @@ from asyncrl import run_folder
 from asyncrl.algo import own
 from asyncrl.buffer import Buffer
 from asyncrl.config import Config
-from asyncrl.envs.base import Env, load_env
+from asyncrl.envs.base import Env, checked_prompts, heldout_prompts, load_env, no_skill
 from asyncrl.handles import LearnerHandle, RolloutHandle
 from asyncrl.loop import run
 from asyncrl.model import load_tokenizer
@@ -58,8 +57,8 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
     initial = str(prepare(config, quiet=quiet))
     tokenizer = load_tokenizer(initial)
     env = load_env(config.env.path, tokenizer, config.env.args)
-    heldout = list(islice(env.prompts("heldout", 0), config.eval.num_prompts))
-    baselines = env.baselines(heldout)
+    heldout = heldout_prompts(env, config.eval.num_prompts)
+    baselines = no_skill(env, heldout)
     folder = (resume or run_folder.create(config, baselines)).absolute()
     buffer = make_buffer(config)
     journal, saved = open_journal(folder, buffer, resumed=resume is not None)
@@ -119,7 +118,7 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
 def make_prompts(config: Config, env: Env, journal: Journal, folder: Path) -> PromptQueue:
     """The run's prompts, of which there is a next one."""
     prompts = PromptQueue(
-        env.prompts("train", config.seed),
+        checked_prompts(env, "train", config.seed),
         journal,
         folder / "groups",
         keep_groups=config.journal.keep_groups,

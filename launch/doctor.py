@@ -207,14 +207,15 @@ def count_parameters(settings: dict[str, Any]) -> int:
 
 def draw_prompt(config: Config, tokenizer: Any) -> str:
     """Imports the environment, builds it and draws a prompt of each kind."""
-    from asyncrl.envs.base import load_env
+    from asyncrl.envs.base import checked_prompts, heldout_prompts, load_env, no_skill
 
     env = load_env(config.env.path, tokenizer, config.env.args)
-    prompt = next(env.prompts("heldout", 0))
-    next(env.prompts("train", config.seed))
+    heldout = heldout_prompts(env, most=1)
+    no_skill(env, heldout)
+    next(checked_prompts(env, "train", config.seed))
     if config.warmup.num_steps and not hasattr(env, "demonstrations"):
         raise ValueError(f"{config.env.path} has no demonstrations(): set warmup.num_steps=0 or add the method")
-    return f"{config.env.path}, first prompt of {len(prompt.token_ids)} tokens"
+    return f"{config.env.path}, first prompt of {len(heldout[0].token_ids)} tokens"
 
 
 def available_gb(meminfo: Path) -> float | None:

@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,6 @@ from asyncrl.config import Config
 from asyncrl.envs.faults import EnvFault
 
 if TYPE_CHECKING:
-    from asyncrl.envs.base import Env
     from asyncrl.rollout import Attempts, Rollout
     from asyncrl.types import Prompt
 
@@ -103,28 +101,27 @@ async def evaluate(config: Config, numbers: Sequence[int]) -> list[dict[str, Any
 
     Once for each of the `numbers` of attempts; with none, as the configuration says.
     """
-    from asyncrl.envs.base import load_env
+    from asyncrl.envs.base import heldout_prompts, load_env, no_skill
     from asyncrl.model import load_tokenizer
     from asyncrl.runtime.parts import build_rollout
     from asyncrl.training.warmup import prepare
 
     folder = str(prepare(config))
     env = load_env(config.env.path, load_tokenizer(folder), config.env.args)
-    prompts = list(islice(env.prompts("heldout", 0), config.eval.num_prompts))
+    prompts = heldout_prompts(env, config.eval.num_prompts)
+    facts = {"no_skill": no_skill(env, prompts), "skipped_rows": dict(getattr(env, "skipped", {}))}
     rollout = await build_rollout(config, folder, placement_here(config))
     usual = rollout.attempts
     greedy = replace(usual, num_samples=1, sampling=replace(usual.sampling, temperature=0.0))
     several = max(numbers, default=1) > 1
     asked = [greedy if several and n == 1 else replace(usual, num_samples=n) for n in numbers] or [usual]
     try:
-        return [await _play(config, rollout, env, prompts, attempts) for attempts in asked]
+        return [facts | await _play(config, rollout, prompts, attempts) for attempts in asked]
     finally:
         await rollout.close()
 
 
-async def _play(
-    config: Config, rollout: Rollout, env: Env, prompts: list[Prompt], attempts: Attempts
-) -> dict[str, Any]:
+async def _play(config: Config, rollout: Rollout, prompts: list[Prompt], attempts: Attempts) -> dict[str, Any]:
     from asyncrl.evaluation import summarize
 
     begin = time.monotonic()
@@ -139,8 +136,6 @@ async def _play(
         "temperature": attempts.sampling.temperature,
         "tokens_per_s": sum(length for group in groups for length in group.lengths) / seconds,
         "total_s": seconds,
-        "no_skill": env.baselines(prompts),
-        "skipped_rows": dict(getattr(env, "skipped", {})),
         "metrics": summarize(groups, 0, config.eval.pass_reward),
         "prompts": [{"id": group.prompt.id, "rewards": group.rewards} for group in groups],
     }

@@ -32,26 +32,34 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         print(json.dumps(configuration.to_tree(config), indent=2))
         return 0
+    from asyncrl.envs.faults import EnvFault
     from asyncrl.job import train  # after the checks: it imports torch, transformers and Ray
+    from asyncrl.pool import RolloutFailed
     from asyncrl.recovery.prompts import BrokenPrompts
 
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(train(config, options.resume, watch=options.watch))
-    except ValueError as error:
-        cause = getattr(error, "cause", error)  # of one that Ray brings from an actor, without the stack there
-        print(f"error: {cause}", file=sys.stderr)
-        return 2
+    except (ValueError, EnvFault) as error:
+        return fail(error)
     except ExceptionGroup as group:
-        broken, others = group.split(BrokenPrompts)
-        if broken is None or others is not None:
+        known, others = group.split((BrokenPrompts, EnvFault, RolloutFailed))
+        if known is None or others is not None:
             raise
-        print(f"error: {broken.exceptions[0]}", file=sys.stderr)  # all who ask for prompts are told the same
-        return 2
+        return fail(known)
     except KeyboardInterrupt:
         print("interrupted: what was done since the last checkpoint is in the journal alone", file=sys.stderr)
         return 130
     return 0
+
+
+def fail(error: Exception) -> int:
+    """Says what ended the run, in one line. Returns the exit code."""
+    while isinstance(error, ExceptionGroup):  # those who failed together were told the same
+        error = error.exceptions[0]
+    cause = getattr(error, "cause", error)  # of one that Ray brings from an actor, without the stack there
+    print(f"error: {cause}", file=sys.stderr)
+    return 2
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -31,17 +31,22 @@ def replace_memory() -> None:
         if group.world_size > 1:  # tensor-parallel ranks have caches of the same size: that of the fullest GPU
             torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
         free, total, held = numbers.tolist()
-        return cache_bytes(get_schedule().mem_fraction_static, total=total, held=-held, free=free)
+        schedule = get_schedule()
+        capped = schedule.max_total_tokens is not None
+        return cache_bytes(schedule.mem_fraction_static, total=total, held=-held, free=free, capped=capped)
 
     KVCacheConfigurator._profile_available_bytes = profile_available_bytes
 
 
-def cache_bytes(share: float, *, total: int, held: int, free: int) -> int:
+def cache_bytes(share: float, *, total: int, held: int, free: int, capped: bool = False) -> int:
     """What is left for the cache of `share` of a GPU of `total` bytes, of which the engine holds `held` already.
 
+    `capped`: the user has set a number of tokens, which may be less than the share, and so fit where that does not.
     Raises `ValueError` where nothing is left, or less than that is free.
     """
     wanted = int(share * total) - held
+    if capped:
+        wanted = min(wanted, free)
     sizes = f"{share * total / _GIB:.1f} of {total / _GIB:.1f} GiB, {held / _GIB:.1f} for the model"
     if wanted <= 0:
         raise ValueError(f"rollout.gpu_memory_utilization {share} leaves no room for a cache ({sizes}): raise it")

@@ -142,17 +142,13 @@ class SchedulerMixin(_Scheduler):  # type: ignore[misc]
         # The one request of SGLang that carries free text there and back, and is served during a pause.
         self._request_dispatcher._mapping[CheckWeightsReqInput] = self._obey
 
-    def handle_generate_request(self, recv_req: Any) -> Any:
-        # Salted here and not by the sender: a request may be sent before an update and arrive after it.
-        recv_req.extra_key = str(self._salt)
-        return super().handle_generate_request(recv_req)
-
     def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
         # Log-probs of sampled tokens only. SGLang's own mark is the end of the prompt, past which a retracted request
         # would have those of all its tokens computed once more, over the whole vocabulary, to be thrown away.
         req.logprob_start_len = -1
-        if is_retracted:  # its keys and values are made again, by the weights of now
-            req.extra_key = str(self._salt)
+        # Its keys and values are made by the weights of now, or made again if it was retracted. The sender cannot know
+        # the salt: a request may be sent before an update and arrive after it.
+        req.extra_key = str(self._salt)
         super()._add_request_to_queue(req, is_retracted)
 
     def run_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -241,7 +237,7 @@ class SchedulerMixin(_Scheduler):  # type: ignore[misc]
         if arrived is not None:
             self._salt += 1
             evictable = self.tree_cache.evictable_size()
-            self._dead_tokens = evictable if isinstance(evictable, int) else 0  # hybrid caches count in parts
+            self._dead_tokens = evictable if isinstance(evictable, int) else 0  # some caches count by layer kind
             if abort:
                 self._end_started()
             # Those that wait have no keys and values yet, or lost them: they start over under the new weights.

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from itertools import islice
+from numbers import Real
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -61,7 +64,7 @@ class Env(Protocol):
         """One scored attempt. An exception is a failed rollout: retried, counted, never a silent zero."""
 
     def baselines(self, prompts: Sequence[Prompt]) -> dict[str, float]:
-        """What policies without skill score on these prompts, by name; printed beside every curve."""
+        """What policies without skill score on these prompts, by name, one at least; printed beside every curve."""
 
 
 class Teacher(Protocol):
@@ -87,6 +90,55 @@ def load_env(path: str, tokenizer: Tokenizer, args: dict[str, Any]) -> Env:
             f"env.path {path!r} is no environment: it lacks {', '.join(missing)}, which asyncrl/envs/base.py explains"
         )
     return env
+
+
+def checked_prompts(env: Env, split: Split, seed: int) -> Iterator[Prompt]:
+    """The prompts of the environment, each looked at as it is drawn.
+
+    Raises `ValueError` for one that breaks the protocol, naming it and the rule: what the journal, seeds and resumed
+    runs know of a prompt is its id.
+    """
+    for number, prompt in enumerate(env.prompts(split, seed)):
+        if broken := _broken_rule(prompt, number, env.max_prompt_tokens):
+            raise ValueError(f"prompt {number} of {type(env).__name__}.prompts({split!r}) {broken}")
+        yield prompt
+
+
+def _broken_rule(prompt: Prompt, number: int, max_tokens: int) -> str | None:
+    if not isinstance(prompt, Prompt):
+        return f"is a {type(prompt).__name__}: yield asyncrl.types.Prompt"
+    if prompt.id != number:
+        return f"has the id {prompt.id!r}: ids count the draws from 0, so give it {number}"
+    if not 0 < len(prompt.token_ids) <= max_tokens:
+        return (
+            f"has {len(prompt.token_ids)} tokens, and the environment's max_prompt_tokens is {max_tokens}: raise it, "
+            "or leave such prompts out"
+        )
+    if not isinstance(prompt.target, str):
+        return f"has the target {prompt.target!r}: a target is text, so write str() or json.dumps() around it"
+    return None
+
+
+def heldout_prompts(env: Env, most: int) -> list[Prompt]:
+    """The first `most` held-out prompts, or all if there are fewer. Raises `ValueError` if there is none."""
+    prompts = list(islice(checked_prompts(env, "heldout", 0), most))
+    if not prompts:
+        raise ValueError(
+            f"{type(env).__name__}.prompts('heldout') gives no prompt, and without one nothing can be evaluated"
+        )
+    return prompts
+
+
+def no_skill(env: Env, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """What policies without skill score on these prompts. Raises `ValueError` unless it is a finite number or more."""
+    scores = env.baselines(prompts)
+    numbers = scores.values() if isinstance(scores, dict) else ()
+    if not numbers or not all(isinstance(score, Real) and math.isfinite(score) for score in numbers):
+        raise ValueError(
+            f"{type(env).__name__}.baselines() gave {scores!r}: it must name what at least one policy without skill "
+            "scores, a finite number, for example {'empty reply': 0.0}"
+        )
+    return scores
 
 
 def import_object(path: str, knob: str) -> Any:

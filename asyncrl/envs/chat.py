@@ -38,7 +38,7 @@ class ChatFormat:
 
     def encode(self, question: str | Sequence[Message]) -> list[int]:
         """Token ids of the prompt for a question, or for a conversation that the model has to go on with."""
-        return list(self.tokenizer.encode(self.render(question), add_special_tokens=False))
+        return self._tokens(self.render(question))
 
     def encode_answer(self, answer: str | Sequence[Message], last: int) -> list[int]:
         """Token ids between the end of a reply, whose last token is `last`, and the start of the next.
@@ -47,13 +47,13 @@ class ChatFormat:
         """
         opened = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _REPLY}]
         text = self.render([*opened, *_messages(answer)]).partition(_REPLY)[2]
-        after = list(self.tokenizer.encode(text, add_special_tokens=False))
+        after = self._tokens(text)
         return after[1:] if after[:1] == [last] else after
 
     def encode_reply(self, reply: str) -> list[int]:
         """Token ids of a reply as the model should have given it, the end token included."""
         start = " " if self._resolved == "plain" else ""
-        return [*self.tokenizer.encode(start + reply, add_special_tokens=False), self.tokenizer.eos_token_id]
+        return [*self._tokens(start + reply), self.tokenizer.eos_token_id]
 
     def render(self, question: str | Sequence[Message]) -> str:
         """The text of the prompt."""
@@ -65,6 +65,15 @@ class ChatFormat:
             return "\n\n".join(map(_plain, messages)) + "\n\nAnswer:"
         text: str = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return text
+
+    def _tokens(self, text: str) -> list[int]:
+        try:
+            return list(self.tokenizer.encode(text, add_special_tokens=False))
+        except Exception as error:  # the library behind the tokenizers raises no other kind
+            raise ValueError(
+                f"the model's tokenizer cannot take the text {text[:60]!r} ({error}): take a model.path that can; of "
+                "the built-in ones 'tiny' knows digits and signs alone, 'tiny-bytes' any text"
+            ) from error
 
     @property
     def _resolved(self) -> Style:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from asyncrl.envs.base import Env, Generate, Split, Tokenizer, load_env
+from asyncrl.envs.base import Env, Generate, Split, Tokenizer, load_env, no_skill
 from asyncrl.types import Prompt, Trajectory
 
 _KEYS = {"path", "args", "weight"}
@@ -76,7 +76,7 @@ class Mixture:
             drawn[prompt.source].append(prompt)
         names, total = [], 0.0
         for source, some in drawn.items():
-            name, score = max(self._envs[source].baselines(some).items(), key=lambda item: item[1])
+            name, score = max(no_skill(self._envs[source], some).items(), key=lambda item: item[1])
             names.append(f"{source} {name}")
             total += score * len(some)
         return {", ".join(names): total / len(prompts)}

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from asyncrl.envs.base import import_object
+from asyncrl.envs.faults import raised
 from asyncrl.threads import Threads
 
 Reward: TypeAlias = str | Callable[..., Any]
@@ -52,7 +53,8 @@ class Rewards:
         """The weighted sum, and each function's own reward by its name if there are several.
 
         As in TRL, a function that returns None for an attempt takes no part in it. Raises `ValueError` for a reward
-        that is no finite number or a column that is not there, and `TimeoutError` for a call that takes too long.
+        that is no finite number, a column that is not there or a function that raises, and `TimeoutError` for a call
+        that takes too long.
         """
         reply: Any = completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
         arguments = {name: [value] for name, value in columns.items()} | {
@@ -84,6 +86,8 @@ class Rewards:
             raise TimeoutError(
                 f"reward function {name!r} took longer than {self._timeout_s:g} s; env.args.timeout_s bounds it"
             ) from error
+        except Exception as error:  # whatever the user's code raises
+            raise ValueError(f"reward function {name!r} {raised(error)}") from error
 
 
 def exact_match(prompts: list[Any], completions: list[Any], target: list[Any], **_columns: Any) -> list[float]:
