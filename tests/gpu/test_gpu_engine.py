@@ -19,13 +19,16 @@ from test_engine import (  # noqa: F401
     test_a_stop_token_ends_a_completion_and_is_part_of_it,
     test_logprobs_are_the_models_own,
 )
-from test_sglang_engine import LENGTH, LONG, exact, mixed
+from test_sglang_engine import exact, mixed
 
 from asyncrl import transport
 from asyncrl.types import Completion, Sampling
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(500)]
 CLOSE, FAR = 0.05, 0.3
+# Tokens: the first requests still run when the last one, which waited for company, has begun and an update comes.
+LENGTH = 400
+LONG = Sampling(LENGTH)
 PROMPTS = [[2 + (7 * i + 3 * j) % 20 for j in range(3 + i % 9)] for i in range(48)]
 BACKENDS = ["ipc", pytest.param("nccl", marks=pytest.mark.multi_gpu)]
 
