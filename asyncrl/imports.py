@@ -1,10 +1,13 @@
-"""Modules of the user, named in a configuration by import path."""
+"""Code of the user: modules that a configuration names by import path, and the line of it that raised."""
 
 from __future__ import annotations
 
 import importlib
+import sysconfig
 import traceback
 from types import ModuleType
+
+_LIBRARIES = ("<frozen", *(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")))
 
 
 def load_module(path: str, told: str, form: str) -> tuple[ModuleType, str]:
@@ -21,6 +24,15 @@ def load_module(path: str, told: str, form: str) -> tuple[ModuleType, str]:
             f"{told}: no module {error.name!r}; write {form!r}, and for a file of your own add its folder to PYTHONPATH"
         ) from error
     except Exception as error:  # whatever the user's code raises
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
-        where = "".join(f", {frame.filename} line {frame.lineno}" for frame in frames[1:2])  # the first is this file
-        raise ValueError(f"{told}: importing {module_name} failed{where}: {type(error).__name__}: {error}") from error
+        failed = f"importing {module_name} failed{line_of(error)}"
+        raise ValueError(f"{told}: {failed}: {type(error).__name__}: {error}") from error
+
+
+def line_of(error: BaseException) -> str:
+    """Where the user's code raised what the caller has caught: its own line, not that of a library which it called.
+
+    A comma, file and line; nothing where no line is the user's.
+    """
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is the caller's
+    own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
+    return f", {own[-1].filename} line {own[-1].lineno}" if own else ""

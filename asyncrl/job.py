@@ -31,6 +31,7 @@ from asyncrl.recovery.journal import Journal
 from asyncrl.recovery.prompts import PromptQueue
 from asyncrl.recovery.supervisor import Supervisor
 from asyncrl.recovery.watchdog import Watchdog
+from asyncrl.runtime.parts import check_startable
 from asyncrl.staleness import StalenessControl
 from asyncrl.system import System
 from asyncrl.training.learner import row_length
@@ -59,6 +60,7 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
     env = load_env(config.env.path, tokenizer, config.env.args)
     heldout = heldout_prompts(env, config.eval.num_prompts)
     baselines = no_skill(env, heldout)
+    check_startable(config, initial)
     folder = (resume or run_folder.create(config, baselines)).absolute()
     buffer = make_buffer(config)
     journal, saved = open_journal(folder, buffer, resumed=resume is not None)
@@ -155,6 +157,7 @@ def make_system(
         first_number=len(actors),
         max_replacements=config.rollout.max_replacements,
         say=metrics.say,
+        check_number=partial(runtime.check_number, config),
     )
     guard = StepGuard(folder, config.learner.max_skipped_steps)
     system = System(

@@ -56,6 +56,13 @@ def _check_correction(config: Config) -> None:
             f"center is {loss.center!r}; raise rollout.group_size, or set algorithm.loss.center=none and "
             "algorithm.loss.scale=none, or algorithm.loss.advantage to a function of your own"
         )
+    num_samples = rollout.group_size * config.learner.groups_per_step
+    if num_samples < 2 and loss.center == "batch" and not loss.advantage:
+        raise ValueError(
+            "a batch baseline needs at least two samples: rollout.group_size and learner.groups_per_step are 1 and the "
+            "preset's center is 'batch', so that every advantage is 0; raise one of them, or set "
+            "algorithm.loss.center=none"
+        )
     if config.algorithm.drop_zero_variance and (rollout.group_size < 2 or loss.center in ("batch", "none")):
         raise ValueError(
             "algorithm.drop_zero_variance drops groups of equal rewards because they teach nothing, but with "

@@ -30,10 +30,20 @@ KINDS = {"greedy": 1, "sampled": 4}
 """Attempts at each prompt, by name."""
 GRACE_S = 300.0
 """For a run that was told to end: its step, its checkpoint and its shutdown."""
+INTERRUPTED = (130, -signal.SIGINT)
+"""Exit statuses of a run that was told to end before it could end well: its own, and Python's during imports."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+    try:
+        return measure(parse(arguments))
+    except (ValueError, subprocess.SubprocessError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def measure(options: argparse.Namespace) -> int:
+    """Every stage that is not complete, then the table."""
     folder: Path = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     words = [f"run_dir={folder}", *options.words]
@@ -87,7 +97,10 @@ def train(folder: Path, config: str, words: list[str], minutes: float | None) ->
 
 
 def call(script: str, words: list[str], minutes: float | None = None) -> None:
-    """Runs a script of `launch/`, told to end after `minutes`. Raises `CalledProcessError` if it fails."""
+    """Runs a script of `launch/`, told to end after `minutes`.
+
+    Raises `CalledProcessError` if it fails, `ValueError` if it was still starting when it was told to end.
+    """
     command = [sys.executable, str(LAUNCH / script), *words]
     print("$", " ".join(command[1:]), flush=True)
     with subprocess.Popen(command) as process:
@@ -99,6 +112,8 @@ def call(script: str, words: list[str], minutes: float | None = None) -> None:
                 process.wait(GRACE_S)
             finally:
                 process.kill()
+    if minutes is not None and process.returncode in INTERRUPTED:
+        raise ValueError(f"after --minutes {minutes:g} launch/{script} was not training yet: raise --minutes")
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
 

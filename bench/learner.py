@@ -1,13 +1,16 @@
 """The learner alone, on made-up groups: tokens a second, MFU and memory, by model shape and setting.
 
     python bench/learner.py [--shape tiny|135m|0.5b ...] [--steps 3] [--groups 16] [--group-size 8] [--prompt 128]
-                            [--new 896] [--profile ROWS] [section.key=value ...] [-- section.key=value ... -- ...]
+                            [--new 896] [--ranks 1 2 ...] [--profile ROWS] [section.key=value ...]
+                            [-- section.key=value ... -- ...]
 
 Each run of words after `--` is one more row of the table, on the same groups and initial weights; with none, the
 defaults of the device are compared: on a GPU attention, precision of the head, compiled layers, chunks of the head. The
 first steps warm up (and compile) and do not count; the median of the others does. Completions are between half of
 `--new` and all of it.
-`--profile` prints where one more step spent its time, so many operations or kernels.
+`--ranks` gives numbers of learner ranks to compare, each rank a process with a GPU of its own, or with
+`learner.num_threads` threads; memory is the first rank's. `--profile` prints where one more step spent its time, so
+many operations or kernels; of several ranks, the first one's.
 """
 
 from __future__ import annotations
@@ -15,20 +18,26 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from asyncrl import config as configuration
 from asyncrl.config import Config
-from asyncrl.model import build_tiny, load_model
+from asyncrl.model import build_tiny, empty_model, load_model
 from asyncrl.training.learner import Learner
+from asyncrl.training.sharding import Ranks, join_ranks
+from asyncrl.transport import Rendezvous, open_rendezvous
 from asyncrl.types import Trajectory
 
 SHAPES = {  # layers, hidden, intermediate, heads, key heads, vocabulary
@@ -46,8 +55,10 @@ GPU_ROWS = [
     ["learner.compile=true", "learner.head_chunk=8192"],
 ]
 
+Groups: TypeAlias = list[list[Trajectory]]
 
-def make_groups(options: argparse.Namespace, vocabulary: int) -> list[list[Trajectory]]:
+
+def make_groups(options: argparse.Namespace, vocabulary: int) -> Groups:
     rng = np.random.default_rng(0)
     groups = []
     for _ in range(options.groups):
@@ -65,18 +76,28 @@ def make_groups(options: argparse.Namespace, vocabulary: int) -> list[list[Traje
     return groups
 
 
-def measure(
-    config: Config, folder: str, groups: list[list[Trajectory]], *, num_steps: int, device: str, profile: int = 0
-) -> dict[str, float]:
+def device_here() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def measure(config: Config, folder: str, groups: Groups, options: argparse.Namespace, ranks: Ranks) -> dict[str, float]:
+    """The figures of a row, at the first rank; nothing elsewhere."""
+    torch.set_num_threads(config.learner.num_threads)
+    device = device_here()
     longest = max(len(item.token_ids) for group in groups for item in group)
-    learner = Learner(config, load_model(folder, torch.float32, device), max(config.learner.row_tokens, longest))
+    where = device if ranks.num_ranks == 1 else "cpu"  # a model that is split comes from host memory
+    model = load_model(folder, torch.float32, where) if ranks.is_first else empty_model(folder)
+    learner = Learner(config, model, max(config.learner.row_tokens, longest), ranks=ranks)
     times, rows = [], []
-    for _ in range(WARMUP + num_steps):
+    for _ in range(WARMUP + options.steps):
         began = time.perf_counter()
         rows.append(learner.step(groups))
         times.append(time.perf_counter() - began)
-    if profile:
-        print(profiled(lambda: learner.step(groups), device, profile), file=sys.stderr, flush=True)
+    if options.profile:
+        told = profiled(lambda: learner.step(groups), device, options.profile)
+        print(told if ranks.is_first else "", file=sys.stderr, flush=True)
+    if not ranks.is_first:
+        return {}
     seconds = statistics.median(times[WARMUP:])
     counted = rows[WARMUP:]
     return {
@@ -88,6 +109,26 @@ def measure(
         "memory_gib": max(row["learner/memory_gib"] for row in rows),
         "gradient_norm": rows[0]["gradient/norm"],
     }
+
+
+def measure_on_ranks(num_ranks: int, *arguments: Any) -> dict[str, float]:
+    """The same of several ranks, each in a process of its own."""
+    where, store = open_rendezvous("127.0.0.1", num_ranks, 600)
+    with ProcessPoolExecutor(num_ranks, mp_context=multiprocessing.get_context("spawn")) as pool:
+        answers = [pool.submit(at_rank, where, rank, arguments) for rank in range(num_ranks)]
+        first, *_ = [answer.result() for answer in answers]
+    del store  # the ranks met at it
+    return first
+
+
+def at_rank(where: Rendezvous, rank: int, arguments: tuple[Any, ...]) -> dict[str, float]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(rank + 1)))
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[rank]
+    ranks = join_ranks(where, rank, device_here())
+    try:
+        return measure(*arguments, ranks)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def profiled(work: Callable[[], Any], device: str, rows: int) -> str:
@@ -108,16 +149,18 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=896)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1])
     parser.add_argument("--profile", type=int, default=0, metavar="ROWS")
     own, *others = _split(sys.argv[1:])
     options = parser.parse_intermixed_args(own)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_here()
     shapes = options.shape or (["135m", "0.5b"] if device == "cuda" else ["tiny"])
     common = ["learner.row_tokens=2048", "learner.micro_batch_tokens=16384", *options.words]
     print(
-        "| shape | setting | step, s | first step, s | tokens/s | MFU | row fill | memory, GiB | first gradient norm |"
+        "| shape | ranks | setting | step, s | first step, s | tokens/s | MFU | row fill | memory, GiB "
+        "| first gradient norm |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for shape in shapes:
         layers, hidden, intermediate, heads, key_heads, vocabulary = SHAPES[shape]
         groups = make_groups(options, vocabulary)
@@ -133,14 +176,14 @@ def main() -> None:
                 init_std=0.02,
                 seed=0,
             )
-            for words in others or (GPU_ROWS if device == "cuda" else CPU_ROWS):
+            for words, num_ranks in product(others or (GPU_ROWS if device == "cuda" else CPU_ROWS), options.ranks):
                 config = configuration.load(None, [*common, *words])
-                result = measure(
-                    config, folder, groups, num_steps=options.steps, device=device, profile=options.profile
-                )
+                what = config, folder, groups, options
+                result = measure_on_ranks(num_ranks, *what) if num_ranks > 1 else measure(*what, Ranks())
                 numbers = " | ".join(f"{value:.4g}" for value in result.values())
-                print(f"| {shape} | {' '.join(words)} | {numbers} |", flush=True)
-                print(json.dumps({"shape": shape, "words": words, **result}), file=sys.stderr, flush=True)
+                print(f"| {shape} | {num_ranks} | {' '.join(words)} | {numbers} |", flush=True)
+                record = {"shape": shape, "ranks": num_ranks, "words": words, **result}
+                print(json.dumps(record), file=sys.stderr, flush=True)
                 gc.collect()
                 torch.cuda.empty_cache()
 

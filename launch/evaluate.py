@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -83,6 +84,8 @@ def resolve(options: argparse.Namespace) -> Config:
     if (run / "metrics.jsonl").exists():
         model = str(checkpoint.latest(run / "checkpoints"))
         files.insert(0, run / "config.json")
+    else:
+        check_model(model)
     if len(files) > 1:
         raise ValueError(f"one configuration file at most, got {', '.join(map(str, files))}; a run brings its own")
     asked = [f"env.path={options.env}"] if options.env else []
@@ -94,6 +97,23 @@ def resolve(options: argparse.Namespace) -> Config:
     return configuration.load(
         files[0] if files else None, [f"model.path={model}", "warmup.num_steps=0", *asked, *words]
     )
+
+
+def check_model(name: str) -> None:
+    """Raises `ValueError` for a path that holds no model, before the hub is asked for a model of that name."""
+    from asyncrl.model import TINY, TINY_BYTES
+
+    path = Path(name)
+    if name in (TINY, TINY_BYTES) or (path / "adapter_config.json").is_file():
+        return
+    settings = path / "config.json"
+    if path.exists() and not (settings.is_file() and '"model_type"' in settings.read_text()):
+        raise ValueError(
+            f"{name} is neither a model (its config.json has model_type) nor a run (it has metrics.jsonl): name the "
+            "folder of one, or an id of the hub"
+        )
+    if not path.exists() and (name.startswith((".", os.sep)) or name.count(os.sep) > 1):
+        raise ValueError(f"there is no folder {name}: name that of a model or of a run, or an id of the hub")
 
 
 async def evaluate(config: Config, numbers: Sequence[int]) -> list[dict[str, Any]]:

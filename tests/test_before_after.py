@@ -79,3 +79,18 @@ def test_a_process_that_should_end_is_told_and_one_that_fails_is_an_error(tmp_pa
     (tmp_path / "fails.py").write_text("raise SystemExit(3)")
     with pytest.raises(Exception, match="exit status 3"):
         before_after.call("fails.py", [])
+
+
+def test_too_few_minutes_are_told_in_one_line(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(before_after, "LAUNCH", tmp_path)
+    monkeypatch.setattr(before_after, "warmed_up", lambda *_: "tiny")
+    (tmp_path / "evaluate.py").touch()
+    (tmp_path / "run.py").write_text(
+        "import signal\n"
+        "try:\n    signal.pause()\nexcept KeyboardInterrupt:\n    raise SystemExit(130)\n"  # as launch/run.py
+    )
+    assert before_after.main([CONFIG, "--folder", str(tmp_path), "--minutes", "0.01"]) == 2
+    assert capfd.readouterr().err == "error: after --minutes 0.01 launch/run.py was not training yet: raise --minutes\n"
+    (tmp_path / "run.py").write_text("raise SystemExit(3)")
+    assert before_after.main([CONFIG, "--folder", str(tmp_path), "--minutes", "1"]) == 2
+    assert "returned non-zero exit status 3" in capfd.readouterr().err

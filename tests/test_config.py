@@ -51,6 +51,10 @@ def test_a_resolved_config_reads_back_the_same():
         (["rollout.top_p=1.5"], "rollout.top_p must be above 0 and at most 1, got 1.5"),
         (["rollout.temperature=0"], "greedy samples of a group are all equal"),
         (["rollout.group_size=1"], "rollout.group_size is 1.*raise rollout.group_size"),
+        (
+            ["algorithm.preset=reinforce_pp", "rollout.group_size=1", "learner.groups_per_step=1"],
+            "a batch baseline needs at least two samples: .* are 1 .* raise one of them, or set .*center=none",
+        ),
         (["rollout.release_memory=true"], "rollout.engine is 'embedded' and placement is 'disaggregated'"),
         (
             ["rollout.release_memory=true", "rollout.engine=sglang", "placement=colocated"],

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from helpers import TextTokenizer, attempt, run
 
-from asyncrl.envs.base import load_env
+from asyncrl.envs.base import checked_prompts, heldout_prompts, load_env, no_skill
+from asyncrl.envs.chat import ChatFormat
 from asyncrl.model import build_tiny, load_tokenizer
-from asyncrl.types import Completion
+from asyncrl.types import Completion, Prompt
 
 TASKS = ["asyncrl.envs.digits:LargestDigit", "asyncrl.envs.digits:SortDigits"]
 
@@ -131,8 +132,61 @@ def test_a_module_that_fails_says_where(tokenizer, tmp_path, monkeypatch):
         load_env("broken_env:Env", tokenizer, {})
 
 
+def test_a_text_that_the_tokenizer_cannot_take_is_told_so(tokenizer):
+    with pytest.raises(ValueError, match=r"cannot take the text 'Question: What\?.*of the built-in ones 'tiny' knows"):
+        ChatFormat(tokenizer).encode("What?")
+
+
 def test_a_class_that_is_no_environment_is_told_what_it_lacks(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "half_env.py").write_text("class Half:\n    prompts = 1\n    def __init__(self, tokenizer): pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=r"'half_env:Half' is no environment: it lacks max_prompt_tokens, play, base"):
         load_env("half_env:Half", tokenizer, {})
+
+
+class Given:
+    """An environment of whatever prompts and scores it was made with."""
+
+    max_prompt_tokens = 3
+
+    def __init__(self, prompts=(), scores=None):
+        self._prompts, self._scores = prompts, scores
+
+    def prompts(self, _split, _seed):
+        return iter(self._prompts)
+
+    def baselines(self, _prompts):
+        return self._scores
+
+
+GOOD = Prompt(0, (1, 2, 3), "x")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (Prompt(0, (1,), "x"), r"prompt 1 of Given.prompts\('train'\) has the id 0: ids count .* so give it 1"),
+        (Prompt(1, (), "x"), r"prompt 1 .* has 0 tokens, and the environment's max_prompt_tokens is 3: raise it"),
+        (Prompt(1, (1,) * 4, "x"), "has 4 tokens"),
+        (Prompt(1, (1,), 7), r"has the target 7: a target is text, so write str\(\)"),
+        ({"id": 1}, "is a dict: yield asyncrl.types.Prompt"),
+    ],
+)
+def test_a_prompt_that_breaks_the_protocol_is_named_when_it_is_drawn(bad, message):
+    drawn = checked_prompts(Given([GOOD, bad]), "train", 0)
+    assert next(drawn) is GOOD
+    with pytest.raises(ValueError, match=message):
+        next(drawn)
+
+
+def test_held_out_prompts_may_be_few_but_not_none():
+    assert heldout_prompts(Given([GOOD]), 5) == [GOOD]
+    with pytest.raises(ValueError, match=r"Given.prompts\('heldout'\) gives no prompt"):
+        heldout_prompts(Given(), 5)
+
+
+@pytest.mark.parametrize("scores", [None, {}, {"guess": float("nan")}, {"guess": "high"}, 0.5])
+def test_no_skill_scores_are_finite_numbers_and_one_at_least(scores):
+    assert no_skill(Given(scores={"guess": np.float32(0.5)}), [GOOD]) == {"guess": 0.5}
+    with pytest.raises(ValueError, match=r"Given.baselines\(\) gave .*, for example \{'empty reply': 0.0\}"):
+        no_skill(Given(scores=scores), [GOOD])

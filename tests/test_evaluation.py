@@ -3,13 +3,15 @@
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
-from helpers import run, trajectory
+from helpers import TextTokenizer, run, trajectory
 
 from asyncrl import config as configuration
 from asyncrl import job
+from asyncrl.envs.dataset import DatasetEnv
 from asyncrl.envs.digits import LargestDigit, split_of
 from asyncrl.evaluation import interval, ks, pass_at_k, summarize
 from asyncrl.handles import ActorDied
@@ -173,6 +175,46 @@ def test_a_model_is_evaluated_with_several_attempts(tmp_path, capsys):
     assert "there is no folder" in capsys.readouterr().err
 
 
+def test_a_path_without_a_model_is_told_before_the_hub_is_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text('{"seed": 0}')  # as a run's
+    (tmp_path / "some.toml").touch()
+
+    def told(name, message):
+        with pytest.raises(ValueError, match=message):
+            evaluate.resolve(evaluate.parse([str(name)]))
+
+    for name in (tmp_path, "some.toml"):
+        told(name, r"is neither a model \(its config.json has model_type\) nor a run")
+    for name in (tmp_path / "nothing", "./nothing", "models/some/nothing"):
+        told(name, "there is no folder .*nothing: name that of a model or of a run, or an id of the hub")
+    assert evaluate.resolve(evaluate.parse(["some/model"])).model.path == "some/model"
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    assert evaluate.resolve(evaluate.parse([str(tmp_path)])).model.path == str(tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
+    told(tmp_path, rf"no checkpoint in .*: .* go on with launch/run.py --resume {tmp_path}$")
+
+
+ROWS = [{"prompt": f"What is {number}?", "reply": "so much"} for number in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "args", "split", "message"),
+    [
+        (ROWS, {}, "heldout", "a hash .* of 4 it took none; add rows, or name a split in env.args.heldout"),
+        (ROWS, {"num_shots": 4}, "train", r"all are worked examples; lower env.args.num_shots \(4\)"),
+        (ROWS, {"max_prompt_tokens": 3}, "train", r"all were skipped, .*raise env.args.max_prompt_tokens \(3\)"),
+        ([{"prompt": "", "reply": None}], {}, "train", r"all were skipped, \{'unusable row': 1\}; mend them"),
+    ],
+)
+def test_a_split_without_rows_is_told_with_its_cause(tmp_path, rows, args, split, message):
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"reply": "reply", "bad_rows": "skip"} | args
+    env = DatasetEnv(TextTokenizer(), str(tmp_path), "asyncrl.envs.rewards:exact_match", **settings)
+    with pytest.raises(ValueError, match=f"has no rows for '{split}': .*{message}"):
+        next(env.prompts(split, 0))
+
+
 def test_without_a_configuration_a_completion_has_room():
     assert evaluate.resolve(evaluate.parse(["tiny"])).rollout.max_new_tokens == 512
     assert evaluate.resolve(evaluate.parse(["tiny", "rollout.max_new_tokens=9"])).rollout.max_new_tokens == 9
@@ -215,7 +257,8 @@ def test_an_attempt_that_the_environment_spoils_is_made_again(tmp_path, capsys):
     assert "failures     2 attempts were spoilt by the environment and made again" in capsys.readouterr().out
     flaky = ["--env", "test_evaluation:Flaky"]
     assert evaluate.main([*words, *flaky, "rollout.max_attempts=2"]) == 2
-    assert "Flaky raised ValueError('once more') on prompt" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert re.search(r"Flaky raised ValueError\('once more'\), \S*test_evaluation.py line \d+, on prompt", told)
 
 
 def test_a_spoilt_evaluation_does_not_end_a_run(tmp_path):

@@ -68,7 +68,7 @@ GOOD = trajectory(2, 3, seed=0)
 @pytest.mark.parametrize(
     ("after", "kind", "text"),
     [
-        (raises, "env exception", "Env raised TimeoutError.*of its own.* on prompt 4"),
+        (raises, "env exception", r"Env raised TimeoutError.*of its own.*, \S*test_faults\.py line \d+, on prompt 4"),
         (never, "env timeout", r"took more than 0.1 s beside generation \(env.timeout_s\) on prompt 4"),
         (gives(None), "env garbage", "gave a NoneType, not a Trajectory"),
         (gives(replace(GOOD, reward=math.nan)), "env garbage", "gave reward nan"),

@@ -3,9 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from asyncrl import config as configuration
-from asyncrl.runtime.placement import Placement, check_resources, plan
+from asyncrl.model import build_tiny
+from asyncrl.runtime import placement as placements
+from asyncrl.runtime.parts import check_startable
+from asyncrl.runtime.placement import Placement, check_resources, check_room, plan
 
 ROOT = Path(__file__).parent.parent
 
@@ -106,3 +110,60 @@ def test_custom_resources_that_suffice_are_accepted(existing, words):
 def test_a_custom_resource_that_is_short_is_named(existing, words, message):
     with pytest.raises(ValueError, match=message):
         check_resources(configuration.load(None, words), existing)
+
+
+COLOCATED = ["placement=colocated", "rollout.num_actors=2"]
+
+
+@pytest.mark.parametrize(
+    ("existing", "words", "num_actors"),
+    [
+        ({"CPU": 2.0}, [], 2),
+        ({}, ["eval.num_actors=1"], 9),
+        ({"CPU": 2.0, "GPU": 5.0}, ["rollout.num_actors=2"], 4),
+        ({"CPU": 2.0, "GPU": 1.0}, COLOCATED, 2),
+    ],
+)
+def test_as_many_actors_as_there_is_room_for_may_be_asked_for(existing, words, num_actors):
+    check_room(configuration.load(None, words), num_actors, existing)
+
+
+@pytest.mark.parametrize(
+    ("existing", "words", "num_actors", "message"),
+    [
+        ({"CPU": 2.0}, [], 3, r"3 engines x 1 threads \(rollout.num_threads\) share 2 CPU cores .* fewer"),
+        ({"CPU": 8.0}, ["eval.num_actors=1", "rollout.num_threads=2"], 4, "5 engines x 2 threads"),
+        ({"CPU": 2.0, "GPU": 5.0}, ["rollout.num_actors=2"], 5, "5 engines need 6 GPUs, 5 exist: .* after 900 s"),
+        ({"CPU": 2.0, "GPU": 1.0}, COLOCATED, 3, "3 engines need 1.32 GPUs, 1 exist"),
+    ],
+)
+def test_more_actors_than_there_is_room_for_are_told_with_the_numbers(existing, words, num_actors, message):
+    with pytest.raises(ValueError, match=message):
+        check_room(configuration.load(None, words), num_actors, existing)
+
+
+def test_what_the_actors_would_refuse_is_refused_before_they_start(tmp_path, monkeypatch):
+    build_tiny(tmp_path, seed=0)
+
+    def check(*words):
+        check_startable(configuration.load(None, list(words)), str(tmp_path))
+
+    adapters = ["lora.rank=4", 'lora.targets=["nowhere"]']
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    check("lora.rank=4", 'lora.targets=["q_proj"]')
+    with pytest.raises(ValueError, match=r"the run needs 3 GPUs .*, 0 exist: .* or device=cpu"):
+        check("device=cuda")
+    with pytest.raises(ValueError, match=r"lora.targets \['nowhere'\] does not fit Qwen2ForCausalLM"):
+        check(*adapters)
+    check("device=cuda", "cluster.address=auto")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    check("device=cuda")  # Ray counts them
+
+    def missing(_name):
+        raise placements.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(placements.metadata, "distribution", missing)
+    with pytest.raises(ValueError, match=r"package sglang, .* 'asyncrl\[gpu\]', or set rollout.engine=embedded"):
+        check("rollout.engine=sglang")
+    with pytest.raises(ValueError, match=r"package peft, .* 'asyncrl\[lora\]', or set lora.rank=0"):
+        check("lora.rank=4")

@@ -10,6 +10,7 @@ from helpers import run, trajectory
 from asyncrl import pool as pools
 from asyncrl.handles import ActorDied
 from asyncrl.pool import AllActorsDied, RolloutFailed, RolloutPool
+from asyncrl.recovery import supervisor
 from asyncrl.recovery.journal import Journal
 from asyncrl.recovery.supervisor import Supervisor, request
 from asyncrl.rollout import UpdateReport, make_group
@@ -277,6 +278,54 @@ def test_the_number_of_actors_follows_what_is_asked(tmp_path):
         request(tmp_path / "elsewhere", 2)
     with pytest.raises(ValueError, match=r"has ended: go on with launch/run\.py --resume"):
         request(tmp_path, 2)
+
+
+def test_starts_under_way_are_stopped_before_an_actor_is_retired(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(supervisor, "_LOOK_S", 0.01)
+
+    async def body():
+        gate, stopped = asyncio.Event(), []
+
+        async def start(number):
+            try:
+                await gate.wait()
+            except asyncio.CancelledError:
+                stopped.append(number)
+                raise
+            return Actor(f"rollout {number}")
+
+        def check_number(wanted):
+            if wanted > 4:
+                raise ValueError(f"no room for {wanted}")
+
+        async def ask(wanted):
+            (tmp_path / "control.json").write_text(f'{{"num_rollout_actors": {wanted}}}')
+            while (tmp_path / "control.json").exists():
+                await asyncio.sleep(0.01)
+
+        pool = RolloutPool([Actor("rollout 0"), Actor("rollout 1")], max_attempts=1)
+        await pool.update_weights(Learner())
+        options = {"target": 2, "first_number": 2, "max_replacements": 0, "check_number": check_number}
+        watch = supervised(pool, start, tmp_path, **options)
+        await ask(5)
+        await asyncio.sleep(0)  # they start
+        await ask(3)
+        await asyncio.sleep(0)
+        assert stopped == [4, 3]
+        gate.set()
+        for wanted in (3, 4):
+            await ask(wanted)
+            while len(pool.actors) < wanted:
+                await asyncio.sleep(0.01)
+        assert [actor.name for actor in pool.actors] == [f"rollout {number}" for number in (0, 1, 2, 5)]
+        assert not pool.failures
+        assert not pool._expects_more, "a start that was stopped leaves no replacement behind"
+        watch.cancel()
+
+    run(body())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "alarm" in line] == ["alarm: no room for 5"]
+    assert [line.split()[2] for line in lines if "its start is stopped" in line] == ["4", "3"]
 
 
 @pytest.mark.parametrize("fault", ["digest", "error"])

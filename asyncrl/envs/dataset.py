@@ -149,8 +149,8 @@ class DatasetEnv:
         return await self._rewards.score(scoring["prompt"], text, token_ids, scoring["columns"])
 
     def _load_split(self, split: Split) -> list[_Example]:
-        rows = self._read(self._train)
-        shots, rows = rows[: self._num_shots], rows[self._num_shots :]
+        rest = self._read(self._train)
+        shots, rest = rest[: self._num_shots], rest[self._num_shots :]
         chat = ChatFormat(
             self._tokenizer,
             self._bare_format.style,
@@ -158,16 +158,29 @@ class DatasetEnv:
             [(row[self._prompt], row[self._reply]) for row in shots],
         )
         if self._heldout:
-            rows = self._read(self._heldout) if split == "heldout" else rows
+            rows = self._read(self._heldout) if split == "heldout" else rest
         else:
-            rows = [row for row in rows if split_of(str(row[self._prompt])) == split]
+            rows = [row for row in rest if split_of(str(row[self._prompt])) == split]
         examples = [example for row in rows if (example := self._example(row, chat))]
         if not examples:
-            raise ValueError(
-                f"the data set {self._source!r} has no rows for {split!r}: {len(rows)} were read, skipped were "
-                f"{dict(self.skipped)}; name another split, or raise env.args.max_prompt_tokens"
-            )
+            why = self._why_none(split, missed=0 if rows or self._heldout else len(rest))
+            raise ValueError(f"the data set {self._source!r} has no rows for {split!r}: {why}")
         return examples
+
+    def _why_none(self, split: Split, *, missed: int) -> str:
+        """The reason and the remedy; `missed` rows are there that the hash gave to the other split."""
+        if missed:
+            taken = "none" if split == "heldout" else "all"
+            return (
+                f"a hash of the prompt holds out a tenth of the rows, and of {missed} it took {taken}; add rows, or "
+                "name a split in env.args.heldout"
+            )
+        if self.skipped:
+            return (
+                f"all were skipped, {dict(self.skipped)}; mend them, or raise env.args.max_prompt_tokens "
+                f"({self.max_prompt_tokens})"
+            )
+        return f"all are worked examples; lower env.args.num_shots ({self._num_shots})"
 
     def _read_split(self, split: str) -> list[Row]:
         rows = read_rows(self._source, split, self._name)

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-import sysconfig
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Real
 
 from asyncrl.envs.base import Env, Generate
+from asyncrl.imports import line_of
 from asyncrl.types import Prompt, Trajectory
-
-_LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
 
 
 class EnvFault(RuntimeError):
@@ -77,27 +74,19 @@ async def attempt(env: Env, prompt: Prompt, generate: Generate, patience: Patien
             trajectory = await env.play(prompt, generate)
     except TimeoutError as error:
         if not limit.expired():
-            raise _fault("exception", env, prompt, raised(error)) from error
+            raise _fault("exception", env, prompt, f"raised {error!r}{line_of(error)},") from error
         text = f"took more than {patience.timeout_s:g} s beside generation (env.timeout_s)"
         raise _fault("timeout", env, prompt, text) from error
     except Exception as error:
         if error is patience.engine_error:
             raise
-        raise _fault("exception", env, prompt, raised(error)) from error
+        raise _fault("exception", env, prompt, f"raised {error!r}{line_of(error)},") from error
     if not isinstance(trajectory, Trajectory):
         raise _fault("garbage", env, prompt, f"gave a {type(trajectory).__name__}, not a Trajectory")
     for name, value in {"reward": trajectory.reward, **trajectory.metrics}.items():
         if not isinstance(value, Real) or not math.isfinite(value):
             raise _fault("garbage", env, prompt, f"gave {name} {value!r}, not a finite number")
     return replace(trajectory, reward=float(trajectory.reward))
-
-
-def raised(error: BaseException) -> str:
-    """What user code raised, and its own line that did, not that of a library which it called."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
-    at = (own or frames)[-1]
-    return f"raised {error!r} ({at.filename}:{at.lineno})"
 
 
 def _fault(kind: str, env: Env, prompt: Prompt, text: str) -> EnvFault:

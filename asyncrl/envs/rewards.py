@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from asyncrl.envs.base import import_object
-from asyncrl.envs.faults import raised
+from asyncrl.imports import line_of
 from asyncrl.threads import Threads
 
 Reward: TypeAlias = str | Callable[..., Any]
@@ -87,7 +87,7 @@ class Rewards:
                 f"reward function {name!r} took longer than {self._timeout_s:g} s; env.args.timeout_s bounds it"
             ) from error
         except Exception as error:  # whatever the user's code raises
-            raise ValueError(f"reward function {name!r} {raised(error)}") from error
+            raise ValueError(f"reward function {name!r} raised {error!r}{line_of(error)}") from error
 
 
 def exact_match(prompts: list[Any], completions: list[Any], target: list[Any], **_columns: Any) -> list[float]:

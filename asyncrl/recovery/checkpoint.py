@@ -147,7 +147,10 @@ def latest(root: Path) -> Path:
     """The newest whole checkpoint. Raises `ValueError` if there is none."""
     folder = newest(root)
     if folder is None:
-        raise ValueError(f"no checkpoint in {root}; the run stopped before its first one")
+        raise ValueError(
+            f"no checkpoint in {root}: the run has not come to its first one; wait for it, or if the run has ended, go "
+            f"on with launch/run.py --resume {root.parent}"
+        )
     return folder
 
 

@@ -1,7 +1,8 @@
 """Keeps the number of rollout actors: starts new ones for those that died, and follows `launch/scale.py`.
 
     look, twice a second ---> too few: start one (in the background) ---> pool.add ---> weights, digest checked
-                         `--> too many: pool.retire: no more prompts, closed when its last one is finished
+                         `--> too many: stop a start that is under way, the newest first; then
+                              pool.retire: no more prompts, closed when its last one is finished
 The others generate all the time. A newcomer gets its weights at the learner's next update, or at once while the learner
 waits for groups.
 """
@@ -57,12 +58,14 @@ class Supervisor:
         first_number: int,
         max_replacements: int,
         say: Callable[[str], None],
+        check_number: Callable[[int], None] = lambda _num_actors: None,
     ) -> None:
+        """`check_number` raises `ValueError` if there is no room for so many rollout actors."""
         self._pool, self._start, self._folder = pool, start, folder
         self._target, self._left = target, max_replacements
-        self._say = say
+        self._say, self._check_number = say, check_number
         self._next_number = first_number
-        self._starting: set[asyncio.Task[None]] = set()
+        self._starting: dict[int, asyncio.Task[None]] = {}  # by the actor's number
         pool.expect(max_replacements > 0)
         (folder / _CONTROL).unlink(missing_ok=True)  # asked of an earlier life
 
@@ -72,6 +75,7 @@ class Supervisor:
         try:
             while True:
                 self._read_target()
+                self._stop_surplus_starts()
                 self._start_missing()
                 if adjusting is not None and adjusting.done():
                     adjusting.result()
@@ -81,7 +85,7 @@ class Supervisor:
                     adjusting = asyncio.create_task(self._adjust(updating, synchronize))
                 await asyncio.sleep(_LOOK_S)
         finally:
-            for task in (*self._starting, *([adjusting] if adjusting else [])):
+            for task in (*self._starting.values(), *([adjusting] if adjusting else [])):
                 task.cancel()
             self._pool.expect(False)
 
@@ -105,17 +109,30 @@ class Supervisor:
             self._say(f"alarm: {path} is ignored: {error}")
         else:
             self._say(f"rollout actors: {self._target} -> {wanted}")
+            self._check_room(wanted)
             self._left += max(0, wanted - self._target)
             self._target = wanted
         path.unlink()
 
+    def _check_room(self, wanted: int) -> None:
+        """It is the person's choice: who asks for too many hears it, and gets what can be started."""
+        try:
+            self._check_number(wanted)
+        except ValueError as error:
+            self._say(f"alarm: {error}")
+
+    def _stop_surplus_starts(self) -> None:
+        """Before actors that work are retired. No replacement is given back: a target that rises brings its own."""
+        while self._starting and self._num_actors > self._target:
+            number, task = self._starting.popitem()  # the newest
+            task.cancel()
+            self._say(f"rollout actor {number} is not wanted any more: its start is stopped")
+
     def _start_missing(self) -> None:
         while self._num_actors < self._target and self._left > 0:
             self._left -= 1
-            task = asyncio.create_task(self._start_one(self._next_number))
+            self._starting[self._next_number] = asyncio.create_task(self._start_one(self._next_number))
             self._next_number += 1
-            self._starting.add(task)
-            task.add_done_callback(self._starting.discard)
         self._pool.expect(self._left > 0 or bool(self._starting) or self._pool.num_joining > 0)
 
     def _retire_surplus(self) -> None:
@@ -131,3 +148,5 @@ class Supervisor:
         else:
             self._say(f"{actor.name} is ready and gets its weights at the next update")
             self._pool.add(actor)
+        finally:  # in the same turn as the addition, so that nobody counts the actor twice
+            self._starting.pop(number, None)

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from asyncrl import garbage
 from asyncrl.config import Config
 from asyncrl.runtime.actors import SENDING, LearnerActor, RolloutActor
-from asyncrl.runtime.placement import Placement, check_resources, plan
+from asyncrl.runtime.placement import Placement, check_resources, check_room, plan
 from asyncrl.runtime.remotes import RemoteLearner, RemoteRollout
 from asyncrl.runtime.stacks import dump_stacks
 
@@ -76,6 +76,11 @@ async def start_rollout(config: Config, folder: str, store: Path | None, number:
     except BaseException:
         ray.kill(actor)
         raise
+
+
+def check_number(config: Config, num_actors: int) -> None:
+    """Raises `ValueError` if the cluster has no room for so many rollout actors."""
+    check_room(config, num_actors, ray.cluster_resources())
 
 
 async def _in_time(start: Awaitable[_Started], timeout_s: float, who: str) -> _Started:

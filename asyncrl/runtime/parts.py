@@ -17,12 +17,24 @@ from asyncrl.model import empty_model, load_model, load_tokenizer, stop_token_id
 from asyncrl.recovery import checkpoint
 from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.rollout import Attempts, Rollout
-from asyncrl.runtime.placement import Placement
+from asyncrl.runtime.placement import Placement, check_machine
 from asyncrl.training.learner import Learner, row_length
 from asyncrl.training.lora import Adapters, refuse_adapters
 from asyncrl.training.sharding import Ranks
 from asyncrl.types import Sampling
 from asyncrl.weights import DTYPES
+
+
+def check_startable(config: Config, folder: str) -> None:
+    """Raises `ValueError` for what the actors would refuse, before anything is written for them.
+
+    Of a cluster that is joined nothing is known here: its machines may have other packages and GPUs.
+    """
+    if config.runtime == "cluster" and config.cluster.address:
+        return
+    check_machine(config)
+    if config.lora.rank and config.lora.targets != "all-linear":
+        Adapters(empty_model(folder), config.lora)  # whether the names fit shows without weights
 
 
 async def build_rollout(

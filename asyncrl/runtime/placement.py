@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Literal, TypeAlias
 
 from asyncrl.config import Config
@@ -58,6 +59,44 @@ def plan(config: Config, num_gpus: int) -> Placement:
     return Placement("cuda", 1, per_actor, _backend(config, "nccl"))
 
 
+def check_room(config: Config, num_actors: int, existing: Mapping[str, float]) -> None:
+    """Raises `ValueError` if a run in progress has no room for so many rollout actors.
+
+    `existing` are the totals over the cluster's nodes.
+    """
+    num_gpus, engines = int(existing.get("GPU", 0)), num_actors + config.eval.num_actors
+    placement = plan(config, num_gpus)
+    if placement.device == "cpu":
+        each, cores = config.rollout.num_threads, existing.get("CPU", math.inf)
+        if engines * each > cores:
+            raise ValueError(
+                f"{engines} engines x {each} threads (rollout.num_threads) share {cores:g} CPU cores and slow each "
+                "other down: ask launch/scale.py for fewer"
+            )
+    needed = round(config.learner.num_gpus * placement.learner_gpus + engines * placement.rollout_gpus, 2)
+    if needed > num_gpus:
+        raise ValueError(
+            f"the learner and {engines} engines need {needed:g} GPUs, {num_gpus} exist: those that find none free are "
+            f"given up after {config.rollout.start_timeout_s:g} s (rollout.start_timeout_s); ask launch/scale.py for "
+            "fewer"
+        )
+
+
+def check_machine(config: Config) -> None:
+    """Raises `ValueError` naming a package or a GPU that the actors need and this machine lacks.
+
+    How many GPUs there are is Ray's to say; without any, the placement is known here.
+    """
+    import torch  # here, as the preflight imports this file
+
+    if config.rollout.engine == "sglang":
+        _check_package("sglang", "gpu", "rollout.engine=embedded")
+    if config.lora.rank:
+        _check_package("peft", "lora", "lora.rank=0")
+    if config.runtime == "local" or not torch.cuda.device_count():
+        plan(config, num_gpus=0)
+
+
 def check_resources(config: Config, existing: Mapping[str, float]) -> None:
     """Ray lets an actor that no node can take wait for ever; here the run is refused instead.
 
@@ -74,6 +113,16 @@ def check_resources(config: Config, existing: Mapping[str, float]) -> None:
                 "start --resources), lower --num-rollout-actors, or change cluster.learner_resources and "
                 "cluster.rollout_resources"
             )
+
+
+def _check_package(name: str, extra: str, otherwise: str) -> None:
+    try:
+        metadata.distribution(name)  # a folder of that name is no package
+    except metadata.PackageNotFoundError as error:
+        raise ValueError(
+            f"the run needs the package {name}, which is not installed: pip install 'asyncrl[{extra}]', or set "
+            f"{otherwise}"
+        ) from error
 
 
 def _backend(config: Config, best: Backend) -> Backend:
