@@ -6,12 +6,13 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from asyncrl import run_folder
 from asyncrl.algo import own
@@ -50,18 +51,37 @@ class Result:
     baselines: dict[str, float]
 
 
-async def train(config: Config, resume: Path | None = None, *, quiet: bool = False, watch: bool = False) -> Result:
-    """Runs the job to its last step, or to Ctrl-C; `resume` is the run folder of an earlier job to go on with, `watch`
-    shows a view of the run where there is a terminal."""
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is trained, on what: loaded and checked before anything is written or started."""
+
+    initial: str
+    """The folder of the weights that training starts from."""
+    tokenizer: Any
+    env: Env
+    heldout: list[Prompt]
+    baselines: dict[str, float]
+    """What policies without skill score on the held-out prompts."""
+
+
+def load_task(config: Config, *, quiet: bool = False) -> Task:
+    """Raises `ValueError` for what the run could not start with, or would not end with."""
     own.check(config.loss)
-    runtime = load_runtime(config)
     initial = str(prepare(config, quiet=quiet))
     tokenizer = load_tokenizer(initial)
     env = load_env(config.env.path, tokenizer, config.env.args)
     heldout = heldout_prompts(env, config.eval.num_prompts)
     baselines = no_skill(env, heldout)
     check_startable(config, initial)
-    folder = (resume or run_folder.create(config, baselines)).absolute()
+    return Task(initial, tokenizer, env, heldout, baselines)
+
+
+async def train(config: Config, resume: Path | None = None, *, quiet: bool = False, watch: bool = False) -> Result:
+    """Runs the job to its last step, or to Ctrl-C; `resume` is the run folder of an earlier job to go on with, `watch`
+    shows a view of the run where there is a terminal."""
+    runtime = load_runtime(config)
+    task = load_task(config, quiet=quiet)
+    folder = (resume or run_folder.create(config, task.baselines)).absolute()
     buffer = make_buffer(config)
     journal, saved = open_journal(folder, buffer, resumed=resume is not None)
     first_step = journal.accounts.version
@@ -70,35 +90,29 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
         print(
             f"{folder} is at step {first_step} of {config.num_steps}: nothing is left to do; num_steps=N goes on to N"
         )
-        return Result(folder, first_step, None, baselines)
+        return Result(folder, first_step, None, task.baselines)
     changes = run_folder.differences(folder, config) if resume else []
 
     def decode(token_ids: list[int]) -> str:
-        return str(tokenizer.decode(token_ids))
+        return str(task.tokenizer.decode(token_ids))
 
     with (
         closing(journal),
         Metrics(
-            folder,
-            config.num_steps,
-            first_step=first_step,
-            quiet=quiet,
-            watch=watch,
-            config=config,
-            decode=decode,
+            folder, config.num_steps, first_step=first_step, quiet=quiet, watch=watch, config=config, decode=decode
         ) as metrics,
     ):
         for line in changes:
             metrics.say(f"changed at step {first_step}: {line}")
-        _say_how_it_begins(metrics, config, journal, baselines, getattr(env, "skipped", {}))
-        prompts = make_prompts(config, env, journal, folder)
-        async with runtime.open_actors(config, initial, saved, folder / "groups") as (learner, actors):
+        _say_how_it_begins(metrics, config, journal, task)
+        prompts = make_prompts(config, task.env, journal, folder)
+        async with runtime.open_actors(config, task.initial, saved, folder / "groups") as (learner, actors):
             system = make_system(
                 config,
                 folder,
-                initial=initial,
+                initial=task.initial,
                 prompts=prompts,
-                heldout=heldout,
+                heldout=task.heldout,
                 learner=learner,
                 actors=actors,
                 buffer=buffer,
@@ -109,9 +123,9 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
                 run_folder.keep(folder, config, first_step)
             with _stop_on_ctrl_c(buffer, metrics):
                 await run(system)
-            result = Result(folder, learner.version, metrics.last_accuracy, baselines)
+            result = Result(folder, learner.version, metrics.last_accuracy, task.baselines)
         metrics.ended()
-        plot(folder, max(baselines.values()))
+        plot(folder, max(task.baselines.values()))
         _say_what_became_of_it(system)
         metrics.say(report(result, config.num_steps))
     return result
@@ -255,12 +269,10 @@ def open_journal(folder: Path, buffer: Buffer, *, resumed: bool) -> tuple[Journa
     return journal, saved
 
 
-def _say_how_it_begins(
-    metrics: Metrics, config: Config, journal: Journal, baselines: Mapping[str, float], skipped: Mapping[str, int]
-) -> None:
-    for name, score in baselines.items():
+def _say_how_it_begins(metrics: Metrics, config: Config, journal: Journal, task: Task) -> None:
+    for name, score in task.baselines.items():
         metrics.say(f"no skill: {name!r} scores {score:.2f} on the held-out prompts")
-    for reason, count in skipped.items():
+    for reason, count in getattr(task.env, "skipped", {}).items():
         metrics.say(f"skipped rows of the data: {count}, {reason}")
     if journal.torn_bytes:
         metrics.say(f"the journal ended in {journal.torn_bytes} bytes of an incomplete record, now cut off")
