@@ -32,7 +32,7 @@ from asyncrl.recovery.journal import Journal
 from asyncrl.recovery.prompts import PromptQueue
 from asyncrl.recovery.supervisor import Supervisor
 from asyncrl.recovery.watchdog import Watchdog
-from asyncrl.runtime.parts import check_startable
+from asyncrl.runtime.parts import check_machine, check_targets
 from asyncrl.staleness import StalenessControl
 from asyncrl.system import System
 from asyncrl.training.learner import row_length
@@ -53,7 +53,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What is trained, on what: loaded and checked before anything is written or started."""
+    """What is trained, on what: loaded and checked before the run has a folder or actors."""
 
     initial: str
     """The folder of the weights that training starts from."""
@@ -67,12 +67,13 @@ class Task:
 def load_task(config: Config, *, quiet: bool = False) -> Task:
     """Raises `ValueError` for what the run could not start with, or would not end with."""
     own.check(config.loss)
+    check_machine(config)  # before the warm-up, which may take long
     initial = str(prepare(config, quiet=quiet))
     tokenizer = load_tokenizer(initial)
     env = load_env(config.env.path, tokenizer, config.env.args)
     heldout = heldout_prompts(env, config.eval.num_prompts)
     baselines = no_skill(env, heldout)
-    check_startable(config, initial)
+    check_targets(config, initial)
     return Task(initial, tokenizer, env, heldout, baselines)
 
 

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(train(config, options.resume, watch=options.watch))
-    except (ValueError, EnvFault) as error:
+    except (ValueError, EnvFault, RolloutFailed) as error:
         return fail(error)
     except ExceptionGroup as group:
         known, others = group.split((BrokenPrompts, EnvFault, RolloutFailed))

@@ -1,5 +1,6 @@
 """GPUs and nodes are shared out, or refused with the numbers, before any actor starts."""
 
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,7 @@ import torch
 
 from asyncrl import config as configuration
 from asyncrl.model import build_tiny
-from asyncrl.runtime import placement as placements
-from asyncrl.runtime.parts import check_startable
+from asyncrl.runtime.parts import check_machine, check_targets
 from asyncrl.runtime.placement import Placement, check_resources, check_room, plan
 
 ROOT = Path(__file__).parent.parent
@@ -146,7 +146,9 @@ def test_what_the_actors_would_refuse_is_refused_before_they_start(tmp_path, mon
     build_tiny(tmp_path, seed=0)
 
     def check(*words):
-        check_startable(configuration.load(None, list(words)), str(tmp_path))
+        config = configuration.load(None, list(words))
+        check_machine(config)
+        check_targets(config, str(tmp_path))
 
     adapters = ["lora.rank=4", 'lora.targets=["nowhere"]']
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -160,9 +162,9 @@ def test_what_the_actors_would_refuse_is_refused_before_they_start(tmp_path, mon
     check("device=cuda")  # Ray counts them
 
     def missing(_name):
-        raise placements.metadata.PackageNotFoundError
+        raise metadata.PackageNotFoundError
 
-    monkeypatch.setattr(placements.metadata, "distribution", missing)
+    monkeypatch.setattr(metadata, "distribution", missing)
     with pytest.raises(ValueError, match=r"package sglang, .* 'asyncrl\[gpu\]', or set rollout.engine=embedded"):
         check("rollout.engine=sglang")
     with pytest.raises(ValueError, match=r"package peft, .* 'asyncrl\[lora\]', or set lora.rank=0"):

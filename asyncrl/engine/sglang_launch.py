@@ -73,7 +73,10 @@ def check_version() -> None:
     try:
         found = metadata.version("sglang")
     except metadata.PackageNotFoundError:
-        raise ValueError("rollout.engine 'sglang' needs the package sglang: install asyncrl[gpu]") from None
+        raise ValueError(
+            "rollout.engine 'sglang' needs the package sglang, which is not installed: pip install 'asyncrl[gpu]', or "
+            "set rollout.engine=embedded"
+        ) from None
     if found != SUPPORTED_VERSION:
         raise ValueError(f"sglang must be {SUPPORTED_VERSION}, found {found}: pip install sglang=={SUPPORTED_VERSION}")
 

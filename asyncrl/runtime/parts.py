@@ -17,24 +17,41 @@ from asyncrl.model import empty_model, load_model, load_tokenizer, stop_token_id
 from asyncrl.recovery import checkpoint
 from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.rollout import Attempts, Rollout
-from asyncrl.runtime.placement import Placement, check_machine
+from asyncrl.runtime.placement import Placement, plan
 from asyncrl.training.learner import Learner, row_length
-from asyncrl.training.lora import Adapters, refuse_adapters
+from asyncrl.training.lora import Adapters, check_peft, refuse_adapters
 from asyncrl.training.sharding import Ranks
 from asyncrl.types import Sampling
 from asyncrl.weights import DTYPES
 
 
-def check_startable(config: Config, folder: str) -> None:
-    """Raises `ValueError` for what the actors would refuse, before anything is written for them.
+def check_machine(config: Config) -> None:
+    """Raises `ValueError` naming a package or a GPU that the actors need and this machine lacks.
 
-    Of a cluster that is joined nothing is known here: its machines may have other packages and GPUs.
+    Of a cluster that is joined nothing is known here. How many GPUs there are is Ray's to say; without any, the
+    placement is known.
     """
-    if config.runtime == "cluster" and config.cluster.address:
+    if _joins_cluster(config):
         return
-    check_machine(config)
-    if config.lora.rank and config.lora.targets != "all-linear":
-        Adapters(empty_model(folder), config.lora)  # whether the names fit shows without weights
+    if config.rollout.engine == "sglang":
+        from asyncrl.engine.sglang_launch import check_version  # of an optional package
+
+        check_version()
+    if config.lora.rank:
+        check_peft()
+    if config.runtime == "local" or not torch.cuda.device_count():
+        plan(config, num_gpus=0)
+
+
+def check_targets(config: Config, folder: str) -> None:
+    """Raises `ValueError` for adapters that do not fit the model in `folder`, which shows without weights."""
+    if config.lora.rank and config.lora.targets != "all-linear" and not _joins_cluster(config):
+        Adapters(empty_model(folder), config.lora)
+
+
+def _joins_cluster(config: Config) -> bool:
+    """Whether the actors' machines may have other packages and GPUs than this one."""
+    return config.runtime == "cluster" and config.cluster.address is not None
 
 
 async def build_rollout(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Literal, TypeAlias
 
 from asyncrl.config import Config
@@ -82,21 +81,6 @@ def check_room(config: Config, num_actors: int, existing: Mapping[str, float]) -
         )
 
 
-def check_machine(config: Config) -> None:
-    """Raises `ValueError` naming a package or a GPU that the actors need and this machine lacks.
-
-    How many GPUs there are is Ray's to say; without any, the placement is known here.
-    """
-    import torch  # here, as the preflight imports this file
-
-    if config.rollout.engine == "sglang":
-        _check_package("sglang", "gpu", "rollout.engine=embedded")
-    if config.lora.rank:
-        _check_package("peft", "lora", "lora.rank=0")
-    if config.runtime == "local" or not torch.cuda.device_count():
-        plan(config, num_gpus=0)
-
-
 def check_resources(config: Config, existing: Mapping[str, float]) -> None:
     """Ray lets an actor that no node can take wait for ever; here the run is refused instead.
 
@@ -113,16 +97,6 @@ def check_resources(config: Config, existing: Mapping[str, float]) -> None:
                 "start --resources), lower --num-rollout-actors, or change cluster.learner_resources and "
                 "cluster.rollout_resources"
             )
-
-
-def _check_package(name: str, extra: str, otherwise: str) -> None:
-    try:
-        metadata.distribution(name)  # a folder of that name is no package
-    except metadata.PackageNotFoundError as error:
-        raise ValueError(
-            f"the run needs the package {name}, which is not installed: pip install 'asyncrl[{extra}]', or set "
-            f"{otherwise}"
-        ) from error
 
 
 def _backend(config: Config, best: Backend) -> Backend:

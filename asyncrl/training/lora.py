@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,17 @@ class Adapters:
     def _named(self) -> dict[str, Tensor]:
         """By the names of `peft`'s files."""
         return {_PREFIX + name.replace(".default.", "."): parameter for name, parameter in self.named().items()}
+
+
+def check_peft() -> None:
+    """Raises `ValueError` where the library is not installed: of a whole run, before its actors find out."""
+    try:
+        metadata.distribution("peft")  # a folder of that name is no package
+    except metadata.PackageNotFoundError:
+        raise ValueError(
+            "lora.rank above 0 needs the package peft, which is not installed: pip install 'asyncrl[lora]', or set "
+            "lora.rank=0"
+        ) from None
 
 
 def refuse_adapters(checkpoint: Path) -> None:
