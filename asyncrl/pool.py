@@ -176,7 +176,8 @@ class RolloutPool:
 
     async def _join(self, actor: RolloutHandle, rank: int) -> None:
         async with self._announced(actor):
-            await actor.join(self._where, rank)
+            with self._timeline.span(actor.name, "join"):
+                await actor.join(self._where, rank)
 
     @asynccontextmanager
     async def _announced(self, actor: RolloutHandle) -> AsyncIterator[None]:

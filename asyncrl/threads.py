@@ -11,33 +11,33 @@ import contextvars
 import os
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from concurrent.futures import Future
+from typing import TypeVar
 
 T = TypeVar("T")
 
 
-async def in_thread(function: Callable[[], T]) -> T:
-    """What the function returns or raises, from a daemon thread, which goes on if the caller is cancelled."""
-    loop = asyncio.get_running_loop()
-    result: asyncio.Future[T] = loop.create_future()
+def started(function: Callable[[], T]) -> Future[T]:
+    """What the function will return or raise, from a daemon thread."""
+    result: Future[T] = Future()
     call = contextvars.copy_context().run
 
-    def deliver(give: Callable[[Any], None], value: Any) -> None:
-        if not result.done():
-            give(value)
-
     def work() -> None:
-        give: Callable[[Any], None] = result.set_result
-        value: Any
+        result.set_running_or_notify_cancel()  # from here on it cannot be cancelled
         try:
             value = call(function)
         except BaseException as error:
-            give, value = result.set_exception, error
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(deliver, give, value)
+            result.set_exception(error)
+        else:
+            result.set_result(value)
 
     threading.Thread(target=work, daemon=True).start()
-    return await result
+    return result
+
+
+async def in_thread(function: Callable[[], T]) -> T:
+    """What the function returns or raises, from a daemon thread, which goes on if the caller is cancelled."""
+    return await asyncio.wrap_future(started(function))
 
 
 class Threads:

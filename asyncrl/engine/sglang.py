@@ -32,8 +32,9 @@ from asyncrl.weights import Bucket
 
 _COMMAND_S = 60.0
 """Bound on everything that needs no other process than the scheduler: a decoding step, or a long prefill, fits in."""
-_JOIN_EXTRA_S = 15.0
-"""What a call may take longer than its group's own timeout, so that the group's error is the one that is seen."""
+_EXTRA_S = 15.0
+"""What joining or receiving may take longer than its group's own timeout, so that it is the group's error that is seen."""
+_JOIN_LOOK_S = 0.02
 
 
 class SGLangEngine:
@@ -147,15 +148,16 @@ class SGLangEngine:
         return completion
 
     async def join(self, where: Rendezvous, first_rank: int) -> None:
-        """Enters a broadcast group. An update that was cut short in the last one starts over from its first bucket."""
-        await self._calls.command(
-            f"joining the broadcast group {where.name!r}",
-            where.timeout_s + _JOIN_EXTRA_S,
-            do="join",
-            where=where,
-            first_rank=first_rank,
-            address=self._address,
-        )
+        """Enters a broadcast group, and generates meanwhile. An update that was cut short in the last one starts over
+        from its first bucket."""
+        doing = f"joining the broadcast group {where.name!r}"
+        join = {"where": where, "first_rank": first_rank, "address": self._address}
+        await self._calls.command(doing, _COMMAND_S, do="join", **join)
+        end = time.monotonic() + where.timeout_s + _EXTRA_S
+        while not await self._calls.command(doing, _COMMAND_S, do="joined"):
+            if time.monotonic() > end:
+                raise RuntimeError(f"SGLang took longer than {where.timeout_s + _EXTRA_S:g} s while {doing}")
+            await asyncio.sleep(_JOIN_LOOK_S)
         self._group_timeout_s = where.timeout_s
 
     async def pause(self) -> None:
@@ -191,7 +193,7 @@ class SGLangEngine:
         num_bytes = sum(bucket.num_bytes for bucket in buckets)
         await self._calls.command(
             f"receiving {len(buckets)} buckets of {num_bytes} bytes in all",
-            len(buckets) * self._group_timeout_s + _JOIN_EXTRA_S,
+            len(buckets) * self._group_timeout_s + _EXTRA_S,
             do="receive",
             buckets=buckets,
         )

@@ -5,6 +5,7 @@
     SGLangEngine --requests--------------->  salt = number of the weights; queue
                                              run a batch -> stamp every token with the version that ran it
     pause ------------------------------->   stop between batches (in place, or back to the queue)
+    command "join" --------------------->    a thread meets the others of the broadcast group; "joined": are all there?
     command "settle" -------------------->   wait for the device: nothing of the old weights still runs
     command "release" ------------------->   give GPU memory back (the requests are in the queue); "restore": take it
     command "receive" ------------------->   broadcast -> digest of what arrived -> the model (`sglang_weights.py`)
@@ -187,7 +188,7 @@ class SchedulerMixin(_Scheduler):  # type: ignore[misc]
         return CheckWeightsReqOutput(success=success, message=json.dumps(reply))
 
     def _agree(self, success: bool, reply: Any) -> tuple[bool, Any]:
-        """One answer for all tensor-parallel ranks: the first failure, or what all of them say."""
+        """One answer for all tensor-parallel ranks: the first failure, or what all of them say. Yes is yes of all."""
         if self.ps.tp_size == 1:
             return success, reply
         answers: list[Any] = [None] * self.ps.tp_size
@@ -195,9 +196,9 @@ class SchedulerMixin(_Scheduler):  # type: ignore[misc]
         for rank, (succeeded, said) in enumerate(answers):
             if not succeeded:
                 return False, f"tensor-parallel rank {rank}: {said}"
-            if said != answers[0][1]:
+            if said != answers[0][1] and not isinstance(said, bool):
                 return False, f"tensor-parallel ranks 0 and {rank} disagree: {answers[0][1]} and {said}"
-        return success, reply
+        return success, all(said for _, said in answers) if isinstance(reply, bool) else reply
 
     def _do_settle(self) -> None:
         _synchronize(self._weights.device)
@@ -224,6 +225,9 @@ class SchedulerMixin(_Scheduler):  # type: ignore[misc]
 
     def _do_join(self, where: Mapping[str, Any], first_rank: int, address: str) -> None:
         self._weights.join(Rendezvous(**where), first_rank, address)
+
+    def _do_joined(self) -> bool:
+        return self._weights.joined()
 
     def _do_receive(self, buckets: list[dict[str, Any]]) -> None:
         if not self._engine_paused:

@@ -7,10 +7,12 @@ bucket of adapters ---> digest of what arrived ---> B A at the end of the update
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 
 import torch
 from torch import Tensor, nn
 
+from asyncrl.threads import started
 from asyncrl.transport import BroadcastGroup, Rendezvous
 from asyncrl.weights import LORA_A, LORA_B, Bucket, digest, flat_digest, receive
 
@@ -30,6 +32,7 @@ class ReceivedWeights:
         self.device = next(model.parameters()).device
         self._checksums = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._group: BroadcastGroup | None = None
+        self._entering: Future[BroadcastGroup]
         self._arrived: list[tuple[Bucket, Tensor]] = []
         self._changed = self._lost = False
         self._complete: frozenset[str] | None = None
@@ -40,12 +43,28 @@ class ReceivedWeights:
         return list(self._model.buffers())
 
     def join(self, where: Rendezvous, first_rank: int, address: str) -> None:
-        """Enters a group. An update that was cut short in the one before starts over from its first bucket."""
+        """Leaves the group and begins to enter another. An update that was cut short starts over from its first bucket.
+
+        That takes until all members are there, and seconds more with NCCL: it has a thread, and generation goes on.
+        """
         if self._group is not None:
             self._group.leave()
+            self._group = None
         self._arrived.clear()
         self._factors.clear()
-        self._group = BroadcastGroup(where, first_rank + self._tp_rank, address)
+
+        def enter() -> BroadcastGroup:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # each thread has its own
+            return BroadcastGroup(where, first_rank + self._tp_rank, address)
+
+        self._entering = started(enter)
+
+    def joined(self) -> bool:
+        """Whether the group is entered. Raises `RuntimeError` if that failed."""
+        if self._entering.done():
+            self._group = self._entering.result()
+        return self._group is not None
 
     def receive(self, buckets: Sequence[Bucket]) -> None:
         """Takes part in the broadcasts and loads what came, each checked after its own, so that no other member waits

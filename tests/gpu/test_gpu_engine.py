@@ -103,7 +103,7 @@ def test_a_broadcast_is_bit_equal(run, learner, world, backend):
 
     async def body():
         where = await sender.rendezvous(2, 60)
-        await asyncio.gather(sender._ask("join"), receiver.join_as(where, 1))
+        await asyncio.gather(sender.enter(), receiver.join_as(where, 1))
         buckets = buckets_of(tensors, "bfloat16")
         _, received = await asyncio.gather(sender._ask("send", tensors, None), receiver.receive(buckets))
         return buckets, received
@@ -127,6 +127,23 @@ def test_many_updates_in_a_row(joined, run):
     for completion in run(body()):
         assert (np.diff(completion.versions) >= 0).all()
         assert len(completion.token_ids) == 400
+
+
+def test_generation_goes_on_while_the_others_of_a_group_are_waited_for(joined, run):
+    async def body():
+        await joined.reset()
+        where = await joined.learner.rendezvous(2, 60)
+        joining = asyncio.create_task(joined.engine.join(where, 1))
+        before = await joined.engine.generate(PROMPTS[0], LONG, 0)
+        assert not joining.done()
+        calls = [asyncio.create_task(joined.engine.generate(p, Sampling(400), i)) for i, p in enumerate(PROMPTS)]
+        await asyncio.gather(joined.learner.enter(), joining)
+        await joined.publish_new(1)
+        await asyncio.gather(*calls)
+        return before, await joined.engine.generate(PROMPTS[0], LONG, 0)
+
+    for model, completion in zip((joined.old, joined.new), run(body()), strict=True):
+        assert np.abs(completion.logprobs - exact(model, PROMPTS[0], completion)).mean() < CLOSE
 
 
 def test_memory_is_given_back_and_no_request_is_lost(world, run):
@@ -155,7 +172,7 @@ def test_a_dead_member_over_nccl_is_heard_at_once_and_the_rest_go_on(world, run,
     async def body():
         other = Learner("nccl", "cuda:0", "bfloat16")
         where = await alive.rendezvous(2, 300)
-        await asyncio.gather(alive._ask("join"), other.join_as(where, 1))
+        await asyncio.gather(alive.enter(), other.join_as(where, 1))
         other.kill()
         sending = asyncio.create_task(alive._ask("send", dict(world.new.named_parameters()), None))
         await asyncio.to_thread(transport.abandon, where, "actor 1 died")

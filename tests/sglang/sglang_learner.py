@@ -80,7 +80,7 @@ class Learner:
     async def meet(self, *engines: Any, timeout_s: float = 30) -> Rendezvous:
         """A new broadcast group with the engines in it."""
         where = await self.rendezvous(1 + sum(engine.num_ranks for engine in engines), timeout_s)
-        joins, rank = [self._ask("join")], 1
+        joins, rank = [self.enter()], 1
         for engine in engines:
             joins.append(engine.join(where, rank))
             rank += engine.num_ranks
@@ -91,6 +91,10 @@ class Learner:
         """A meeting point that the learner itself has not entered."""
         where: Rendezvous = await self._ask("open", world_size, timeout_s)
         return where
+
+    async def enter(self) -> None:
+        """Joins at the meeting point that was made last."""
+        await self._ask("join")
 
     async def update(self, version: int, tensors: Tensors, *engines: Any) -> str:
         """A whole update of engines that are in the group; checks their digests."""

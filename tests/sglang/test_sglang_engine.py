@@ -369,6 +369,22 @@ def test_a_learner_that_stays_away_is_named_and_may_come_back(world, run):
     assert difference(completion, exact(world.old, PROMPTS[0], completion), slice(None)) < 1e-5
 
 
+def test_generation_goes_on_while_the_others_of_a_group_are_waited_for(world, run):
+    async def body():
+        where = await world.learner.rendezvous(2, 30.0)
+        joining = asyncio.create_task(world.engine.join(where, 1))
+        completion = await world.engine.generate(PROMPTS[0], Sampling(20), 0)
+        assert not joining.done()
+        await asyncio.gather(world.learner.enter(), joining)
+        await world.publish_new(1)
+        return completion, await world.engine.generate(PROMPTS[0], Sampling(20), 0)
+
+    run(world.reset())
+    before, after = run(body())
+    for weights, completion in ((world.old, before), (world.new, after)):
+        assert difference(completion, exact(weights, PROMPTS[0], completion), slice(None)) < 1e-5
+
+
 def test_two_engines_on_one_host_and_the_end_of_one(world, run):
     async def body(second):
         tensors = dict(world.new.named_parameters())
