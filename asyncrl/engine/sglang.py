@@ -33,7 +33,7 @@ from asyncrl.weights import Bucket
 _COMMAND_S = 60.0
 """Bound on everything that needs no other process than the scheduler: a decoding step, or a long prefill, fits in."""
 _EXTRA_S = 15.0
-"""What joining or receiving may take longer than its group's own timeout, so that it is the group's error that is seen."""
+"""What joining or receiving may take longer than its group's own timeout: the group's error is the one to be seen."""
 _JOIN_LOOK_S = 0.02
 
 
