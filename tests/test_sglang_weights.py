@@ -1,11 +1,12 @@
-"""Adapters that are added to the weights of a model like SGLang's, whose loader fuses layers. Needs no SGLang."""
+"""How weights get into a model like SGLang's, whose loader fuses layers, and adapters on top. Needs no SGLang."""
 
 import pytest
 import torch
 from torch import nn
 
+from asyncrl.engine.sglang_loading import Loader
 from asyncrl.engine.sglang_weights import AddedProducts
-from asyncrl.weights import LORA_A, LORA_B
+from asyncrl.weights import LORA_A, LORA_B, make_buckets
 
 SIZE, RANK = 8, 2
 ROWS = {"q": slice(0, 8), "k": slice(8, 12), "v": slice(12, 16)}
@@ -14,6 +15,8 @@ ROWS = {"q": slice(0, 8), "k": slice(8, 12), "v": slice(12, 16)}
 class Fused(nn.Module):
     """One parameter holds three layers, as the loader knows; another is a layer of its own."""
 
+    num_loads = 0
+
     def __init__(self, dtype=torch.float32, lost=()):
         super().__init__()
         self.qkv = nn.Linear(SIZE, 16, bias=False, dtype=dtype)
@@ -21,11 +24,62 @@ class Fused(nn.Module):
         self.lost = lost
 
     def load_weights(self, weights):
+        self.num_loads += 1
         for name, tensor in weights:
             layer = name.removesuffix(".weight")
             if layer not in self.lost:
                 place = self.qkv.weight.data[ROWS[layer]] if layer in ROWS else getattr(self, layer).weight.data
-                place.copy_(tensor)
+                self.put(place, tensor)
+
+    def put(self, place, tensor):
+        place.copy_(tensor)
+
+
+class Padded(Fused):
+    """Longer than what comes, as an embedding is for the sake of tensor-parallel ranks; the order of writes matters."""
+
+    def put(self, place, tensor):
+        place.fill_(7)
+        place[:3].copy_(tensor[:3])
+        place[3:, ::2].copy_(tensor[3:, ::2])
+
+
+class Scaled(Fused):
+    def put(self, place, tensor):
+        place.copy_(tensor * 2)
+
+
+class Foreach(Fused):
+    """By an operation that returns nothing."""
+
+    def put(self, place, tensor):
+        torch._foreach_copy_([place], [tensor])
+
+
+class Reading(Fused):
+    """What it does depends on the values, of which the first update shows only one case."""
+
+    def put(self, place, tensor):
+        place.copy_(tensor if tensor.sum() > 0 else -tensor)
+
+
+@pytest.mark.parametrize(("kind", "num_loads"), [(Fused, 1), (Padded, 1), (Scaled, 3), (Foreach, 3), (Reading, 3)])
+def test_a_loader_that_only_copies_is_called_once_and_repeated(kind, num_loads):
+    model, plain = kind(torch.bfloat16), kind(torch.bfloat16)
+    plain.load_state_dict(model.state_dict())
+    loader = Loader(model)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        weights = {
+            name: torch.randn(rows, SIZE, generator=generator) for name, rows in (("q", 8), ("v", 4), ("out", 8))
+        }
+        [bucket] = make_buckets(weights.items(), "bfloat16", 1 << 20)
+        flat = bucket.pack(weights, torch.device("cpu"))
+        plain.load_weights(bucket.unpack(flat))
+        loader.load(bucket, flat.clone())
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, plain.get_parameter(name)), (seed, name)
+    assert model.num_loads == num_loads
 
 
 def adapters(seed, *layers, dtype=torch.float32):

@@ -1,6 +1,6 @@
 """Weights inside an SGLang scheduler process: received, loaded, and proved to be all there.
 
-bucket of weights  ---> digest of what arrived ---> model.load_weights
+bucket of weights  ---> digest of what arrived ---> model.load_weights (`sglang_loading.py`)
 bucket of adapters ---> digest of what arrived ---> B A at the end of the update, added to the base
 """
 
@@ -12,6 +12,7 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor, nn
 
+from asyncrl.engine.sglang_loading import Loader
 from asyncrl.threads import started
 from asyncrl.transport import BroadcastGroup, Rendezvous
 from asyncrl.weights import LORA_A, LORA_B, Bucket, digest, flat_digest, receive
@@ -27,7 +28,7 @@ class ReceivedWeights:
 
     def __init__(self, model: nn.Module, tp_rank: int, tp_size: int) -> None:
         self._model, self._tp_rank = model, tp_rank
-        self._products = AddedProducts(model, tp_size)
+        self._loader, self._products = Loader(model), AddedProducts(model, tp_size)
         self._factors: dict[str, Tensor] = {}
         self.device = next(model.parameters()).device
         self._checksums = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -84,7 +85,7 @@ class ReceivedWeights:
         if adapters:
             self._factors |= bucket.unpack(flat)
         else:
-            self._model.load_weights(list(bucket.unpack(flat)))  # type: ignore[operator]
+            self._loader.load(bucket, flat)
         self._arrived.append((bucket, self._checksum(flat)))
 
     def _checksum(self, flat: Tensor) -> Tensor:
@@ -107,8 +108,9 @@ class ReceivedWeights:
             names = [name for name, _ in self._model.named_parameters()]
             missing = [name for name, parameter in self._model.named_parameters() if _has_nan(parameter)]
         else:
-            names = sorted(self._complete or self._names())
-            missing = [name for name in names if name not in self._names()]
+            arrived = self._names()
+            names = sorted(self._complete or arrived)
+            missing = [name for name in names if name not in arrived]
         if missing:
             raise RuntimeError(
                 f"the update is partial: {len(missing)} of {len(names)} parameters did not arrive "
