@@ -24,8 +24,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from itertools import product
 from typing import Any, TypeAlias
 
@@ -114,16 +115,31 @@ def measure(config: Config, folder: str, groups: Groups, options: argparse.Names
 def measure_on_ranks(num_ranks: int, *arguments: Any) -> dict[str, float]:
     """The same of several ranks, each in a process of its own."""
     where, store = open_rendezvous("127.0.0.1", num_ranks, 600)
-    with ProcessPoolExecutor(num_ranks, mp_context=multiprocessing.get_context("spawn")) as pool:
-        answers = [pool.submit(at_rank, where, rank, arguments) for rank in range(num_ranks)]
+    answers = []
+    with ExitStack() as stack:
+        for rank in range(num_ranks):
+            with only_gpu(rank):
+                pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+                answers.append(stack.enter_context(pool).submit(at_rank, where, rank, arguments))
         first, *_ = [answer.result() for answer in answers]
     del store  # the ranks met at it
     return first
 
 
+@contextmanager
+def only_gpu(rank: int) -> Iterator[None]:
+    """Processes that are started meanwhile see one GPU. They could not see to it themselves: imports count the GPUs."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = before.split(",")[rank] if before else str(rank)
+    try:
+        yield
+    finally:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
 def at_rank(where: Rendezvous, rank: int, arguments: tuple[Any, ...]) -> dict[str, float]:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(rank + 1)))
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[rank]
     ranks = join_ranks(where, rank, device_here())
     try:
         return measure(*arguments, ranks)
