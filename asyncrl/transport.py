@@ -132,10 +132,6 @@ class BroadcastGroup:
 
         return wait
 
-    def broadcast(self, flat: Tensor) -> None:
-        """`start` and its wait. Blocks; call it from a thread of its own."""
-        self.start(flat)()
-
     def leave(self) -> None:
         """Ends the membership, before another group is joined: NCCL would wait a minute for members that are gone."""
         group, self._group = self._group, None

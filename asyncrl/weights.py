@@ -22,9 +22,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed import TCPStore
 
 from asyncrl.training.sharding import whole
-from asyncrl.transport import IN_FLIGHT, BroadcastGroup
+from asyncrl.transport import IN_FLIGHT, Audience, BroadcastGroup, Rendezvous, open_rendezvous
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
@@ -146,11 +147,6 @@ def digest_of(buckets: Iterable[Bucket], tensors: Mapping[str, Tensor]) -> str:
     return digest((bucket, flat_digest(bucket.pack(tensors, device))) for bucket in buckets)
 
 
-def publish(group: BroadcastGroup, buckets: Sequence[Bucket], tensors: Mapping[str, Tensor]) -> str:
-    """Broadcasts one version from rank 0; returns the digest of what was sent."""
-    return Outgoing(buckets, tensors, group.device).send(group)
-
-
 def receive(group: BroadcastGroup, buckets: Sequence[Bucket], load: Callable[[Bucket, Tensor], None]) -> None:
     """Takes part in the broadcast of each bucket and hands it to `load`, in order, as uint8[num_bytes]."""
     arriving = iter(buckets)
@@ -229,3 +225,42 @@ class Outgoing:
         flat = bucket.pack(self._tensors, self._device)
         self._digests.append(flat_digest(flat))
         return flat
+
+
+class Sender:
+    """The learner's side of its broadcast groups, one for each audience, and of the version on its way to each.
+
+    Every learner rank has one; only the first is in the groups, the others give their parts.
+    """
+
+    def __init__(self, address: str, backend: str, timeout_s: float, *, is_first: bool) -> None:
+        """`address`: this node's own; `timeout_s`: of the groups; `is_first`: whether this is the first rank."""
+        self._address, self._backend, self._timeout_s, self._is_first = address, backend, timeout_s, is_first
+        self._meetings: dict[Audience, tuple[Rendezvous, TCPStore]] = {}
+        self._groups: dict[Audience, BroadcastGroup] = {}
+        self._outgoing: dict[Audience, Outgoing] = {}
+
+    def rendezvous(self, world_size: int, audience: Audience) -> Rendezvous:
+        """Opens the meeting point of a new group, on this node; `join` then enters it as rank 0."""
+        self._meetings[audience] = open_rendezvous(self._address, world_size, self._timeout_s, self._backend)
+        return self._meetings[audience][0]
+
+    def join(self, audience: Audience) -> None:
+        """Leaves the group that the audience had, and blocks until every engine has joined the new one."""
+        if audience in self._groups:
+            self._groups.pop(audience).leave()
+        where, store = self._meetings[audience]
+        self._groups[audience] = BroadcastGroup(where, 0, self._address, store)
+
+    def prepare(self, audience: Audience, buckets: Sequence[Bucket], tensors: Mapping[str, Tensor]) -> None:
+        """Gets `tensors` ready to leave in `buckets`. Every rank."""
+        group = self._groups.get(audience)
+        if group is None and self._is_first:
+            raise RuntimeError("prepare() before join()")
+        self._outgoing[audience] = Outgoing(buckets, tensors, group.device if group is not None else None)
+
+    def broadcast(self, audience: Audience) -> str:
+        """Sends what was prepared; returns its digest, which is empty but at the first rank. Every rank."""
+        if audience not in self._outgoing:
+            raise RuntimeError("broadcast() before join() and prepare()")
+        return self._outgoing.pop(audience).send(self._groups.get(audience))

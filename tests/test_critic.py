@@ -20,6 +20,7 @@ from asyncrl.algo.gae import gae, value_losses, whiten
 from asyncrl.model import load_model
 from asyncrl.monitor import metrics
 from asyncrl.recovery import checkpoint
+from asyncrl.training import forward
 from asyncrl.training.critic import METRICS as CRITIC
 from asyncrl.training.learner import Learner
 from asyncrl.types import Trajectory
@@ -201,6 +202,28 @@ def test_the_settings_that_a_critic_refuses():
         with pytest.raises(ValueError, match=message):
             configuration.load(None, ["algorithm.preset=ppo", *words])
     assert configuration.load(None, ["algorithm.preset=ppo", "rollout.group_size=1"]).loss.needs_critic
+
+
+@pytest.mark.parametrize("able", [("varlen", "sdpa"), ("sdpa", "varlen")])
+def test_a_critic_of_another_kind_sees_the_rows_that_the_policy_has(folder, monkeypatch, able):  # noqa: F811
+    """By a mask of its own beside segments; and by a mask where prompts are shared, whatever else it can."""
+    kinds = iter(able)
+
+    def use(_model, wanted, _device, **_):
+        kind = next(kinds)
+        return "sdpa" if wanted == "sdpa" else kind
+
+    monkeypatch.setattr(forward, "use_attention", use)
+    learner = make_learner(folder, *PPO)
+    assert (learner.attention, learner._critic._varlen) == (able[0], False)
+
+
+def test_a_trajectory_longer_than_the_critics_window_is_refused(folder):  # noqa: F811
+    policy, critic = (load_model(folder, dtype=torch.float32, device="cpu") for _ in range(2))
+    critic.config.sliding_window, critic.config.layer_types = 8, ["sliding_attention"] * 2
+    learner = Learner(configuration.load(None, list(PPO)), policy, 64, critic=critic)
+    with pytest.raises(ValueError, match="a trajectory has 9 tokens and the model's sliding attention window is 8"):
+        learner.step([[trajectory(4, 5, seed=0)]])
 
 
 def test_a_backbone_of_its_own_must_be_given(folder):  # noqa: F811

@@ -17,7 +17,7 @@ from asyncrl.engine.sampler import sample, uniforms
 from asyncrl.model import build_tiny, load_model
 from asyncrl.transport import BroadcastGroup, open_rendezvous
 from asyncrl.types import Completion, Sampling
-from asyncrl.weights import Bucket, digest_of, make_buckets, publish
+from asyncrl.weights import Bucket, Outgoing, digest_of, make_buckets
 
 PROMPTS = [[19, 6, 2, 9, 3, 12], [5], [20, 4, 8], [7] * 17, [3, 14, 15, 9, 2, 6, 5, 3, 5]]
 
@@ -89,7 +89,7 @@ async def send(group, model, *engines) -> str:
     """Broadcasts the weights of `model` to paused engines; the digest of what was sent."""
     named = dict(model.named_parameters())
     buckets = make_buckets(named.items(), "float32", 200_000)
-    sending = asyncio.create_task(asyncio.to_thread(publish, group, buckets, named))
+    sending = asyncio.create_task(asyncio.to_thread(Outgoing(buckets, named, group.device).send, group))
     await asyncio.gather(*(engine.receive(buckets) for engine in engines))
     return await sending
 
@@ -209,7 +209,7 @@ def test_a_partial_update_is_an_error(setup, trained):
         [bucket] = make_buckets(named.items(), "float32", 1 << 30)
         await setup.engine.pause()
         await asyncio.gather(
-            asyncio.to_thread(publish, group, [bucket], named),
+            asyncio.to_thread(Outgoing([bucket], named, group.device).send, group),
             setup.engine.receive([bucket]),
         )
         with pytest.raises(RuntimeError, match=r"partial: 1 of \d+ parameters did not arrive \(model.norm.weight"):
@@ -351,7 +351,7 @@ def test_a_bucket_that_does_not_fit_is_an_error_now_and_at_resume(tiny, bucket, 
         engine = embedded_engine(tiny)
         group = await meet(engine)
         await engine.pause()
-        sending = asyncio.to_thread(group.broadcast, torch.zeros(bucket.num_bytes, dtype=torch.uint8))
+        sending = asyncio.to_thread(group.start(torch.zeros(bucket.num_bytes, dtype=torch.uint8)))
         sent, received = await asyncio.gather(sending, engine.receive([bucket]), return_exceptions=True)
         assert sent is None
         with pytest.raises(RuntimeError, match=message):
@@ -370,7 +370,7 @@ def test_an_update_that_was_cut_short_starts_over_in_a_new_group(tiny, trained):
         bucket = make_buckets(named.items(), "float32", 200_000)[0]
         await engine.pause()
         for error in (None, "arrived twice"):
-            sending = asyncio.to_thread(publish, group, [bucket], named)
+            sending = asyncio.to_thread(Outgoing([bucket], named, group.device).send, group)
             _, received = await asyncio.gather(sending, engine.receive([bucket]), return_exceptions=True)
             assert error is None or error in str(received)
         group = await meet(engine)

@@ -124,7 +124,7 @@ def test_the_base_is_the_reference(folder):
     """The same steps, whether the reference is the base under the adapters or a model of its own."""
     words = ["algorithm.loss.reference_kl=0.5", "algorithm.loss.reward_kl=0.1", "learner.activation_checkpointing=true"]
     one, other = make_learner(folder, *words), make_learner(folder, *words)
-    other._reference = other._make_scorer(base_of(folder))
+    other._reference = Learner(configuration.load(None, []), base_of(folder), 64).score
     for seed in range(3):
         assert one.step(batch(seed))["reward/kl"] == pytest.approx(other.step(batch(seed))["reward/kl"], abs=1e-6)
     weights, expected = one.weights(), other.weights()

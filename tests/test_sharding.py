@@ -253,7 +253,7 @@ def receive(meeting, num_buckets=None):
     group, received = BroadcastGroup(where, 1), {}
     for bucket in buckets[:num_buckets]:
         flat = torch.empty(bucket.num_bytes, dtype=torch.uint8)
-        group.broadcast(flat)
+        group.start(flat)()
         received |= dict(bucket.unpack(flat))
     return buckets, received
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from asyncrl import transport, weights
 from asyncrl.transport import BroadcastGroup, Rendezvous, open_rendezvous
-from asyncrl.weights import DTYPES, digest_of, flat_digest, make_buckets, publish, receive
+from asyncrl.weights import DTYPES, Outgoing, digest_of, flat_digest, make_buckets, receive
 
 CPU = torch.device("cpu")
 
@@ -117,7 +117,7 @@ def test_a_broadcast_is_bit_equal_everywhere_and_groups_can_be_rebuilt():
         where, store = open_rendezvous("127.0.0.1", 1 + num_engines, 20)
 
         def learner(where=where, store=store):
-            return publish(BroadcastGroup(where, 0, store=store), buckets, named)
+            return Outgoing(buckets, named, CPU).send(BroadcastGroup(where, 0, store=store))
 
         sent, *received = in_threads(
             [learner, *(lambda where=where, rank=rank: engine(where, rank + 1) for rank in range(num_engines))]
@@ -151,7 +151,7 @@ def test_the_next_bucket_is_on_its_way_before_the_last_one_is_waited_for_and_two
     expected = ["start 0", "start 1", "wait 0", "start 2", "wait 1", "wait 2"]
 
     sending = RecordingGroup()
-    publish(sending, buckets, named)
+    Outgoing(buckets, named, CPU).send(sending)
     assert (sending.log, sending.most) == (expected, 2)
 
     receiving, loaded = RecordingGroup(), []
@@ -184,7 +184,7 @@ def test_a_member_that_is_gone_is_noticed_by_all_the_others_at_once():
 
     def broadcast(group):
         with pytest.raises(RuntimeError, match="broadcast of 1000000 bytes failed") as error:
-            group.broadcast(torch.zeros(1_000_000, dtype=torch.uint8))
+            group.start(torch.zeros(1_000_000, dtype=torch.uint8))()
         errors.append(error.value)
 
     in_threads([lambda: broadcast(members[0]), lambda: broadcast(members[2])])
@@ -233,7 +233,7 @@ def test_whole_updates_over_one_gpu_again_and_again(monkeypatch):
         sent = {name: tensor + update for name, tensor in named.items()}
         copies: list[dict] = [{} for _ in engines]
         takes = [lambda g=g, c=c: engine(g, c) for g, c in zip(engines, copies, strict=True)]
-        in_threads([lambda sent=sent: publish(learner, buckets, sent), *takes])
+        in_threads([lambda sent=sent: Outgoing(buckets, sent, CPU).send(learner), *takes])
         for copy in copies:
             assert all(torch.equal(copy[name], tensor) for name, tensor in sent.items())
 
@@ -243,8 +243,8 @@ def test_ranks_of_one_gpu_copy_from_rank_0(shared):
     for number in range(4):
         sent = torch.full((1000,), number, dtype=torch.uint8)
         filled = [torch.zeros_like(sent) for _ in engines]
-        sends = [lambda sent=sent: learner.broadcast(sent)]
-        takes = [lambda e=e, f=f: e.broadcast(f) for e, f in zip(engines, filled, strict=True)]
+        sends = [lambda sent=sent: learner.start(sent)()]
+        takes = [lambda e=e, f=f: e.start(f)() for e, f in zip(engines, filled, strict=True)]
         in_threads(sends + takes)
         assert all(torch.equal(copy, sent) for copy in filled)
     assert len(shared) == 4
@@ -258,7 +258,7 @@ def test_a_rank_that_cannot_copy_is_heard_by_all_at_once():
 
     def broadcast(member, flat):
         with pytest.raises(RuntimeError, match=r"broadcast of .* bytes failed"):
-            member.broadcast(flat)
+            member.start(flat)()
         errors.append(member)
 
     members = ((learner, sent), (good, sent.clone()), (bad, sent[:3]))
@@ -276,7 +276,7 @@ def test_an_abandoned_group_ends_every_wait_at_once():
         with pytest.raises(RuntimeError, match="the group was abandoned: actor 2 died"):
             wait()
     with pytest.raises(RuntimeError, match="has left the group after a failure"):
-        engine.broadcast(flat)
+        engine.start(flat)
     assert silent.rank == 2  # alive all the while
 
 
@@ -284,7 +284,7 @@ def test_an_abandoned_group_ends_every_wait_at_once():
 def test_an_ipc_rank_that_is_gone_is_missed_after_the_timeout():
     learner, _ = ipc_group(2, timeout_s=0.3)
     with pytest.raises(RuntimeError, match=r"rank 0: broadcast of 10 bytes failed or took longer than 0\.3 s"):
-        learner.broadcast(torch.zeros(10, dtype=torch.uint8))
+        learner.start(torch.zeros(10, dtype=torch.uint8))()
 
 
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])

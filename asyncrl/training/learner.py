@@ -13,29 +13,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import TCPStore
 
 from asyncrl.algo.diagnostics import learning_rate_factor
 from asyncrl.algo.loss import Columns, policy_loss, second_moment_bound
 from asyncrl.config import Config
-from asyncrl.model import decoder_layers, use_attention
-from asyncrl.training.critic import Critic
-from asyncrl.training.head import Head
+from asyncrl.training.forward import Forward, uses_bfloat16
 from asyncrl.training.lora import Adapters
 from asyncrl.training.packing import Batch, MicroBatch, pack
-from asyncrl.training.scoring import Scorer, check_lengths, check_model, check_rope, recompute_activations
+from asyncrl.training.scoring import check_lengths
 from asyncrl.training.shaping import shape
-from asyncrl.training.sharding import Ranks, collect, shard, split_like, whole
+from asyncrl.training.sharding import Ranks, collect, split_like, whole
 from asyncrl.training.step_metrics import GradientWatch, Seen, measure, speed
 from asyncrl.training.utilization import FlopCounter
-from asyncrl.transport import Audience, BroadcastGroup, Rendezvous, open_rendezvous
+from asyncrl.transport import Audience, Rendezvous
 from asyncrl.types import Trajectory, Version
-from asyncrl.weights import Bucket, Outgoing, make_buckets
+from asyncrl.weights import Bucket, Sender, make_buckets
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +71,14 @@ class Learner:
         self.loss = config.loss
         self._config = config
         self._row_tokens = row_tokens
-        self._address, self._backend = address, backend
-        self.ranks = ranks or Ranks()
-        self.adapters = Adapters(model, config.lora, bfloat16=self._uses_bfloat16(model)) if config.lora.rank else None
+        self.ranks = ranks = ranks or Ranks()
+        bfloat16 = uses_bfloat16(config, model, ranks)
+        self.adapters = Adapters(model, config.lora, bfloat16=bfloat16) if config.lora.rank else None
         self._num_flops = FlopCounter(model)
-        self._scorer = self._make_scorer(model)
-        self._reference = self._make_reference(reference)
+        forward = Forward(config, model, row_tokens, ranks, adapters=self.adapters, reference=reference, critic=critic)
+        self.attention, self._longest = forward.attention, forward.longest
+        self._scorer, self._reference, self._critic = forward.policy, forward.reference, forward.critic
         self._device = next(model.parameters()).device
-        self._critic = self._make_critic(critic) if self.loss.needs_critic else None
         settings = config.learner
         self.optimizer = torch.optim.AdamW(
             self._trained().values(),
@@ -93,74 +90,12 @@ class Learner:
         self.buckets: list[Bucket] = make_buckets(
             self.published().items(), config.rollout.dtype, int(config.weights.bucket_mb * 2**20)
         )
-        self._meetings: dict[Audience, tuple[Rendezvous, TCPStore]] = {}
-        self._groups: dict[Audience, BroadcastGroup] = {}
-        self._outgoing: dict[Audience, Outgoing] = {}
+        self._sender = Sender(address, backend, config.weights.timeout_s, is_first=ranks.is_first)
         self._gradient: _Gradient | None = None
-        self._watch = GradientWatch(model, self.ranks)
-
-    def _device_type(self, model: nn.Module) -> str:
-        return self.ranks.mesh.device_type if self.ranks.mesh else next(model.parameters()).device.type
-
-    def _uses_bfloat16(self, model: nn.Module) -> bool:
-        wanted = self._config.learner.dtype
-        return wanted == "bfloat16" or (wanted == "auto" and self._device_type(model) == "cuda")
-
-    def _make_reference(self, model: nn.Module | None) -> Callable[[MicroBatch], tuple[Tensor, Tensor]] | None:
-        if not self.loss.needs_reference:
-            return None
-        if self.adapters is not None:
-            return self.adapters.without(self._scorer)
-        if model is None:
-            raise RuntimeError("the loss has a KL term against a reference model, and none was given")
-        return self._make_scorer(model)
+        self._watch = GradientWatch(model, ranks)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-
-    def _make_critic(self, model: nn.Module | None) -> Critic:
-        settings = self._config.critic
-        if settings.backbone == "policy":
-            model = self.model
-        elif model is None:
-            raise RuntimeError("the critic has a backbone of its own, and none was given")
-        else:
-            check_rope(model, self._row_tokens)
-            self._use_attention(model)
-            if self._config.learner.activation_checkpointing:
-                recompute_activations(decoder_layers(model))
-        varlen = self.attention == "varlen"
-        return Critic(model, settings, bfloat16=self._uses_bfloat16(model), varlen=varlen)
-
-    def _use_attention(self, model: nn.Module) -> str:
-        wanted = self._config.learner.attention
-        return use_attention(model, wanted, self._device_type(model), bfloat16=self._uses_bfloat16(model))
-
-    def _make_scorer(self, model: nn.Module) -> Scorer:
-        settings = self._config.learner
-        bfloat16 = self._uses_bfloat16(model)
-        self._window = check_model(model, bfloat16=bfloat16, has_values=self.ranks.is_first)
-        check_rope(model, self._row_tokens)
-        self.attention = self._use_attention(model)
-        if bfloat16 and self._device_type(model) == "cuda":
-            # What is left in float32 then runs on tensor cores (TF32).
-            torch.set_float32_matmul_precision("high")
-        head = Head(
-            temperature=self._config.rollout.temperature,
-            chunk=settings.head_chunk,
-            bfloat16=bfloat16 if settings.head_dtype == "auto" else settings.head_dtype == "bfloat16",
-            entropy=self.loss.entropy_bonus > 0,
-            compiled=settings.compile,
-        )
-        scorer = Scorer(model, head, bfloat16=bfloat16, varlen=self.attention == "varlen")
-        if settings.compile:
-            for layer in decoder_layers(model):
-                layer.compile(dynamic=True)  # lengths and numbers of segments change: else some of them compile anew
-        if settings.activation_checkpointing:
-            recompute_activations(decoder_layers(model))
-        if self.ranks.mesh is not None:
-            shard(scorer, decoder_layers(model), self.ranks, bfloat16=bfloat16)
-        return scorer
 
     def step(self, groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
         """`gradient` and `apply` in one."""
@@ -171,8 +106,8 @@ class Learner:
         """The gradient of one optimizer step on whole groups, on every rank; the weights stay what they are."""
         began, varlen = time.perf_counter(), self.attention == "varlen"
         settings = self._config.learner
-        if self._window is not None and not varlen:
-            check_lengths(self._window, groups)
+        if self._longest is not None:
+            check_lengths(self._longest, groups)
         batch = pack(
             groups,
             self.loss,
@@ -240,33 +175,22 @@ class Learner:
 
     def rendezvous(self, world_size: int, audience: Audience = "rollouts") -> Rendezvous:
         """Opens the meeting point of a new broadcast group, on this node; `join` then enters it as rank 0."""
-        timeout_s = self._config.weights.timeout_s
-        self._meetings[audience] = open_rendezvous(self._address, world_size, timeout_s, self._backend)
-        return self._meetings[audience][0]
+        return self._sender.rendezvous(world_size, audience)
 
     def join(self, audience: Audience = "rollouts") -> None:
         """Blocks until every engine has joined."""
-        if audience in self._groups:
-            self._groups.pop(audience).leave()
-        where, store = self._meetings[audience]
-        self._groups[audience] = BroadcastGroup(where, 0, self._address, store)
+        self._sender.join(audience)
 
     def prepare(self, audience: Audience = "rollouts") -> None:
         """Gets the current weights ready to leave, while engines still generate. Every rank.
 
         With one rank, this and `broadcast` may run in a thread of their own beside `gradient`.
         """
-        group = self._groups.get(audience)
-        if group is None and self.ranks.is_first:
-            raise RuntimeError("prepare() before join()")
-        device = group.device if group is not None else None
-        self._outgoing[audience] = Outgoing(self.buckets, self.published(), device)
+        self._sender.prepare(audience, self.buckets, self.published())
 
     def broadcast(self, audience: Audience = "rollouts") -> str:
         """Sends the prepared weights to every engine, from the first rank; returns their digest there. Every rank."""
-        if audience not in self._outgoing:
-            raise RuntimeError("broadcast() before join() and prepare()")
-        return self._outgoing.pop(audience).send(self._groups.get(audience))
+        return self._sender.broadcast(audience)
 
     def published(self) -> Mapping[str, Tensor]:
         """What an update sends, as named tensors; split ones where there are several ranks."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from asyncrl.transport import BroadcastGroup, Rendezvous, open_rendezvous
-from asyncrl.weights import Bucket, digest_of, make_buckets, publish
+from asyncrl.weights import Bucket, Outgoing, digest_of, make_buckets
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -44,12 +44,13 @@ def _serve(pipe: Connection, backend: str, device: str, dtype: str) -> None:
         elif command == "receive":
             flats = [torch.empty(bucket.num_bytes, dtype=torch.uint8, device=group.device) for bucket in rest[0]]
             for flat in flats:
-                group.broadcast(flat)
+                group.start(flat)()
             pipe.send([flat.cpu() for flat in flats])
         else:
             tensors, limit = rest
             try:
-                pipe.send(publish(group, buckets_of(tensors, dtype)[:limit], dict(tensors)))
+                outgoing = Outgoing(buckets_of(tensors, dtype)[:limit], dict(tensors), group.device)
+                pipe.send(outgoing.send(group))
             except RuntimeError as error:
                 pipe.send(error)
 

@@ -13,7 +13,7 @@ from ray import ObjectRef
 
 from asyncrl.transport import BroadcastGroup, Rendezvous, open_rendezvous
 from asyncrl.types import Completion, Sampling, Version
-from asyncrl.weights import Bucket, make_buckets, publish
+from asyncrl.weights import Bucket, Outgoing, make_buckets
 
 
 @ray.remote(num_cpus=0)
@@ -38,7 +38,7 @@ class LearnerActor:
         self.group = BroadcastGroup(self.where, 0, "127.0.0.1", self.store)
 
     def send(self) -> str:
-        return publish(self.group, self.buckets, self.named)
+        return Outgoing(self.buckets, self.named, self.group.device).send(self.group)
 
 
 @ray.remote(num_cpus=0)
