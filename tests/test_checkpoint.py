@@ -1,5 +1,7 @@
 """Checkpoints: whole or not there, damage found by checksum, the one before used, the random state kept."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import run
@@ -16,6 +18,18 @@ def fill(folder):
     (folder / "model.safetensors").write_bytes(bytes(range(256)) * 8)
 
 
+def unreadable(monkeypatch, path):
+    """The disk answers with an error."""
+    real = Path.open
+
+    def failing(self, *arguments, **words):
+        if self == path:
+            raise OSError(5, "Input/output error", str(self))
+        return real(self, *arguments, **words)
+
+    monkeypatch.setattr(Path, "open", failing)
+
+
 def saved(root, *versions, keep=5):
     return [checkpoint.write(root, Cursor(version, 0, []), fill, keep=keep) for version in versions]
 
@@ -29,17 +43,23 @@ def test_the_newest_are_kept_by_number_and_not_by_name(tmp_path):
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "learner/cursor.json", "learner/random.safetensors", "manifest.json"]
 )
-@pytest.mark.parametrize("harm", ["flip", "cut", "delete"])
-def test_a_damaged_one_is_set_aside_with_a_warning_and_the_one_before_is_used(tmp_path, name, harm):
+@pytest.mark.parametrize("harm", ["flip", "cut", "delete", "unreadable"])
+def test_a_damaged_one_is_set_aside_with_a_warning_and_the_one_before_is_used(tmp_path, monkeypatch, name, harm):
     first, second = saved(tmp_path, 1, 2)
     path = second / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    if harm == "delete":
+    if harm == "unreadable":
+        unreadable(monkeypatch, path)
+    elif harm == "delete":
         path.unlink()
     else:
         path.write_bytes(content if harm == "flip" else content[:-1])
-    with pytest.warns(UserWarning, match=f"damaged .*{'' if harm == 'flip' else name}"):
+    told = pytest.warns(UserWarning, match=f"damaged .*{'' if harm == 'flip' else name}")
+    with told:
+        assert checkpoint.latest(tmp_path) == first
+    assert [folder.name for folder in sorted(tmp_path.iterdir())] == ["step-000001", "step-000002"], "only read"
+    with told:
         assert checkpoint.newest(tmp_path) == first
     assert [folder.name for folder in sorted(tmp_path.iterdir())] == ["damaged-step-000002", "step-000001"]
 

@@ -11,10 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ray
 from helpers import is_loopback, listening, run, session_of
 
 from asyncrl import config as configuration
 from asyncrl import job
+from asyncrl.config import Config, LearnerConfig, RolloutConfig
 from asyncrl.engine.base import EngineDied
 from asyncrl.envs.base import load_env
 from asyncrl.handles import ActorDied
@@ -22,7 +24,9 @@ from asyncrl.model import load_tokenizer
 from asyncrl.monitor import metrics
 from asyncrl.pool import RolloutPool
 from asyncrl.recovery import checkpoint
+from asyncrl.runtime import cluster
 from asyncrl.runtime.cluster import open_actors
+from asyncrl.runtime.placement import Placement
 from asyncrl.runtime.remotes import RemoteRollout
 from asyncrl.training.warmup import prepare
 from asyncrl.types import Prompt
@@ -74,6 +78,14 @@ def test_an_actor_dies_with_its_engine():
                 await call
 
     run(body())
+
+
+def test_ranks_that_the_cluster_has_no_room_for_are_not_waited_for_without_end(monkeypatch):
+    never = SimpleNamespace(ready=lambda: asyncio.Event().wait())
+    monkeypatch.setattr(ray.util, "placement_group", lambda *_, **__: never)
+    config = Config(learner=LearnerConfig(num_gpus=2), rollout=RolloutConfig(start_timeout_s=0.01))
+    with pytest.raises(RuntimeError, match=r"the learner did not start within 0\.01 s"):
+        run(cluster._place_learner(config, "", None, Placement("cuda", 1, 1, "nccl")), seconds=5)
 
 
 @pytest.mark.timeout(300)

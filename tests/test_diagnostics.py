@@ -50,13 +50,9 @@ def test_the_table_names_exactly_what_is_measured(name):
 
 
 def test_mismatch_by_definition_and_split_by_lag():
-    metrics = measure(make_columns())
-    flat, lags = list(chain(*X)), list(chain(*LAGS))
-    chosen = {
-        "": flat,
-        "_fresh": [x for x, lag in zip(flat, lags, strict=True) if lag == 0],
-        "_stale": [x for x, lag in zip(flat, lags, strict=True) if lag > 0],
-    }
+    metrics = measure(make_columns(lags=[[0, 0, 0], [3, 0], [2, 2, 2, 2]]))
+    # The 0 behind a 3 may have been sampled on keys and values of old weights: it measures neither.
+    chosen = {"": list(chain(*X)), "_fresh": X[0], "_stale": [X[1][0], *X[2]]}
     for split, values in chosen.items():
         mean = {
             "k1": [-x for x in values],

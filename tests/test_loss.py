@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl.algo.advantage import advantages
-from asyncrl.algo.loss import Columns, concatenate, policy_loss, second_moment_bound
+from asyncrl.algo.loss import Columns, concatenate, policy_loss, second_moment_bound, try_own
 from asyncrl.algo.presets import PRESETS, Loss, resolve
 
 LENGTHS = (9, 14, 6, 20, 11, 4)
@@ -578,5 +579,26 @@ def test_a_loss_of_the_user_is_a_loss_like_any_other():
     ],
 )
 def test_a_loss_of_the_user_that_cannot_be_used_is_named(name, message):
+    loss = Loss(function=f"{__name__}:{name}")
     with pytest.raises(ValueError, match=re.escape(message)):
-        policy_loss(make_columns(make_data()), Loss(function=f"{__name__}:{name}"))
+        policy_loss(make_columns(make_data()), loss)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        try_own(loss, 2)
+
+
+def own_of_four(rewards, _groups):
+    return rewards - rewards.view(-1, 4).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "size", "message"),
+    [
+        (Loss(function=f"{__name__}:own_tis2", advantage=f"{__name__}:own_of_four"), 4, None),
+        (Loss(advantage=f"{__name__}:own_of_four"), 2, r":own_of_four', tried on made-up numbers: .*test_loss.py line"),
+        (Loss(function=f"{__name__}:own_kl"), 2, r":own_kl', tried .*TypeError"),
+        (Loss(function=f"{__name__}:own_kl", reward_kl=0.1), 2, None),
+    ],
+)
+def test_functions_of_the_user_are_tried_before_a_run_begins(loss, size, message):
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        try_own(loss, size)

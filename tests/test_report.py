@@ -17,8 +17,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from asyncrl import config as configuration
 from asyncrl import job
+from asyncrl.algo.presets import resolve
 from asyncrl.monitor import metrics, samples, view
 from asyncrl.monitor.sinks import Prometheus, WeightsAndBiases
+from asyncrl.types import Group, Prompt
 from launch import report, watch
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -167,6 +169,25 @@ def test_sampled_trajectories_open_in_pandas_with_every_column(folder):
         assert baseline.to_numpy() == pytest.approx(baseline.iloc[0]), "the mean reward of the group"
     assert (table["advantage"] != 0).any()
     assert [row["version"] for row in samples.read(folder)] == sorted([*range(1, 13)] * 3)
+
+
+def double(rewards, _groups):
+    return 2 * rewards
+
+
+def test_a_sample_has_the_advantage_that_a_function_of_the_user_gave_it():
+    """Of a group of one, for which the loss it replaces has none."""
+    loss = resolve("rloo_tis2", {"advantage": "test_report:double"})
+    alone = Group(Prompt(0, (1,), ""), (0.5,), (1,), 0, 0, {}, {}, None)
+    assert samples._advantages([alone], loss) == [[1.0]]
+
+
+def test_numbers_are_written_with_seven_digits_however_small_and_counts_in_full(tmp_path):
+    row = {"eval/accuracy": 0.123456789, "eval/low": 2.6e-8, "eval/high": 123456789.0}
+    with metrics.Metrics(tmp_path, 1, quiet=True) as sink:
+        sink.evaluation(3, row)
+    (written,) = metrics.read(tmp_path)
+    assert [written[name] for name in row] == [0.1234568, 2.6e-8, 123456789]
 
 
 def test_tensorboard_has_the_metrics_the_settings_and_texts(folder):

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from asyncrl import config as configuration
-from asyncrl import job
+from asyncrl import job, run_folder
 from asyncrl.monitor import view
 from launch import watch
 
@@ -142,7 +142,7 @@ def test_ctrl_c_ends_the_step_and_saves_below_the_view(tmp_path):
     said = next(number for number, line in enumerate(lines) if line.startswith("stopping after this step"))
     top, bottom = (next(n for n, line in enumerate(lines) if line.startswith(corner)) for corner in "╭╰")
     assert said < top
-    assert any(line.startswith("go on with: python launch/run.py --resume") for line in lines[bottom:])
+    assert any(re.match(r"go on with: \S+ launch/run.py --resume", line) for line in lines[bottom:])
     assert len(list(tmp_path.glob("*/checkpoints/step-*"))) == 1
 
 
@@ -202,6 +202,13 @@ def test_a_terminal_that_is_not_ours_keeps_its_echo(monkeypatch, tmp_path, capsy
         monkeypatch.setattr(sys, "stdin", nothing)
         assert watch.main([str(tmp_path)]) == 0
     assert "step 9 of 9" in capsys.readouterr().out
+
+
+def test_a_view_shows_the_total_of_a_run_that_was_resumed_with_more_steps(tmp_path):
+    shown = view.View(make_folder(tmp_path, [ROW]))
+    assert "step 1 of 9" in text_of(shown.render())
+    run_folder.keep(tmp_path, configuration.load(None, ["num_steps=20"]), 1)
+    assert "step 1 of 20" in text_of(shown.render())
 
 
 if sys.platform != "linux":

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -28,7 +29,8 @@ def test_spans_come_back_as_they_were_recorded(tmp_path):
     assert failed.facts == {"prompt": 1, "error": "KeyError"}
 
 
-def test_half_a_line_of_a_killed_run_costs_that_line_only(tmp_path):
+def test_half_a_line_of_a_killed_run_costs_that_line_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "read_bytes", None)  # the file of a long run is large
     path = tmp_path / "timeline.jsonl"
     first = Timeline(path)
     first.mark("buffer", "drop", reason="zero variance")
@@ -144,17 +146,16 @@ def test_the_advice_names_who_waits_and_what_to_change(step, words, balanced):
 
 def test_the_bound_is_the_work_of_the_busier_side():
     found = blame([row(groups=3.8, idle=0.1), row(groups=3.8, idle=0.3)])
-    assert found.overlap == pytest.approx(0.8)
     assert found.bound == (
         "80% of the ideal overlap: a step took 10 s, of which the busier side, the rollout actors, worked 8 s"
     )
-    assert blame([row(weights=3.0, idle=0.9)]).overlap == pytest.approx(0.7), "a weight update is no work of a side"
+    assert blame([row(weights=3.0, idle=0.9)]).bound.startswith("70%"), "a weight update is no work of a side"
 
 
 def test_the_verdict_leaves_the_steps_out_in_which_kernels_are_compiled(tmp_path):
     rows = [row(groups=9.0, idle=0.95)] * 2 + [row(groups=3.8, idle=0.2)] * 18
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one | {"reward/mean": 0.0}) + "\n" for one in rows))
-    assert verdict(tmp_path).overlap == pytest.approx(0.8)
+    assert verdict(tmp_path).bound.startswith("80%")
 
 
 def test_no_steps_no_blame():

@@ -12,6 +12,7 @@ from test_loop import small
 from asyncrl import job
 from asyncrl.recovery import checkpoint
 from asyncrl.recovery.watchdog import Stalled, Watchdog
+from asyncrl.runtime import local
 from asyncrl.runtime.stacks import dump_stacks
 
 
@@ -38,7 +39,7 @@ def test_a_stall_is_named_with_all_waits_and_stacks_and_again_only_when_it_has_d
         watch = asyncio.ensure_future(watchdog.run())
         hanging = asyncio.ensure_future(never())
         with watchdog.wait("take", "4 finished groups"):
-            while watchdog.num_stalls < 3:
+            while len(said) < 3:
                 await asyncio.sleep(0.01)
         watch.cancel()
         hanging.cancel()
@@ -111,12 +112,17 @@ class Hanging:
         return env
 
 
-def test_a_run_that_hangs_stops_with_a_checkpoint_that_it_goes_on_from(tmp_path):
-    words = ["env.path=test_watchdog:Hanging", "num_steps=6", "eval.num_prompts=4"]
+def test_a_run_that_hangs_stops_with_a_checkpoint_that_it_goes_on_from(tmp_path, monkeypatch):
+    async def stacks(_learner, actors):
+        return "stacks of " + ", ".join(actor.name for actor in actors)
+
+    monkeypatch.setattr(local, "stacks", stacks)
+    words = ["env.path=test_watchdog:Hanging", "num_steps=6", "eval.num_prompts=4", "eval.num_actors=1"]
     words += ["watchdog.timeout_s=3", "watchdog.action=stop"]
     with pytest.raises(Stalled, match=r"rollout . to play prompt 11"):
         run(job.train(small(tmp_path, *words, "env.args={bad=11}"), quiet=True))
     (folder,) = [path for path in tmp_path.iterdir() if path.name != "cache"]
+    assert "stacks of rollout 0, rollout 1, evaluator 0" in (folder / "stalls.txt").read_text()
     saved = checkpoint.load_cursor(checkpoint.latest(folder / "checkpoints"))
     assert 0 < saved.version < 6
     assert 11 in saved.open_prompts

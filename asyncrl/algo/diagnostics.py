@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,9 +27,11 @@ _MISMATCH = {
 }
 _SPLITS = {
     "": "all tokens",
-    "_fresh": "tokens of lag 0: the engine alone, no staleness; nan without any",
+    "_fresh": "tokens of trajectories at lag 0 throughout: the engine alone, no staleness; nan without any",
     "_stale": "tokens of lag 1 or more; nan without any",
 }
+"""Tokens of lag 0 behind older ones of their trajectory are in neither part: with rollout.on_update=keep they were
+sampled on keys and values that older weights had made."""
 
 _LAG_BINS = 5
 
@@ -119,7 +122,8 @@ def _mismatch(columns: Columns, outcome: Outcome) -> dict[str, Tensor]:
     log_ratio = outcome.log_ratio.double()
     gap = (columns.logprobs.double().exp() - columns.behavior_logprobs.double().exp()).abs()
     finite = log_ratio.isfinite()
-    chosen = {"": finite, "_fresh": finite & (columns.lag == 0), "_stale": finite & (columns.lag > 0)}
+    fresh = _lag_of_trajectories(columns, "amax")[columns.sequence] == 0
+    chosen = {"": finite, "_fresh": finite & fresh, "_stale": finite & (columns.lag > 0)}
     statistics: dict[str, Callable[[Tensor], Tensor]] = {
         "k1": lambda x: -x.mean(),
         "k3": lambda x: (x.expm1() - x).mean(),
@@ -172,17 +176,22 @@ def _clipping(columns: Columns, outcome: Outcome) -> dict[str, Tensor]:
 
 def _lags(columns: Columns) -> dict[str, Tensor]:
     lag = columns.lag.double()
-    edge = torch.zeros(columns.num_sequences, dtype=lag.dtype, device=lag.device)
-    oldest = edge.scatter_reduce(0, columns.sequence, lag, "amax", include_self=False)
-    newest = edge.scatter_reduce(0, columns.sequence, lag, "amin", include_self=False)
+    span = _lag_of_trajectories(columns, "amax") - _lag_of_trajectories(columns, "amin")
     return {
         "lag/mean": lag.mean(),
         "lag/p95": _percentile(lag.sort().values, 0.95),
         "lag/max": lag.max(),
-        "lag/span": (oldest - newest).max(),
+        "lag/span": span.max(),
         **{f"lag/share_{bin_}": (lag == bin_).double().mean() for bin_ in range(_LAG_BINS)},
         "lag/share_more": (lag >= _LAG_BINS).double().mean(),
     }
+
+
+def _lag_of_trajectories(columns: Columns, extreme: Literal["amin", "amax"]) -> Tensor:
+    """Smallest or largest lag of each trajectory; float64[num_sequences]."""
+    lag = columns.lag.double()
+    start = torch.zeros(columns.num_sequences, dtype=lag.dtype, device=lag.device)
+    return start.scatter_reduce(0, columns.sequence, lag, extreme, include_self=False)
 
 
 def _policy(columns: Columns, outcome: Outcome) -> dict[str, Tensor]:

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from asyncrl.algo import own
+from asyncrl.algo.advantage import estimate
 from asyncrl.algo.method import Estimator, Loss, Outside, PolicyWeight
+from asyncrl.imports import line_of
 
 _TINY = 1e-6
 """Probabilities are kept this far from 0 and 1 in the binary KL of the trust mask, whose logarithms would diverge."""
@@ -105,6 +107,40 @@ def policy_loss(columns: Columns, loss: Loss, m2_bound: float | None = None) -> 
     total = -torch.where(keep | (kappa != 0), terms, 0.0).sum()
     nonfinite = ~(log_ratio.isfinite() & log_weight.isfinite() & coefficient.isfinite())
     return total, Outcome(coefficient, log_weight, capped, trust_masked, guard_masked, log_ratio, nonfinite)
+
+
+def try_own(loss: Loss, group_size: int) -> None:
+    """Calls the functions of the user once, on made-up trajectories of one group with two tokens each.
+
+    Raises `ValueError` for a path that leads nowhere and for whatever they raise: better here than after the actors'
+    start.
+    """
+    own.check(loss)
+    path = loss.advantage
+    try:
+        if loss.advantage:
+            estimate(torch.arange(float(group_size)), torch.zeros(group_size, dtype=torch.int64), loss)
+        path = loss.function
+        if loss.function:
+            policy_loss(_made_up(loss, group_size), loss)
+    except Exception as error:
+        raise ValueError(f"{path!r}, tried on made-up numbers: {error!r}{line_of(error)}") from error
+
+
+def _made_up(loss: Loss, num_sequences: int) -> Columns:
+    sequence = torch.arange(num_sequences).repeat_interleave(2)
+    logprobs = -1.0 - sequence / 10
+    return Columns(
+        logprobs=logprobs,
+        behavior_logprobs=logprobs,
+        proximal_logprobs=logprobs if loss.needs_proximal else None,
+        reference_logprobs=logprobs if loss.needs_reference else None,
+        advantages=sequence - sequence.float().mean(),
+        normalizers=torch.full_like(logprobs, 0.5 / num_sequences),
+        sequence=sequence,
+        lag=torch.zeros_like(sequence),
+        num_sequences=num_sequences,
+    )
 
 
 def _own_loss(columns: Columns, loss: Loss) -> tuple[Tensor, Outcome]:

@@ -201,10 +201,11 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     @property
     def is_corrected(self) -> bool:
-        """Whether the gradient accounts for tokens sampled by other weights than the ones being trained.
+        """Whether something in the loss accounts for tokens sampled by other weights than the ones being trained.
 
         Only a weight on, or a penalty of, the ratio to the behavior policy counts: a mask alone chooses tokens but does
-        not reweight them, and a ratio to the proximal policy says nothing about where the tokens came from.
+        not reweight them, and a ratio to the proximal policy says nothing about where the tokens came from. How well it
+        accounts for them is not judged: a penalty counts however small, and a `function` of the user always.
         """
         if self.function:
             return True

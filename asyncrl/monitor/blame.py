@@ -88,11 +88,10 @@ class Blame:
     num_actors: int
     balanced_actors: int
     """Rollout actors at which neither side would wait, if throughput grew with their number."""
-    overlap: float
-    """Measured throughput over its bound: the share of the time in which the busier of the two sides worked."""
     sentence: str
     bound: str
-    """The measured time of a step beside the least possible one, in a sentence."""
+    """The measured time of a step beside the least possible one, and the share of the time in which the busier of the
+    two sides worked, in a sentence."""
 
 
 def warmed_up(rows: Sequence[Mapping[str, float]]) -> Sequence[Mapping[str, float]]:
@@ -127,7 +126,7 @@ def blame(rows: Sequence[Mapping[str, float]]) -> Blame | None:
         f"{works[busier]:.0%} of the ideal overlap: a step took {step_s:.3g} s, of which the busier side, the "
         f"{busier}, worked {works[busier] * step_s:.3g} s"
     )
-    return Blame(shares, num_actors, balanced, works[busier], _advice(shares, num_actors, balanced), bound)
+    return Blame(shares, num_actors, balanced, _advice(shares, num_actors, balanced), bound)
 
 
 def _advice(shares: Mapping[str, float], num_actors: int, balanced: int) -> str:

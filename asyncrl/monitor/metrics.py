@@ -200,7 +200,7 @@ class Metrics:
         self.say(f"eval {version} | held-out {accuracy:.3f} ({low:.3f} to {high:.3f}){passed}")
 
     def _record(self, version: int, row: dict[str, float]) -> None:
-        values = {name: None if math.isnan(value) else round(value, 7) for name, value in row.items()}
+        values = {name: None if math.isnan(value) else _short(value) for name, value in row.items()}
         self._file.write(json.dumps({"version": version, "time": round(time.time() - self._began, 3), **values}) + "\n")
         for sink in self._sinks:
             sink.write(version, row)
@@ -221,6 +221,11 @@ class Metrics:
             f"{_thousands(row['rollout/tokens_per_s'])} tok/s | sync {row['sync/total_s']:.3f} s | "
             f"waits {told(row)}"
         )
+
+
+def _short(value: float) -> float:
+    """Seven significant digits: a small learning rate must not become 0. Whole numbers stay as they are."""
+    return value if float(value).is_integer() else float(f"{value:.7g}")
 
 
 def _thousands(value: float) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from asyncrl.algo.advantage import advantages
+from asyncrl.algo.advantage import estimate
 from asyncrl.algo.presets import Loss
 from asyncrl.types import Group, Trajectory, Version
 
@@ -87,10 +87,10 @@ class Samples:
 
 
 def _advantages(groups: Sequence[Group], loss: Loss) -> list[list[float]]:
-    """Of every trajectory of the batch, as the learner computes them; nan if that takes a model."""
+    """Of every trajectory of the batch, as the learner computes them from rewards; nan if that takes a model."""
     rewards = torch.tensor([reward for group in groups for reward in group.rewards], dtype=torch.float32)
     index = torch.tensor([number for number, group in enumerate(groups) for _ in group.rewards])
-    values = advantages(rewards, index, loss.center, loss.scale)
+    values = estimate(rewards, index, loss)
     if loss.needs_critic or loss.reward_kl:
         values = torch.full_like(values, torch.nan)
     flat = iter(values.tolist())

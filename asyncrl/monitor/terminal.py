@@ -23,6 +23,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from asyncrl.imports import interpreter
 from asyncrl.monitor.view import View
 
 _REFRESH_S = 1.0
@@ -49,7 +50,7 @@ def open_terminal(folder: Path, num_steps: int, first_step: int, *, quiet: bool,
     if watch:
         lines.say(
             "--watch needs a terminal, and the output is none: one line a step follows instead; for the view run "
-            f"python launch/watch.py {folder} in a terminal"
+            f"{interpreter()} launch/watch.py {folder} in a terminal"
         )
     return lines
 

@@ -12,6 +12,7 @@ Recording one span takes microseconds; lines are buffered and written once a ste
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -45,7 +46,7 @@ class Timeline:
         self._next_key = 0
         self._file = None
         if path is not None:
-            torn = path.exists() and path.read_bytes()[-1:] not in (b"\n", b"")
+            torn = path.exists() and _is_torn(path)
             self._file = path.open("ab", buffering=2**20)
             if torn:  # a run that was killed while it wrote: keep its half line apart from the next one
                 self._file.write(b"\n")
@@ -98,6 +99,13 @@ class Timeline:
         self._recent.append(span)
         if self._file is not None:
             self._file.write(_encode(span) + b"\n")
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether the last line has no end. Nothing else is read: the file of a long run is large."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        return file.read() not in (b"\n", b"")
 
 
 def read(path: Path) -> tuple[list[Span], int]:

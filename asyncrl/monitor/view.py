@@ -80,18 +80,22 @@ class View:
         if not (folder / "config.json").exists():
             raise ValueError(f"{folder} is no run folder: it has no config.json")
         self._name = folder.resolve().name
-        self._config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        self._path = folder / "metrics.jsonl"
+        self._settings, self._path = folder / "config.json", folder / "metrics.jsonl"
         self._rows = Follower(self._path)
 
     def finished(self) -> bool:
         """Whether the last step is done and nothing followed for a while, such as its evaluation or further steps of a
         run that was resumed with more of them."""
-        return newest_version(self._rows.read()) >= self._config["num_steps"] and self._silent_s() > _LINGER_S
+        return newest_version(self._rows.read()) >= self._config()["num_steps"] and self._silent_s() > _LINGER_S
 
     def render(self) -> RenderableType:
         """The whole screen, as the run's files are now."""
-        return screen(self._name, self._config, self._rows.read(), self._silent_s())
+        return screen(self._name, self._config(), self._rows.read(), self._silent_s())
+
+    def _config(self) -> dict[str, Any]:
+        """As it is now: a resume changes it on its way."""
+        config: dict[str, Any] = json.loads(self._settings.read_text())
+        return config
 
     def _silent_s(self) -> float:
         return time.time() - self._path.stat().st_mtime if self._path.exists() else 0.0

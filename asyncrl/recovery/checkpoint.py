@@ -121,31 +121,43 @@ def version_of(folder: Path) -> Version:
     return int(folder.name.removeprefix("step-"))
 
 
-def newest(root: Path) -> Path | None:
+def newest(root: Path, *, set_aside: bool = True) -> Path | None:
     """The newest checkpoint that is whole; None if there is none at all.
 
-    Damaged ones are renamed to `damaged-...`, with a warning. Raises `ValueError` if every one is damaged.
+    Damaged ones are passed over with a warning and, with `set_aside`, renamed to `damaged-...`: that is for the run
+    itself. Raises `ValueError` if every one is damaged.
     """
-    found = folders(root)
-    for folder in reversed(found):
+    damaged: list[str] = []
+    for folder in reversed(folders(root)):
         problem = damage(folder)
         if problem is None:
             return folder
-        aside = folder.with_name(f"damaged-{folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
-        warnings.warn(f"checkpoint {folder} is damaged ({problem}): it is now {aside.name}", stacklevel=2)
-    if found:
+        left = _set_aside(folder) if set_aside else folder
+        damaged.append(left.name)
+        warnings.warn(
+            f"checkpoint {folder} is damaged ({problem}): it is left as {left.name}, and the one before it is tried",
+            stacklevel=2,
+        )
+    if damaged:
         raise ValueError(
-            f"every checkpoint in {root} is damaged: {', '.join(f'damaged-{folder.name}' for folder in found)}; "
-            "restore one of them from a copy, or start a new run"
+            f"every checkpoint in {root} is damaged: {', '.join(reversed(damaged))}; restore one of them from a copy, "
+            "or start a new run"
         )
     return None
 
 
+def _set_aside(folder: Path) -> Path:
+    aside = folder.with_name(f"damaged-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return folder.rename(aside)
+
+
 def latest(root: Path) -> Path:
-    """The newest whole checkpoint. Raises `ValueError` if there is none."""
-    folder = newest(root)
+    """The newest whole checkpoint, for whoever only reads: nothing is renamed, as the run may be going on.
+
+    Raises `ValueError` if there is none.
+    """
+    folder = newest(root, set_aside=False)
     if folder is None:
         raise ValueError(
             f"no checkpoint in {root}: the run has not come to its first one; wait for it, or if the run has ended, go "
@@ -160,14 +172,17 @@ def damage(folder: Path) -> str | None:
         manifest = msgspec.json.decode((folder / _MANIFEST).read_bytes(), type=Manifest)
     except (OSError, msgspec.DecodeError) as error:
         return f"{_MANIFEST}: {error}"
-    names = sorted(manifest.files)
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        return f"no {missing[0]}"
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
-        for name, checksum in zip(names, threads.map(lambda name: _sum(folder / name), names), strict=True):
-            if checksum != manifest.files[name]:
-                return f"{name} has another checksum than when it was written"
-    return None
+        problems = threads.map(lambda item: _damage_of(folder, *item), sorted(manifest.files.items()))
+        return next(filter(None, problems), None)
+
+
+def _damage_of(folder: Path, name: str, checksum: str) -> str | None:
+    try:
+        found = _sum(folder / name)
+    except OSError as error:  # gone, or the disk does not give it back
+        return f"{name}: {error}"
+    return None if found == checksum else f"{name} has another checksum than when it was written"
 
 
 def load_cursor(folder: Path) -> Cursor:

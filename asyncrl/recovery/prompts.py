@@ -209,7 +209,7 @@ class PromptQueue:
 def _checked(prompt: Prompt, account: Account) -> Prompt:
     if account.checksum is not None and account.checksum != checksum_of(prompt):
         raise ValueError(
-            f"prompt {prompt.id} is not the one that the run admitted under this number: env.path, env.args, seed or "
-            "the data behind them have changed since; restore them, or start a new run"
+            f"prompt {prompt.id} is not the one that the run admitted under this number: env.path, env.args, seed, the "
+            "data behind them or the tokenizer of model.path have changed since; restore them, or start a new run"
         )
     return prompt

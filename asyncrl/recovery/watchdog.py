@@ -72,7 +72,6 @@ class Watchdog:
         kill: Callable[[Any], None],
     ) -> None:
         """`stacks` asks every actor for its stacks; `kill` ends the process of a rollout actor."""
-        self.num_stalls = 0
         self._path = folder / "stalls.txt"
         self._timeout_s, self._action = timeout_s, action
         self._say, self._stacks, self._kill = say, stacks, kill
@@ -102,7 +101,6 @@ class Watchdog:
         return [wait for wait in old if wait.taken_s > 2 * wait.reported_s]
 
     async def _act(self, overdue: list[Wait]) -> None:
-        self.num_stalls += 1
         for wait in overdue:
             wait.reported_s = wait.taken_s
         told = "; ".join(str(wait) for wait in overdue[:3])

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
+import threading
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -40,6 +42,7 @@ async def open_actors(
     """
     _start_ray(config)
     try:
+        await asyncio.sleep(0)  # a Ctrl-C that came while Ray started, which blocks, ends it here
         existing = ray.cluster_resources()
         placement = plan(config, int(existing.get("GPU", 0)))
         check_resources(config, existing)
@@ -102,7 +105,7 @@ async def _place_learner(config: Config, folder: str, resume: Path | None, place
     taken = {name: amount for name, amount in each.items() if amount}
     if num_ranks > 1 and taken:
         together = ray.util.placement_group([taken] * num_ranks, strategy="PACK")
-        await together.ready()
+        await _in_time(together.ready(), config.rollout.start_timeout_s, "the learner")
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(together)
     remote: Any = ray.remote
     learner_class = remote(concurrency_groups={SENDING: 1})(LearnerActor).options(**options)
@@ -150,6 +153,7 @@ def kill(rollout: RemoteRollout) -> None:
 def _start_ray(config: Config) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    before = signal.getsignal(signal.SIGTERM)
     own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
     ray.init(
         address=config.cluster.address or "local",  # with none given, Ray would join one it finds on this machine
@@ -157,3 +161,5 @@ def _start_ray(config: Config) -> None:
         configure_logging=False,
         **({} if config.cluster.address else own),
     )
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)  # Ray put its own there, which prints its stack

@@ -60,7 +60,7 @@ function offPolicy() {
     lineChart("Lag over steps", "", [line("mean", "lag/mean"), line("95th percentile", "lag/p95"), line("maximum", "lag/max", { color: COLORS[5] })], { x, min: 0 }),
     lineChart("Effective sample size", "of the importance ratios, as a share", [line("tokens", "ess/token"), line("trajectories", "ess/sequence"), line("tokens, capped", "ess/token_capped")],
       { x, max: 1, unit: "%" }),
-    lineChart("Mismatch of behavior and current policy", "k3 estimate of the divergence, a token", [line("all tokens", "mismatch/k3"), line("of lag 0", "mismatch/k3_fresh"), line("of lag 1 or more", "mismatch/k3_stale")], { x, min: 0 }),
+    lineChart("Mismatch of behavior and current policy", "k3 estimate of the divergence, a token", [line("all tokens", "mismatch/k3"), line("of trajectories at lag 0", "mismatch/k3_fresh"), line("of lag 1 or more", "mismatch/k3_stale")], { x, min: 0 }),
     lineChart("What the loss clipped and masked", "share of all tokens; removed: of the gradient", [
       line("capped, advantage > 0", "clip/capped_positive"), line("capped, advantage < 0", "clip/capped_negative"),
       line("masked, advantage > 0", "clip/trust_positive"), line("masked, advantage < 0", "clip/trust_negative"),
