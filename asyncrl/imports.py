@@ -1,13 +1,19 @@
-"""Code of the user: modules that a configuration names by import path, and the line of it that raised."""
+"""What a run finds beside the package: modules that a configuration names by import path, the line of them that raised,
+folders, and the interpreter."""
 
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 import sysconfig
 import traceback
+from pathlib import Path
 from types import ModuleType
 
 _LIBRARIES = ("<frozen", *(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")))
+_LOCAL = ("models/", "data/", "runs/", "./", "../", "/", "~")
+"""What paths of this machine begin with; anything else may be an id of the hub."""
 
 
 def load_module(path: str, told: str, form: str) -> tuple[ModuleType, str]:
@@ -17,6 +23,8 @@ def load_module(path: str, told: str, form: str) -> tuple[ModuleType, str]:
     errors speak of the path, `form` how it is written.
     """
     module_name, _, name = path.partition(":")
+    if not name:
+        raise ValueError(f"{told} has no ':' with a name after it: write {form!r}")
     try:
         return importlib.import_module(module_name), name
     except ModuleNotFoundError as error:
@@ -36,3 +44,19 @@ def line_of(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is the caller's
     own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
     return f", {own[-1].filename} line {own[-1].lineno}" if own else ""
+
+
+def check_folder(path: str | Path, script: str, knob: str) -> None:
+    """Raises `ValueError` if nothing is at a path that looks like one of this machine: the hub need not be asked, which
+    takes a minute where there is no network. `script` makes such folders, `knob` names them."""
+    if str(path).startswith(_LOCAL) and not Path(path).exists():
+        raise ValueError(
+            f"there is no folder {str(path)!r}, seen from {Path.cwd()}: make it, for example with `{interpreter()} "
+            f"{script}`, or name another in {knob}"
+        )
+
+
+def interpreter() -> str:
+    """The Python that runs, as it is typed in the current folder."""
+    near = os.path.relpath(sys.executable)
+    return sys.executable if near.startswith("..") else near

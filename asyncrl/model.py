@@ -27,6 +27,8 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from asyncrl.imports import check_folder
+
 try:
     from torch.nn.attention import varlen
 except ImportError:  # before torch 2.10
@@ -42,6 +44,8 @@ _VARLEN = "segments"
 TINY = "tiny"
 TINY_BYTES = "tiny-bytes"
 """The model names that stand for `build_tiny`: its tokenizer has 25 characters, or any byte and a chat template."""
+
+_MADE_BY = ("launch/prepare_model.py", "model.path")
 
 _PAD, _EOS = "<pad>", "<eos>"
 _VOCABULARY = (_PAD, _EOS, *"0123456789", *"=+-*,:", " ", *"msarcg")
@@ -103,6 +107,7 @@ def load_model(
     """
     _quiet()
     try:
+        check_folder(path, *_MADE_BY)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError) as error:
         raise ValueError(f"no model could be loaded from {str(path)!r}: {error}") from error
@@ -118,6 +123,7 @@ def empty_model(path: str | Path, attention: str = "sdpa") -> PreTrainedModel:
     """
     _quiet()
     try:
+        check_folder(path, *_MADE_BY)
         config = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
@@ -238,6 +244,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     _quiet()
     reader = PreTrainedTokenizerFast if (Path(path) / "tokenizer.json").is_file() else AutoTokenizer
     try:
+        check_folder(path, *_MADE_BY)
         return reader.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer could be loaded from {str(path)!r}: {error}") from error

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
+import re
 import tomllib
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 import msgspec
 
@@ -22,6 +24,17 @@ def read(path: str | Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be parsed: {error}") from error
     return tree
+
+
+class Parser(argparse.ArgumentParser):
+    """Of a command line with `section.key=value` words: one that is written as a flag is told its form."""
+
+    def error(self, message: str) -> NoReturn:
+        flag = re.search(r"--([a-z]\w*[._=]\S*)", message)  # flags of the commands have none of the three
+        if flag:
+            name, _, value = flag[1].partition("=")
+            message = f"{message}: a setting is written without dashes, {name}={value or 'VALUE'}"
+        super().error(message)
 
 
 def assign(tree: dict[str, Any], word: str) -> None:

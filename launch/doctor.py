@@ -23,20 +23,29 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from asyncrl.runtime.preflight import (
-    Check,
-    Gpu,
-    attempt,
-    check_cuda,
-    check_disk,
-    check_gpu_memory,
-    check_gpus,
-    check_host_memory,
-    check_package,
-    check_placement,
-    check_ports,
-    check_python,
-)
+try:
+    from asyncrl.imports import interpreter
+    from asyncrl.runtime.preflight import (
+        Check,
+        Gpu,
+        attempt,
+        check_cuda,
+        check_disk,
+        check_gpu_memory,
+        check_gpus,
+        check_host_memory,
+        check_package,
+        check_placement,
+        check_ports,
+        check_python,
+        check_transformers,
+    )
+    from asyncrl.tables import Parser
+except ImportError as error:
+    sys.exit(
+        f"error: {error} for {sys.executable}: run `make .venv/installed` and take .venv/bin/python, or "
+        f"`{sys.executable} -m pip install -e .`"
+    )
 
 if TYPE_CHECKING:  # imported where they are used, so that a missing package is a finding and not a traceback
     from asyncrl.config import Config
@@ -46,7 +55,7 @@ COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="CONFIG.toml | section.key=value")
     parser.add_argument("--start-ray", action="store_true", help="start Ray and stop it again, which takes seconds")
     options = parser.parse_intermixed_args(arguments)
@@ -54,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = resolve(options.words)
         return show(list(examine(config, options.start_ray)))
     except ImportError as error:
-        print(f"error: {error} (Python {platform.python_version()}): pip install --editable .", file=sys.stderr)
+        print(f"error: {error} for {sys.executable}: run `{interpreter()} -m pip install -e .`", file=sys.stderr)
         return 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -92,18 +101,21 @@ def examine(config: Config, start_ray: bool) -> Iterator[Check]:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    sglang = config.rollout.engine == "sglang"
+    gpus, build = find_gpus()
+    seen = check_gpus(config, gpus)
+    sglang = config.rollout.engine == "sglang" and seen.status != "FAIL"  # without a GPU it would be of no use
     wanted = {"gpu": sglang, "lora": config.lora.rank > 0}
     extras = [line for name, lines in project["optional-dependencies"].items() if wanted.get(name) for line in lines]
+    yield seen
+    yield check_cuda(config.device, build, find_driver(), len(gpus))
+    yield check_placement(config, len(gpus))
     yield check_python(platform.python_version(), project["requires-python"])
     for requirement in [*project["dependencies"], *extras]:
         yield check_package(requirement, installed)
-    gpus, build = find_gpus()
-    yield check_cuda(config.device, build, find_driver(), len(gpus))
-    yield check_gpus(config, gpus)
-    yield check_placement(config, len(gpus))
     if sglang:
-        yield attempt("attention backend", "pip install 'asyncrl[gpu]'", lambda: attention(config, gpus))
+        if installed("sglang"):
+            yield check_transformers(metadata.requires("sglang") or [], installed("transformers"))
+        yield attempt("attention backend", "see the row of sglang", lambda: attention(config, gpus))
     models: list[tuple[int, Any]] = []
     yield attempt("model", "name 'tiny', a folder or a hub id in model.path", lambda: read_model(config, models))
     for parameters, tokenizer in models:
@@ -176,8 +188,8 @@ def read_model(config: Config, models: list[tuple[int, Any]]) -> str:
             if Path(path).exists():
                 raise
             raise ValueError(
-                f"{path!r} is no folder here, and the hub gave no model of that name: make the folder "
-                "(launch/prepare_model.py does it from GGUF), or name another in model.path"
+                f"{path!r} is neither a folder here nor a model that the hub gave: make the folder "
+                f"(`{interpreter()} launch/prepare_model.py` does so from GGUF), or name another in model.path"
             ) from error
         parameters = count_parameters(read_settings(path))
     models.append((parameters, tokenizer))

@@ -36,6 +36,14 @@ def blocking_reward(completions, **_kwargs):
     return [0.0] * len(completions)
 
 
+def impatient_reward(**_kwargs):
+    raise TimeoutError("a judge of its own")
+
+
+async def async_impatient_reward(**kwargs):
+    impatient_reward(**kwargs)
+
+
 def last_role_reward(prompts, completions, **_kwargs):
     return [
         float(p[-1]["role"] == "user" and c[0] == {"role": "assistant", "content": "yes"})
@@ -115,6 +123,16 @@ def test_the_no_skill_score_is_that_of_the_most_frequent_target(tmp_path):
     assert env.baselines(heldout) == {"always 'b'": share}
 
 
+@pytest.mark.parametrize(("given", "text"), [(42, "42"), (42.0, "42"), (0.5, "0.5"), ("1.0", "1.0"), ([1], [1])])
+def test_a_target_that_is_a_number_is_text_and_its_column_stays(tmp_path, given, text):
+    def seen(target, answer):
+        return [float((target, answer) == ([text], [given]))]
+
+    rows = [{"question": f"{n}?", "answer": given} for n in range(9)]
+    env = make(tmp_path / "d.jsonl", rows, reward=seen, target="answer")
+    assert attempt(env, next(env.prompts("train", 0)), "").reward == 1.0
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -127,6 +145,10 @@ def test_the_no_skill_score_is_that_of_the_most_frequent_target(tmp_path):
         ({"max_prompt_tokens": 20}, r"prompt longer than 20 tokens: it has \d+ tokens: raise env.args.max_prompt_tok"),
         ({"heldout": "test"}, "is one file, which has no split 'test'"),
         ({"source": "nowhere.jsonl"}, "there is no data file 'nowhere.jsonl'"),
+        (
+            {"source": "data/nowhere"},
+            "there is no folder 'data/nowhere', seen from .*launch/prepare_gsm8k.py`, or name",
+        ),
         ({"num_shots": 2}, "worked examples need the column named by reply"),
         ({"colour": "blue"}, "env.args does not fit.*unexpected keyword argument 'colour'; it takes source, reward"),
     ],
@@ -143,6 +165,10 @@ def test_a_mistake_in_the_settings_is_named(tmp_path, args, message):
         ('{"question": "a"}\nbroken\n', "line 2 is no JSON"),
         ("[1, 2]\n", "line 1: a row is an object with columns"),
         ('{"question": null}\n{"question": "a"}\n', "row 0: unusable row: nothing in column 'question'"),
+        (
+            '{"question": 4}\n',
+            "row 0: unusable row: 4 in column 'question', where a text or a list of messages belongs",
+        ),
     ],
 )
 def test_a_mistake_in_the_data_is_named(tmp_path, text, message):
@@ -214,4 +240,11 @@ def test_a_function_gets_the_arguments_that_it_names(tmp_path):
 def test_a_reward_function_that_takes_too_long_is_named(tmp_path, name):
     env = make(tmp_path / "data.jsonl", reward=f"test_dataset:{name}", timeout_s=0.05)
     with pytest.raises(TimeoutError, match=rf"'{name}' took longer than 0\.05 s"):
+        attempt(env, next(env.prompts("train", 0)), "1")
+
+
+@pytest.mark.parametrize("name", ["impatient_reward", "async_impatient_reward"])
+def test_a_timeout_that_a_reward_function_raises_is_told_as_its_own(tmp_path, name):
+    env = make(tmp_path / "data.jsonl", reward=f"test_dataset:{name}")
+    with pytest.raises(ValueError, match=rf"'{name}' raised TimeoutError\('a judge.*, \S*test_dataset\.py line \d+"):
         attempt(env, next(env.prompts("train", 0)), "1")

@@ -72,9 +72,39 @@ def test_cuda(found, status, remedy):
     assert remedy in check.remedy
 
 
-@pytest.mark.parametrize(("gpus", "status"), [([], "ok"), ([H100], "ok"), ([H100, T4], "warn")])
-def test_gpus(gpus, status):
-    assert doctor.check_gpus(config(), gpus).status == status
+def test_the_transformers_that_sglang_was_made_for():
+    needs = ["torch==2.11", "sentence_transformers; extra == 'test'", "transformers==5.12.1"]
+    check = doctor.check_transformers(needs, "5.23.0")
+    assert (check.status, "made for ==5.12.1" in check.finding) == ("warn", True)
+    assert check.remedy.endswith(" -m pip install 'transformers==5.12.1'")
+    assert {doctor.check_transformers(*facts).status for facts in [(needs, "5.12.1"), ([], "5.23.0")]} == {"ok"}
+
+
+SGLANG = ["rollout.engine=sglang", "rollout.dtype=bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "words", "status"),
+    [
+        ([], [], "ok"),
+        ([H100], [], "ok"),
+        ([H100, T4], [], "warn"),
+        ([], SGLANG, "FAIL"),
+        ([], [*SGLANG, "cluster.address=auto"], "warn"),
+        ([], [*SGLANG, "device=cpu"], "ok"),
+        ([], ["device=cuda"], "FAIL"),
+        ([H100], SGLANG, "ok"),
+    ],
+)
+def test_gpus(gpus, words, status):
+    assert doctor.check_gpus(config(*words), gpus).status == status
+
+
+def test_without_a_gpu_that_comes_first_and_sglang_is_not_asked_for(monkeypatch):
+    monkeypatch.setattr(doctor, "find_gpus", lambda: ([], None))
+    first, *rest = doctor.examine(config(*SGLANG), False)
+    assert (first.name, first.status, "configs/quickstart_cpu.toml" in first.remedy) == ("gpus", "FAIL", True)
+    assert {"sglang", "flashinfer-python", "attention backend"}.isdisjoint(check.name for check in rest)
 
 
 @pytest.mark.parametrize(("capability", "word"), [((9, 0), "for 9.0"), (None, "torch_native on the CPU")])
@@ -183,6 +213,17 @@ def test_exit_codes(capsys, monkeypatch):
         assert doctor.main([]) == code
     assert doctor.main(["rollout.group_sice=3"]) == 2
     assert "did you mean" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        doctor.main(["--num_steps=10", "--rollout.seed", "1"])
+    assert capsys.readouterr().err.endswith(": a setting is written without dashes, num_steps=10\n")
+
+
+def test_a_python_without_the_package_is_told_in_a_line():
+    bare = [sys.executable, "-I", "-S", SCRIPT]
+    done = subprocess.run(bare, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "No module named 'asyncrl' for" in done.stderr
+    assert "run `make .venv/installed`" in done.stderr
 
 
 @pytest.mark.timeout(20)

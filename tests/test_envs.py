@@ -118,6 +118,7 @@ def test_the_largest_of_three_counts_as_the_last_number_of_a_reply_that_ended():
     [
         ("asyncrl.envs.nothing:X", "no module 'asyncrl.envs.nothing'"),
         ("asyncrl.envs.digits:Nothing", "has no 'Nothing'"),
+        ("asyncrl.envs.digits", "has no ':' with a name after it: write 'package.module:Name'"),
     ],
 )
 def test_a_wrong_path_says_which_half_is_wrong(tokenizer, path, message):
@@ -149,11 +150,11 @@ class Given:
 
     max_prompt_tokens = 3
 
-    def __init__(self, prompts=(), scores=None):
-        self._prompts, self._scores = prompts, scores
+    def __init__(self, prompts=(), scores=None, train=()):
+        self._prompts, self._scores = {"train": train, "heldout": prompts}, scores
 
-    def prompts(self, _split, _seed):
-        return iter(self._prompts)
+    def prompts(self, split, _seed):
+        return iter(self._prompts[split])
 
     def baselines(self, _prompts):
         return self._scores
@@ -173,10 +174,17 @@ GOOD = Prompt(0, (1, 2, 3), "x")
     ],
 )
 def test_a_prompt_that_breaks_the_protocol_is_named_when_it_is_drawn(bad, message):
-    drawn = checked_prompts(Given([GOOD, bad]), "train", 0)
+    drawn = checked_prompts(Given(train=[GOOD, bad]), "train", 0)
     assert next(drawn) is GOOD
     with pytest.raises(ValueError, match=message):
         next(drawn)
+
+
+def test_a_training_prompt_that_is_held_out_is_warned_of_once():
+    train = [GOOD, Prompt(1, [4], "x"), Prompt(2, (4,), "x")]
+    with pytest.warns(UserWarning, match=r"prompt 1 of Given.prompts\('train'\) is a held-out prompt, too") as told:
+        assert list(checked_prompts(Given(train=train), "train", 0, heldout=[Prompt(0, (4,), "y")])) == train
+    assert len(told) == 1
 
 
 def test_held_out_prompts_may_be_few_but_not_none():

@@ -97,11 +97,11 @@ SPLITS = ("validation", "test")
 
 
 def test_preparing_refuses_data_that_are_not_gsm8k(tmp_path, capsys):
-    rows = [problem(1), problem(2) | {"answer": "no number"}]
+    rows = [problem(1), problem(2) | {"answer": 42}]
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert prepare_gsm8k.main(["--source", str(tmp_path), "--folder", str(tmp_path / "out")]) == 2
-    assert "row 1: the answer must end in '#### number', got 'no number'" in capsys.readouterr().err
+    assert "row 1: the answer must end in '#### number', got '42'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -1,6 +1,5 @@
-"""The guide: its knobs and links exist, and its environment runs."""
+"""The guide: its knobs and links exist, and its environment, loss and advantages run."""
 
-import random
 import re
 from pathlib import Path
 
@@ -10,10 +9,8 @@ from helpers import run as run_coroutine
 from asyncrl import config as configuration
 from asyncrl import job
 from asyncrl.config import Config
-from asyncrl.envs.base import single_turn, split_of
 from asyncrl.monitor import metrics
 from asyncrl.monitor.sinks import flat
-from asyncrl.types import Prompt
 
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "docs" / "guide.md").read_text()
@@ -48,13 +45,15 @@ def test_links_lead_somewhere():
             assert (ROOT / "docs" / target).exists(), target
 
 
-def test_the_environment_of_the_guide_runs(tmp_path, monkeypatch):
+def test_the_environment_and_the_loss_of_the_guide_run(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", GUIDE, re.S)
-    (source,) = [block for block in blocks if block.startswith("class LastDigit")]
-    names = {"random": random, "Prompt": Prompt, "single_turn": single_turn, "split_of": split_of}
-    exec(source, names)
-    monkeypatch.setattr(helpers, "LastDigit", names["LastDigit"], raising=False)
+    for name in ("class LastDigit", "def capped", "def only_better"):
+        (source,) = [block for block in blocks if name in block]
+        names = {}
+        exec(source, names)
+        monkeypatch.setattr(helpers, name.split()[1], names[name.split()[1]], raising=False)
     words = ["runtime=local", "env.path=helpers:LastDigit", "num_steps=2", "rollout.group_size=4"]
+    words += ["algorithm.preset=helpers:capped", "algorithm.loss.advantage=helpers:only_better"]
     words += ["learner.groups_per_step=2", "eval.num_prompts=4", "metrics.timeline=false", f"run_dir={tmp_path}"]
     result = run_coroutine(job.train(configuration.load(None, words), quiet=True))
     assert result.version == 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from asyncrl.model import build_tiny, load_model, load_tokenizer, stop_token_ids
+from asyncrl.model import build_tiny, empty_model, load_model, load_tokenizer, stop_token_ids
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +83,17 @@ def test_stop_tokens_are_those_of_the_folder_and_of_the_tokenizer(folder, tokeni
 
 @pytest.mark.parametrize("read", [load, load_tokenizer], ids=["model", "tokenizer"])
 def test_an_unreadable_path_is_named(tmp_path, read):
-    for path in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(ValueError, match=f"could be loaded from '{path}'"):
-            read(path)
+    with pytest.raises(ValueError, match=f"could be loaded from '{tmp_path}'"):
+        read(tmp_path)
+
+
+@pytest.mark.timeout(10)  # the hub is not asked
+@pytest.mark.parametrize("read", [load, empty_model, load_tokenizer])
+@pytest.mark.parametrize("path", ["models/missing", "../missing", "/missing"])
+def test_a_folder_that_is_not_there_is_told_with_what_makes_one(read, path):
+    told = rf"there is no folder '{path}', seen from .* launch/prepare_model\.py`, or name another in model\.path"
+    with pytest.raises(ValueError, match=told):
+        read(path)
 
 
 def test_loading_removes_dropout(folder, tmp_path):

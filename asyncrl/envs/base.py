@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
+import warnings
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from itertools import islice
 from numbers import Real
@@ -92,15 +93,25 @@ def load_env(path: str, tokenizer: Tokenizer, args: dict[str, Any]) -> Env:
     return env
 
 
-def checked_prompts(env: Env, split: Split, seed: int) -> Iterator[Prompt]:
+def checked_prompts(env: Env, split: Split, seed: int, heldout: Sequence[Prompt] = ()) -> Iterator[Prompt]:
     """The prompts of the environment, each looked at as it is drawn.
 
     Raises `ValueError` for one that breaks the protocol, naming it and the rule: what the journal, seeds and resumed
-    runs know of a prompt is its id.
+    runs know of a prompt is its id. The first one that is also among the `heldout` is told of in a warning: small tasks
+    may want that.
     """
+    unseen = {tuple(prompt.token_ids) for prompt in heldout}
     for number, prompt in enumerate(env.prompts(split, seed)):
+        named = f"prompt {number} of {type(env).__name__}.prompts({split!r})"
         if broken := _broken_rule(prompt, number, env.max_prompt_tokens):
-            raise ValueError(f"prompt {number} of {type(env).__name__}.prompts({split!r}) {broken}")
+            raise ValueError(f"{named} {broken}")
+        if unseen and tuple(prompt.token_ids) in unseen:
+            warnings.warn(
+                f"{named} is a held-out prompt, too: held-out scores then tell what was learnt by heart; draw the two "
+                "splits from different data, for example with asyncrl.envs.base.split_of",
+                stacklevel=2,
+            )
+            unseen = set()
         yield prompt
 
 
@@ -145,7 +156,7 @@ def import_object(path: str, knob: str) -> Any:
     """What `module:name` names. Raises `ValueError` saying which half of the path, the value of `knob`, is wrong."""
     told, form = f"{knob} {path!r}", "package.module:Name"
     module, name = load_module(path, told, form)
-    if not name or not hasattr(module, name):
+    if not hasattr(module, name):
         raise ValueError(f"{told}: module {module.__name__!r} has no {name!r}; write {form!r}")
     return getattr(module, name)
 

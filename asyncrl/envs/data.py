@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from asyncrl.imports import check_folder
+
 Row: TypeAlias = dict[str, Any]
 """One example: column name -> value."""
 
@@ -26,6 +28,7 @@ def read_rows(source: str, split: str, name: str | None = None) -> list[Row]:
     elif path.is_dir():
         rows = _read_file(_file_of(path, split))
     else:
+        check_folder(source, "launch/prepare_gsm8k.py", "env.args")
         rows = _read_hub(source, split, name)
     if not rows:
         raise ValueError(f"the data set {source!r} has no rows in split {split!r}: name a split that has some")

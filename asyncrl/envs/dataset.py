@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 from asyncrl.envs.base import Generate, Split, Tokenizer, single_turn, split_of
 from asyncrl.envs.chat import ChatFormat, Style
@@ -64,12 +64,13 @@ class DatasetEnv:
         timeout_s: float = 30.0,
     ) -> None:
         """`source`, `name`: as in `envs.data.read_rows`. `prompt`, `target`, `reply`: columns; a prompt is a text or a
-        list of messages, `target` also reaches the reward functions under that name, `reply` is a right completion,
-        which worked examples (`num_shots`, the first rows of `train`) and the supervised warm-up need. `source_column`:
-        a column, such as a level, by whose values rewards are reported and a curriculum may choose. `train`,
-        `heldout`: splits; without `heldout` a tenth of the rows is held out by hash. A row whose prompt is longer than
-        `max_prompt_tokens`, or that cannot be used for another reason, is an error, or skipped and counted in
-        `skipped`. `end_required`: a completion that ran out of tokens has reward 0.
+        list of messages, `target` also reaches the reward functions under that name, a number as text, since that is
+        what completions are; `reply` is a right completion, which worked examples (`num_shots`, the first rows of
+        `train`) and the supervised warm-up need. `source_column`: a column, such as a level, by whose values rewards
+        are reported and a curriculum may choose. `train`, `heldout`: splits; without `heldout` a tenth of the rows is
+        held out by hash. A row whose prompt is longer than `max_prompt_tokens`, or that cannot be used for another
+        reason, is an error, or skipped and counted in `skipped`. `end_required`: a completion that ran out of tokens
+        has reward 0.
         """
         self.max_prompt_tokens = max_prompt_tokens
         self.skipped: Counter[str] = Counter()
@@ -142,6 +143,8 @@ class DatasetEnv:
         missing = [column for column in self.columns if row.get(column) is None]
         if missing:
             raise ValueError(f"nothing in column {missing[0]!r}")
+        if not isinstance(prompt := row[self._prompt], str | list):
+            raise ValueError(f"{prompt!r} in column {self._prompt!r}, where a text or a list of messages belongs")
         return row
 
     async def _score(self, text: str, token_ids: Sequence[int], prompt: Prompt) -> tuple[float, dict[str, float]]:
@@ -201,7 +204,7 @@ class DatasetEnv:
             what = f"the prompt {str(prompt)[:60]!r} of {self._source!r}"
             self._refuse(what, f"prompt {reason}", f"it has {len(token_ids)} tokens: raise env.args.max_prompt_tokens")
             return None
-        columns = row | ({"target": row[self._target]} if self._target else {})
+        columns = row | ({"target": _as_text(row[self._target])} if self._target else {})
         try:
             scoring = json.dumps({"prompt": prompt, "columns": columns})
         except TypeError as error:
@@ -213,3 +216,8 @@ class DatasetEnv:
         if self._bad_rows == "error":
             raise ValueError(f"{what}: {reason}: {detail}; or set env.args.bad_rows='skip', which counts such rows")
         self.skipped[reason] += 1
+
+
+def _as_text(target: Any) -> Any:
+    """A number as it is written, 42 for 42.0, which integers become where a column has gaps; all else as it is."""
+    return str(target).removesuffix(".0") if isinstance(target, int | float) else target

@@ -87,11 +87,11 @@ def prepare_row(row: Row) -> Row:
     """
     if not row.get("question") or not row.get("answer"):
         raise ValueError("a row needs a question and an answer")
-    solution = re.sub(r"<<[^<>]*>>", "", row["answer"]).strip()
+    solution = re.sub(r"<<[^<>]*>>", "", str(row["answer"])).strip()
     marked = solution.rpartition("####")
     target = _plain_number(marked[2]) if marked[1] else None
     if target is None:
-        raise ValueError(f"the answer must end in '#### number', got {row['answer'][-60:]!r}: correct the data")
+        raise ValueError(f"the answer must end in '#### number', got {solution[-60:]!r}: correct the data")
     return {"question": row["question"], "reply": solution, "target": _write(target)}
 
 

@@ -1,9 +1,9 @@
 """Reward functions, named by import path, in the signature that TRL has: `f(prompts, completions, **columns)`.
 
 Every argument is a list with one entry an attempt, and so is what the function returns. Prompts and completions are
-texts, or lists of messages where the data set has conversations. An attempt is scored by itself, so lists have length
-1. A function without `**columns` gets what its signature names. One without `async` runs in a thread: generation goes
-on beside it.
+texts, or lists of messages where the data set has conversations; `target` is text where the data have a number, and
+other columns are as the data have them. An attempt is scored by itself, so lists have length 1. A function
+without `**columns` gets what its signature names. One without `async` runs in a thread: generation goes on beside it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from asyncrl.envs.base import import_object
@@ -77,17 +77,29 @@ class Rewards:
         return total, each if len(self._functions) > 1 else {}
 
     async def _call(self, name: str, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        def call() -> Any:
+            with _told(name):
+                return function(**arguments)
+
         try:
             if not inspect.iscoroutinefunction(function):
-                return await self._threads.run(partial(function, **arguments), self._timeout_s)
+                return await self._threads.run(call, self._timeout_s)
             async with asyncio.timeout(self._timeout_s):
-                return await function(**arguments)
+                with _told(name):
+                    return await function(**arguments)
         except TimeoutError as error:
             raise TimeoutError(
                 f"reward function {name!r} took longer than {self._timeout_s:g} s; env.args.timeout_s bounds it"
             ) from error
-        except Exception as error:  # whatever the user's code raises
-            raise ValueError(f"reward function {name!r} raised {error!r}{line_of(error)}") from error
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """What the user's code raises, a `TimeoutError` of its own too, becomes a `ValueError` that says where."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"reward function {name!r} raised {error!r}{line_of(error)}") from error
 
 
 def exact_match(prompts: list[Any], completions: list[Any], target: list[Any], **_columns: Any) -> list[float]:

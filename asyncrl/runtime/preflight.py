@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from asyncrl.imports import interpreter
+
 if TYPE_CHECKING:
     from asyncrl.config import Config
 
@@ -73,7 +75,25 @@ def check_package(requirement: str, version_of: Callable[[str], str | None]) -> 
     if found is not None and wanted.specifier.contains(found, prereleases=True):
         return Check(wanted.name, "ok", found)
     finding = f"{found or 'not installed'}, needed is {wanted.specifier}"
-    return Check(wanted.name, "FAIL", finding, f"pip install '{requirement}'")
+    return Check(wanted.name, "FAIL", finding, _install(requirement))
+
+
+def check_transformers(requirements: Sequence[str], found: str | None) -> Check:
+    """Whether SGLang, whose metadata has these `requirements`, knows the version that is installed."""
+    from packaging.requirements import Requirement
+
+    wanted = next((one for one in map(Requirement, requirements) if one.name == "transformers"), None)
+    if found is None or wanted is None or wanted.specifier.contains(found, prereleases=True):
+        return Check("sglang's needs", "ok", f"transformers {found}")
+    finding = (
+        f"transformers {found}, and sglang was made for {wanted.specifier}: another may fail when the engine starts"
+    )
+    return Check("sglang's needs", "warn", finding, _install(f"transformers{wanted.specifier}"))
+
+
+def _install(requirement: str) -> str:
+    """For the environment that the run will have, whatever `pip` is found first."""
+    return f"{interpreter()} -m pip install '{requirement}'"
 
 
 def check_cuda(device: str, build: str | None, driver: str | None, num_gpus: int) -> Check:
@@ -94,7 +114,16 @@ def check_cuda(device: str, build: str | None, driver: str | None, num_gpus: int
 
 
 def check_gpus(config: Config, gpus: Sequence[Gpu]) -> Check:
-    """The GPUs and their compute capability; a warning where they lack the configured bfloat16."""
+    """The GPUs and their compute capability; a failure where the configuration is made for some and there are none, a
+    warning where they lack the configured bfloat16, or where a cluster may have others."""
+    needy = config.device == "cuda" or (config.rollout.engine == "sglang" and config.device == "auto")
+    if needy and not gpus:
+        remedy = (
+            "take a machine with a GPU, or a configuration that needs none, such as configs/quickstart_cpu.toml or "
+            "configs/smollm2_135m_cpu.toml"
+        )
+        status: Literal["warn", "FAIL"] = "warn" if config.cluster.address else "FAIL"
+        return Check("gpus", status, "none here, and the configuration is made for GPUs", remedy)
     finding = ", ".join("{} ({}.{})".format(gpu.name, *gpu.capability) for gpu in gpus) or "none"
     bfloat16 = config.learner.dtype != "float32" or config.rollout.dtype == "bfloat16"
     if bfloat16 and config.device != "cpu" and any(gpu.capability < (8, 0) for gpu in gpus):
