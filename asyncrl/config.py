@@ -59,7 +59,7 @@ class RolloutConfig(_Section, frozen=True, kw_only=True):
     """What new weights do to a request in flight: keep its KV cache, recompute it, or end the request early."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     max_attempts: int = 3
-    """Times that one prompt may fail, each time on another actor, before the run fails."""
+    """Times that one prompt may fail, each time on another actor if there is one, before it is given up."""
     max_failed_prompts: int = 4
     """Prompts in a row that may be given up after their attempts, dropped and counted; one more ends the run."""
     max_replacements: int = 16
@@ -254,9 +254,10 @@ class JournalConfig(_Section, frozen=True, kw_only=True):
 
 class WatchdogConfig(_Section, frozen=True, kw_only=True):
     timeout_s: float = 1800.0
-    """Seconds after which a wait (for a slot, a group, a step, a sync, a checkpoint) is called a stall."""
+    """Seconds after which a wait (for a slot, a group, a step, a sync, an evaluation, a checkpoint) is reported as a
+    stall."""
     action: Literal["warn", "restart", "stop"] = "warn"
-    """On a stall: report it and go on; kill and replace the rollout actor that is waited for; or save and stop."""
+    """Beside the report: go on; kill and replace the rollout actor that is waited for; or save and stop."""
 
 
 class MetricsConfig(_Section, frozen=True, kw_only=True):

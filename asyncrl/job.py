@@ -15,11 +15,12 @@ from types import ModuleType
 from typing import Any
 
 from asyncrl import run_folder
-from asyncrl.algo import own
+from asyncrl.algo.loss import try_own
 from asyncrl.buffer import Buffer
 from asyncrl.config import Config
 from asyncrl.envs.base import Env, checked_prompts, heldout_prompts, load_env, no_skill
 from asyncrl.handles import LearnerHandle, RolloutHandle
+from asyncrl.imports import interpreter
 from asyncrl.loop import run
 from asyncrl.model import load_tokenizer
 from asyncrl.monitor.metrics import Metrics, plot, read, verdict
@@ -37,7 +38,7 @@ from asyncrl.staleness import StalenessControl
 from asyncrl.system import System
 from asyncrl.training.learner import row_length
 from asyncrl.training.warmup import prepare
-from asyncrl.types import Group, Prompt
+from asyncrl.types import Group, Prompt, Version
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +67,14 @@ class Task:
 
 def load_task(config: Config, *, quiet: bool = False) -> Task:
     """Raises `ValueError` for what the run could not start with, or would not end with."""
-    own.check(config.loss)
+    try_own(config.loss, config.rollout.group_size)
     check_machine(config)  # before the warm-up, which may take long
     initial = str(prepare(config, quiet=quiet))
     tokenizer = load_tokenizer(initial)
     env = load_env(config.env.path, tokenizer, config.env.args)
     heldout = heldout_prompts(env, config.eval.num_prompts)
     baselines = no_skill(env, heldout)
+    try_prompts(config, env)
     check_targets(config, initial)
     return Task(initial, tokenizer, env, heldout, baselines)
 
@@ -81,70 +83,77 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
     """Runs the job to its last step, or to Ctrl-C; `resume` is the run folder of an earlier job to go on with, `watch`
     shows a view of the run where there is a terminal."""
     runtime = load_runtime(config)
+    changes = run_folder.differences(resume, config) if resume else []  # before a warm-up is made for nothing
     task = load_task(config, quiet=quiet)
     folder = (resume or run_folder.create(config, task.baselines)).absolute()
     buffer = make_buffer(config)
-    journal, saved = open_journal(folder, buffer, resumed=resume is not None)
-    first_step = journal.accounts.version
-    if resume and first_step >= config.num_steps and has_last_evaluation(folder, config):
-        journal.close()
-        print(
-            f"{folder} is at step {first_step} of {config.num_steps}: nothing is left to do; num_steps=N goes on to N"
-        )
-        return Result(folder, first_step, None, task.baselines)
-    changes = run_folder.differences(folder, config) if resume else []
 
     def decode(token_ids: list[int]) -> str:
         return str(task.tokenizer.decode(token_ids))
 
-    with (
-        closing(journal),
-        Metrics(
-            folder, config.num_steps, first_step=first_step, quiet=quiet, watch=watch, config=config, decode=decode
-        ) as metrics,
-    ):
-        for line in changes:
-            metrics.say(f"changed at step {first_step}: {line}")
-        _say_how_it_begins(metrics, config, journal, task)
-        prompts = make_prompts(config, task.env, journal, folder)
-        async with runtime.open_actors(config, task.initial, saved, folder / "groups") as (learner, actors):
-            system = make_system(
-                config,
-                folder,
-                initial=task.initial,
-                prompts=prompts,
-                heldout=task.heldout,
-                learner=learner,
-                actors=actors,
-                buffer=buffer,
-                metrics=metrics,
+    journal, saved = open_journal(folder, buffer, resumed=resume is not None)
+    with closing(journal):
+        first_step = journal.accounts.version
+        if resume and first_step >= config.num_steps and has_last_evaluation(folder, first_step):
+            print(
+                f"{folder} is at step {first_step} of {config.num_steps}: nothing is left to do; num_steps=N goes on "
+                "to N"
             )
-            system.rollouts.published.update(journal.accounts.published)
-            if changes:  # they are accepted by everything there is
-                run_folder.keep(folder, config, first_step)
-            with _stop_on_ctrl_c(buffer, metrics):
-                await run(system)
-            result = Result(folder, learner.version, metrics.last_accuracy, task.baselines)
-        metrics.ended()
-        plot(folder, max(task.baselines.values()))
-        _say_what_became_of_it(system)
-        metrics.say(report(result, config.num_steps))
+            return Result(folder, first_step, None, task.baselines)
+        with Metrics(
+            folder, config.num_steps, first_step=first_step, quiet=quiet, watch=watch, config=config, decode=decode
+        ) as metrics:
+            for line in changes:
+                metrics.say(f"changed at step {first_step}: {line}")
+            _say_how_it_begins(metrics, config, journal, task)
+            prompts = make_prompts(config, task, journal, folder)
+            async with runtime.open_actors(config, task.initial, saved, folder / "groups") as (learner, actors):
+                system = make_system(
+                    config,
+                    folder,
+                    initial=task.initial,
+                    prompts=prompts,
+                    heldout=task.heldout,
+                    learner=learner,
+                    actors=actors,
+                    buffer=buffer,
+                    metrics=metrics,
+                )
+                system.rollouts.published.update(journal.accounts.published)
+                if changes:  # they are accepted by everything there is
+                    run_folder.keep(folder, config, first_step)
+                with _stop_on_ctrl_c(buffer, metrics):
+                    await run(system)
+                result = Result(folder, learner.version, metrics.last_accuracy, task.baselines)
+            metrics.ended()
+            plot(folder, max(task.baselines.values()))
+            _say_what_became_of_it(system)
+            metrics.say(report(result, config.num_steps))
     return result
 
 
-def make_prompts(config: Config, env: Env, journal: Journal, folder: Path) -> PromptQueue:
+def make_prompts(config: Config, task: Task, journal: Journal, folder: Path) -> PromptQueue:
     """The run's prompts, of which there is a next one."""
     prompts = PromptQueue(
-        checked_prompts(env, "train", config.seed),
+        checked_prompts(task.env, "train", config.seed, task.heldout),
         journal,
         folder / "groups",
         keep_groups=config.journal.keep_groups,
-        curriculum=None if config.curriculum.by == "off" else Curriculum(config.curriculum, config.seed),
+        curriculum=make_curriculum(config),
         pass_reward=config.eval.pass_reward,
-        fits=partial(fits, config.rollout.group_size, row_length(config, env.max_prompt_tokens)),
+        fits=partial(fits, config.rollout.group_size, row_length(config, task.env.max_prompt_tokens)),
     )
     prompts.try_source()
     return prompts
+
+
+def try_prompts(config: Config, env: Env) -> None:
+    """Issues a run's first prompt to nobody. Raises `ValueError` if there is none, or the curriculum refuses it."""
+    PromptQueue(checked_prompts(env, "train", config.seed), curriculum=make_curriculum(config)).issue()
+
+
+def make_curriculum(config: Config) -> Curriculum | None:
+    return None if config.curriculum.by == "off" else Curriculum(config.curriculum, config.seed)
 
 
 def make_system(
@@ -162,8 +171,11 @@ def make_system(
     """The parts of a run put together, around actors that were started."""
     runtime = load_runtime(config)
     training, evaluating = actors[: config.rollout.num_actors], actors[config.rollout.num_actors :]
+    for number, actor in enumerate(evaluating):
+        actor.name = f"evaluator {number}"
     pool = RolloutPool(training, config.rollout.max_attempts, metrics.timeline)
-    pool.watchdog = watchdog = make_watchdog(config, folder, learner, pool, metrics.say)
+    evaluators = RolloutPool(evaluating, config.rollout.max_attempts, metrics.timeline)
+    pool.watchdog = watchdog = make_watchdog(config, folder, learner, pool, metrics.say, evaluators=evaluators)
     supervisor = Supervisor(
         pool,
         partial(runtime.start_rollout, config, initial, folder / "groups"),
@@ -179,9 +191,7 @@ def make_system(
         config, prompts, heldout, pool, learner, buffer, metrics, folder / "checkpoints", guard, watchdog, supervisor
     )
     if evaluating:
-        for number, actor in enumerate(evaluating):
-            actor.name = f"evaluator {number}"
-        system.evaluators = RolloutPool(evaluating, config.rollout.max_attempts, metrics.timeline)
+        system.evaluators = evaluators
     if config.buffer.max_staleness == "auto":
         system.control = StalenessControl(*config.buffer.staleness_bounds)
         buffer.allow(system.control.staleness)
@@ -216,7 +226,13 @@ def make_buffer(config: Config) -> Buffer:
 
 
 def make_watchdog(
-    config: Config, folder: Path, learner: LearnerHandle, pool: RolloutPool, say: Callable[[str], None]
+    config: Config,
+    folder: Path,
+    learner: LearnerHandle,
+    pool: RolloutPool,
+    say: Callable[[str], None],
+    *,
+    evaluators: RolloutPool | None = None,
 ) -> Watchdog:
     runtime = load_runtime(config)
     return Watchdog(
@@ -224,7 +240,7 @@ def make_watchdog(
         timeout_s=config.watchdog.timeout_s,
         action=config.watchdog.action,
         say=say,
-        stacks=lambda: runtime.stacks(learner, pool.actors),
+        stacks=lambda: runtime.stacks(learner, [*pool.actors, *(evaluators.actors if evaluators else ())]),
         kill=runtime.kill,
     )
 
@@ -235,11 +251,9 @@ def fits(group_size: int, row_tokens: int, group: Group) -> bool:
     return len(group.rewards) == group_size and longest <= row_tokens
 
 
-def has_last_evaluation(folder: Path, config: Config) -> bool:
-    """Whether a run at its last step did what comes after it."""
-    return config.eval.every == 0 or any(
-        "eval/accuracy" in row and row["version"] >= config.num_steps for row in read(folder)
-    )
+def has_last_evaluation(folder: Path, version: Version) -> bool:
+    """Whether a run that ended at `version` did what comes after its last step, whatever eval.every is."""
+    return any("eval/accuracy" in row and row["version"] == version for row in read(folder))
 
 
 def open_journal(folder: Path, buffer: Buffer, *, resumed: bool) -> tuple[Journal, Path | None]:
@@ -302,9 +316,9 @@ def report(result: Result, num_steps: int) -> str:
     if result.accuracy is not None:
         lines[0] += f" | held-out greedy {result.accuracy:.3f}, no skill {result.baselines[best]:.2f} ({best})"
     lines.append(f"run folder: {result.folder}")
-    lines.append(f"as a page: python launch/report.py {result.folder}")
+    lines.append(f"as a page: {interpreter()} launch/report.py {result.folder}")
     if result.version < num_steps:
-        lines.append(f"go on with: python launch/run.py --resume {result.folder}")
+        lines.append(f"go on with: {interpreter()} launch/run.py --resume {result.folder}")
     return "\n".join(lines)
 
 

@@ -23,6 +23,7 @@ def check(config: Config) -> None:
     _check_correction(config)
     _check_proximal(config)
     _check_rollout(config)
+    _check_watchdog(config)
     if config.learner.num_gpus > 1 and config.runtime == "local":
         raise ValueError(
             f"learner.num_gpus is {config.learner.num_gpus} and runtime 'local' is one process: set runtime=cluster, "
@@ -120,6 +121,14 @@ def _check_rollout(config: Config) -> None:
         raise ValueError("rollout.temperature must be above 0: greedy samples of a group are all equal")
 
 
+def _check_watchdog(config: Config) -> None:
+    if config.watchdog.action == "restart" and config.runtime == "local":
+        raise ValueError(
+            "watchdog.action 'restart' kills a rollout actor and runtime 'local' has them in one process, where none "
+            "can be: set watchdog.action=stop, or runtime=cluster"
+        )
+
+
 _SECRET = re.compile(
     r"(^|_)(api_?key|password|secret|credentials|(hf|hub|auth|access|api|bearer)_?token)$", re.IGNORECASE
 )
@@ -209,6 +218,7 @@ _AT_LEAST = {
     "learner.groups_per_step": 1,
     "learner.learning_rate": 0,
     "learner.warmup_steps": 0,
+    "learner.weight_decay": 0,
     "learner.row_tokens": 1,
     "learner.micro_batch_tokens": 1,
     "learner.head_chunk": 1,
@@ -259,6 +269,8 @@ def _check_ranges(config: Config) -> None:
         raise ValueError(
             f"rollout.gpu_memory_utilization must be above 0 and below 1, got {config.rollout.gpu_memory_utilization}"
         )
+    if not all(0 <= beta < 1 for beta in config.learner.betas):
+        raise ValueError(f"learner.betas must each be at least 0 and below 1, got {list(config.learner.betas)}")
     for name, discount in (("gamma", config.critic.gamma), ("lam", config.critic.lam)):
         if not 0 <= discount <= 1:
             raise ValueError(f"critic.{name} must be from 0 to 1, got {discount}")

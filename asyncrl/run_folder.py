@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl.config import Config, to_tree
+from asyncrl.model import TINY, TINY_BYTES
 
 _CONFIG = "config.json"
 
@@ -54,17 +56,32 @@ def _new(parent: Path, stem: str) -> Path:
 def differences(folder: Path, config: Config) -> list[str]:
     """A line for each value that is another one than the folder's configuration has.
 
-    Raises `ValueError` for what a run cannot change on its way: its checkpoints are of that shape.
+    Raises `ValueError` for what a run cannot change on its way: its checkpoints are of that shape, or it goes on using
+    the weights that it started from.
     """
     before, now = json.loads((folder / _CONFIG).read_text()), json.loads(json.dumps(to_tree(config)))
     lines = _differences(before, now)
+    remedy = "go on without this change, or start a new run"
     for line in lines:
         if line.startswith(("model.", "lora.")) and not line.startswith(("model.path ", "lora.sync ")):
-            raise ValueError(
-                f"{line}: the checkpoints of {folder} are of the old value; go on without this change, or start a new "
-                "run"
-            )
+            raise ValueError(f"{line}: the checkpoints of {folder} are of the old value; {remedy}")
+        if line.startswith(_makes_base(config)):
+            made = "weights beneath the adapters" if config.lora.rank else "reference weights"
+            raise ValueError(f"{line}: the old value made the {made} of {folder}; {remedy}")
     return lines
+
+
+def _makes_base(config: Config) -> tuple[str, ...]:
+    """How lines begin that tell of another making of the first weights (`training/warmup.py`), where a resumed run goes
+    on using them: beneath adapters, or as the reference of a KL. Not `model.path`, as a model may be moved."""
+    if not (config.lora.rank or config.loss.needs_reference):
+        return ()
+    names = ["warmup.num_steps "]
+    if config.warmup.num_steps:
+        names += ["warmup.", "env.path ", "env.args", "seed "]
+    elif config.model.path in (TINY, TINY_BYTES):
+        names += ["seed "]
+    return tuple(names)
 
 
 def keep(folder: Path, config: Config, step: int) -> None:
@@ -73,7 +90,7 @@ def keep(folder: Path, config: Config, step: int) -> None:
     for suffix in ("", *(f".{number}" for number in range(2, 1000))):
         old = folder / f"config.step-{step:06d}{suffix}.json"
         if not old.exists():
-            path.rename(old)
+            shutil.copyfile(path, old)
             break
     _write(path, to_tree(config))
 
@@ -90,7 +107,10 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
 
 
 def _write(path: Path, tree: dict[str, Any]) -> None:
-    path.write_text(json.dumps(tree, indent=2) + "\n")
+    """In one piece: others read it while the run goes on, and a resume needs it whatever happens."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(tree, indent=2) + "\n")
+    partial.rename(path)
 
 
 def _commit() -> str | None:

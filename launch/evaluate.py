@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import uvloop
 
 from asyncrl import config as configuration
+from asyncrl import tables
 from asyncrl.config import Config
 from asyncrl.envs.faults import EnvFault
 
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tables.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL_OR_RUN")
     parser.add_argument("words", nargs="*", metavar="CONFIG.toml | section.key=value")
     parser.add_argument("--env", metavar="MODULE:CLASS", help="short for env.path=MODULE:CLASS")

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from asyncrl import config as configuration
+from asyncrl import tables
 from asyncrl.config import Config
 from asyncrl.recovery import checkpoint, groups, journal
 from asyncrl.recovery.accounts import Batch, Generated, Resumed, Started, Synced
@@ -120,7 +121,7 @@ def first_difference(part: LearnerPart, saved: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tables.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="RUN_DIR")
     parser.add_argument("words", nargs="*", metavar="section.key=value")
     parser.add_argument("--checkpoints", type=Path, help="folder of checkpoints to compare with, instead of the run's")

@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import sys
 from pathlib import Path
 
 import uvloop
 
 from asyncrl import config as configuration
+from asyncrl import tables
 from asyncrl.config import Config
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "largest_digit.toml"
@@ -32,10 +34,24 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         print(json.dumps(configuration.to_tree(config), indent=2))
         return 0
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(number))  # as Ray does, once it starts
+    try:
+        return start(config, options)
+    except KeyboardInterrupt:
+        return interrupted(signal.SIGINT)
+    except SystemExit as end:
+        if end.code != signal.SIGTERM:
+            raise
+        return interrupted(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def start(config: Config, options: argparse.Namespace) -> int:
+    """Runs the job. Returns the exit code."""
     from asyncrl.envs.faults import EnvFault
     from asyncrl.job import train  # after the checks: it imports torch, transformers and Ray
     from asyncrl.pool import RolloutFailed
-    from asyncrl.recovery.prompts import BrokenPrompts
 
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -43,14 +59,17 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, EnvFault, RolloutFailed) as error:
         return fail(error)
     except ExceptionGroup as group:
-        known, others = group.split((BrokenPrompts, EnvFault, RolloutFailed))
+        known, others = group.split((ValueError, EnvFault, RolloutFailed))
         if known is None or others is not None:
             raise
         return fail(known)
-    except KeyboardInterrupt:
-        print("interrupted: what was done since the last checkpoint is in the journal alone", file=sys.stderr)
-        return 130
     return 0
+
+
+def interrupted(number: signal.Signals) -> int:
+    """Says so, in one line. Returns the exit code by which shells know the signal."""
+    print("interrupted: what was done since the last checkpoint is in the journal alone", file=sys.stderr)
+    return 128 + number
 
 
 def fail(error: Exception) -> int:
@@ -63,7 +82,7 @@ def fail(error: Exception) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tables.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="CONFIG.toml | section.key=value")
     parser.add_argument("--num-rollout-actors", type=int, metavar="N", help="short for rollout.num_actors=N")
     parser.add_argument("--watch", action="store_true", help="show the run as a live view instead of one line a step")

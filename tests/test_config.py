@@ -1,5 +1,8 @@
 """The configuration: every shipped file loads, and every rule says what is wrong and what to do."""
 
+import os
+import signal
+import sys
 from pathlib import Path
 
 import msgspec
@@ -66,6 +69,10 @@ def test_a_resolved_config_reads_back_the_same():
         (["buffer.window=0"], "buffer.window must be at least 1"),
         (["learner.max_grad_norm=0"], "learner.max_grad_norm must be above 0 and finite, got 0"),
         (["critic.max_grad_norm=nan"], "critic.max_grad_norm must be above 0 and finite, got nan"),
+        (["learner.betas=[0.9, 1]"], r"learner.betas must each be at least 0 and below 1, got \[0.9, 1.0\]"),
+        (["learner.betas=[nan, 0.9]"], r"learner.betas must each be at least 0 and below 1, got \[nan, 0.9\]"),
+        (["learner.weight_decay=-0.1"], "learner.weight_decay must be at least 0, got -0.1"),
+        (["watchdog.action=restart", "runtime=local"], "'local' has them in one process.* set watchdog.action=stop"),
         (["learner.learning_rate=nan"], "learner.learning_rate must be at least 0, got nan"),
         (["learner.learning_rate=inf"], "learner.learning_rate must be finite, got inf"),
         (["algorithm.loss.center=none", "algorithm.loss.scale=group_std"], 'center = "none" with scale = "group_std"'),
@@ -109,3 +116,34 @@ def test_words_may_stand_before_and_after_options():
     options = run.parse([str(FILES[0]), "seed=3", "--num-rollout-actors", "3", "num_steps=5"])
     config = run.resolve(options)
     assert (config.seed, config.rollout.num_actors, config.num_steps) == (3, 3, 5)
+
+
+class Importing:
+    """A module that a signal meets while it is being imported."""
+
+    def __init__(self, number):
+        self._number = number
+
+    @property
+    def train(self):
+        os.kill(os.getpid(), self._number)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_at_the_start_ends_it_in_one_line(monkeypatch, capsys, number, code):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setitem(sys.modules, "asyncrl.job", Importing(number))
+    assert run.main(["runtime=local"]) == code
+    told = capsys.readouterr().err
+    assert told.startswith("interrupted: ")
+    assert told.count("\n") == 1
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_mistakes_that_several_tasks_were_told_are_one_line(monkeypatch, capsys):
+    async def failing(*_arguments, **_options):
+        raise ExceptionGroup("of the producers", [ValueError("no source"), ValueError("no source")])
+
+    monkeypatch.setattr("asyncrl.job.train", failing)
+    assert run.main(["runtime=local"]) == 2
+    assert capsys.readouterr().err == "error: no source\n"

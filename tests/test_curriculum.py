@@ -137,8 +137,13 @@ def test_sources_share_a_pass_rate(tmp_path):
     row = queue.metrics()
     assert (row["curriculum/easy"], row["curriculum/between"]) == (0.5, 0.5)
     bare = PromptQueue(prompts(), Journal(None), curriculum=Curriculum(settings, seed=0))
-    with pytest.raises(ValueError, match=r"curriculum\.by is 'source', and the prompts of this environment have none"):
+    refused = r"curriculum\.by is 'source', and the prompts of this environment have none"
+    with pytest.raises(ValueError, match=refused):
         bare.issue()
+    config = configuration.load(None, ["runtime=local", "curriculum.by=source", f"run_dir={tmp_path / 'runs'}"])
+    with pytest.raises(ValueError, match=refused):
+        run(job.train(config, quiet=True))
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["cache"], "before there is a run folder"
 
 
 def test_a_queue_that_is_opened_again_decides_as_the_first_would_have(tmp_path):

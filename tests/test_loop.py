@@ -207,13 +207,16 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):
     assert rows == [1, 2, 3, 4]
 
 
-def test_a_resumed_run_that_has_ended_does_nothing(tmp_path, capsys):
-    config = small(tmp_path, "num_steps=1", "eval.every=1")
+def test_a_resumed_run_that_has_ended_does_nothing_but_an_evaluation_that_it_lacks(tmp_path, capsys):
+    config = small(tmp_path, "num_steps=1")
     folder = run(job.train(config, quiet=True)).folder
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != "journal.bin"}
     assert run(job.train(config, folder, quiet=True)).version == 1
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != "journal.bin"} == before
     assert "is at step 1 of 1: nothing is left to do" in capsys.readouterr().out
+    rows = [row for row in metrics.read(folder) if "eval/accuracy" not in row]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(job.train(config, folder, quiet=True)).accuracy is not None
 
 
 def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
@@ -224,7 +227,7 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
         prepare(configuration.load(None, [f"run_dir={tmp_path / 'file'}"]))
 
 
-def test_a_change_of_the_configuration_is_told_and_both_are_kept(tmp_path):
+def test_a_change_of_the_configuration_is_told_and_both_are_kept(tmp_path, monkeypatch):
     first = small(tmp_path, "env.args={max_digits=4}")
     folder = run_folder.create(first, {})
     assert run_folder.differences(folder, first) == []
@@ -237,11 +240,41 @@ def test_a_change_of_the_configuration_is_told_and_both_are_kept(tmp_path):
     assert configuration.load(folder / "config.json").num_steps == 7
     with pytest.raises(ValueError, match=r"model.num_layers 2 -> 3: the checkpoints of .* are of the old value"):
         run_folder.differences(folder, small(tmp_path, "model.num_layers=3"))
+    monkeypatch.setattr(run_folder, "_write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_folder.keep(folder, first, 4)
+    assert configuration.load(folder / "config.json").num_steps == 7, "a run without one cannot be resumed"
+
+
+@pytest.mark.parametrize(
+    ("words", "change", "refused"),
+    [
+        (["lora.rank=4", "warmup.num_steps=2"], "warmup.batch_size=3", "128 -> 3: .* made the weights beneath the ad"),
+        (["lora.rank=4", "warmup.num_steps=2"], "env.args={max_digits=5}", "weights beneath the adapters"),
+        (["algorithm.loss.reference_kl=0.1"], "warmup.num_steps=1", "0 -> 1: the old value made the reference weights"),
+        (["algorithm.loss.reference_kl=0.1"], "seed=1", "seed 0 -> 1: the old value made the reference weights"),
+        (["lora.rank=4", "warmup.num_steps=2"], "model.path=moved", None),
+        (["lora.rank=4"], "env.args={max_digits=5}", None),
+        (["warmup.num_steps=2"], "warmup.batch_size=3", None),
+    ],
+)
+def test_what_made_the_first_weights_cannot_change_where_they_are_still_used(tmp_path, words, change, refused):
+    folder = run_folder.create(small(tmp_path, *words), {})
+    config = small(tmp_path, *words, change)
+    if refused is None:
+        assert len(run_folder.differences(folder, config)) == 1
+    else:
+        with pytest.raises(ValueError, match=refused):
+            run_folder.differences(folder, config)
 
 
 def test_a_resume_that_is_refused_leaves_the_configuration_alone(tmp_path):
     folder = run(job.train(small(tmp_path, "num_steps=1"), quiet=True)).folder
-    before = (folder / "config.json").read_bytes()
+    before, recorded = (folder / "config.json").read_bytes(), (folder / "journal.bin").read_bytes()
+    with pytest.raises(ValueError, match=r"model\.num_layers 2 -> 3"):
+        run(job.train(small(tmp_path, "model.num_layers=3"), folder, quiet=True))
+    assert (folder / "journal.bin").read_bytes() == recorded
+    assert len(list((tmp_path / "cache").iterdir())) == 1, "no model was made for it"
     with pytest.raises(ValueError, match="is not the one that the run admitted"):
         run(job.train(small(tmp_path, "env.path=asyncrl.envs.digits:LargestDigit"), folder, quiet=True))
     assert (folder / "config.json").read_bytes() == before

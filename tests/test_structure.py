@@ -56,6 +56,7 @@ LAYERS = [
         "training.shaping",
         "training.head",
         "training.scoring",
+        "training.forward",
         "engine.base",
     }
     | {"envs.digits", "envs.numbers"}
@@ -69,6 +70,7 @@ LAYERS = [
         "engine.sglang_calls",
         "engine.draw_kernel",
         "engine.sglang_launch",
+        "engine.sglang_loading",
         "engine.sglang_memory",
         "engine.sglang_results",
         "engine.sglang_sampling",

@@ -55,6 +55,7 @@ def test_it_teaches_the_replies_and_their_end(folder):
 def test_an_environment_that_cannot_show_is_refused(folder):
     with pytest.raises(ValueError, match=r"LargestDigit has no demonstrations\(\); set warmup.num_steps=0"):
         prepare(configuration.load(None, ["warmup.num_steps=1", f"run_dir={folder.parent}"]), quiet=True)
+    assert list((folder.parent / "cache").iterdir()) == []
 
 
 def test_the_result_is_made_once_for_each_combination_of_settings(tmp_path):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from asyncrl.config import Config
 from asyncrl.envs.base import Env, load_env
+from asyncrl.imports import check_folder
 from asyncrl.model import TINY, TINY_BYTES, build_tiny, load_model, load_tokenizer
 
 
@@ -26,10 +27,11 @@ def prepare(config: Config, *, quiet: bool = False) -> Path:
     `model.path` names; a folder that exists is complete. A model of the hub is known by its id, an environment by its
     path and arguments: where what they name has changed, remove `run_dir`/cache.
     """
+    check_folder(config.model.path, "launch/prepare_model.py", "model.path")
     if config.model.path not in (TINY, TINY_BYTES) and config.warmup.num_steps == 0:
         return Path(config.model.path)
-    source = Path(config.model.path)
-    depends_on = msgspec.json.encode((config.seed, config.model, config.env, config.warmup, _state_of(source)))
+    state = _state_of(Path(config.model.path))
+    depends_on = msgspec.json.encode((config.seed, config.model, config.env, config.warmup, state))
     folder = Path(config.run_dir) / "cache" / hashlib.blake2b(depends_on, digest_size=8).hexdigest()
     if folder.exists():
         return folder
@@ -38,23 +40,29 @@ def prepare(config: Config, *, quiet: bool = False) -> Path:
     except OSError as error:
         raise ValueError(f"run_dir {config.run_dir!r} cannot be written to: {error}") from error
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    try:
+        _make(partial, config, quiet=quiet)
+        if not folder.exists():  # or another process was faster
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _make(folder: Path, config: Config, *, quiet: bool) -> None:
+    source = Path(config.model.path)
     if config.model.path in (TINY, TINY_BYTES):
-        source = partial
-        build_tiny(partial, name=config.model.path, num_layers=config.model.num_layers, seed=config.seed)
+        source = folder
+        build_tiny(folder, name=config.model.path, num_layers=config.model.num_layers, seed=config.seed)
     if config.warmup.num_steps:
         tokenizer = load_tokenizer(str(source))
         env = load_env(config.env.path, tokenizer, config.env.args)
         model = load_model(str(source), dtype=torch.float32, device=_device(config))
         warm_up(model, env, config, quiet=quiet)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         del model
         torch.cuda.empty_cache()  # the actors need the room; nothing happens without a GPU
-    if folder.exists():  # another process was faster
-        shutil.rmtree(partial)
-    else:
-        partial.rename(folder)
-    return folder
 
 
 def _state_of(folder: Path) -> list[tuple[str, int, int]]:
