@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from asyncrl.engine import sglang_loading
 from asyncrl.engine.sglang_loading import Loader
 from asyncrl.engine.sglang_weights import AddedProducts
 from asyncrl.weights import LORA_A, LORA_B, make_buckets
@@ -63,8 +64,10 @@ class Reading(Fused):
         place.copy_(tensor if tensor.sum() > 0 else -tensor)
 
 
+@pytest.mark.parametrize("small", [1 << 24, 0])
 @pytest.mark.parametrize(("kind", "num_loads"), [(Fused, 1), (Padded, 1), (Scaled, 3), (Foreach, 3), (Reading, 3)])
-def test_a_loader_that_only_copies_is_called_once_and_repeated(kind, num_loads):
+def test_a_loader_that_only_copies_is_called_once_and_repeated(kind, num_loads, small, monkeypatch):
+    monkeypatch.setattr(sglang_loading, "_SMALL", small)
     model, plain = kind(torch.bfloat16), kind(torch.bfloat16)
     plain.load_state_dict(model.state_dict())
     loader = Loader(model)

@@ -46,17 +46,18 @@ class ReceivedWeights:
     def join(self, where: Rendezvous, first_rank: int, address: str) -> None:
         """Leaves the group and begins to enter another. An update that was cut short starts over from its first bucket.
 
-        That takes until all members are there, and seconds more with NCCL: it has a thread, and generation goes on.
+        That takes until all members are there, and with NCCL half a second more or several: it has a thread, and
+        generation goes on.
         """
-        if self._group is not None:
-            self._group.leave()
-            self._group = None
+        before, self._group = self._group, None
         self._arrived.clear()
         self._factors.clear()
 
         def enter() -> BroadcastGroup:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)  # each thread has its own
+            if before is not None:
+                before.leave()
             return BroadcastGroup(where, first_rank + self._tp_rank, address)
 
         self._entering = started(enter)
