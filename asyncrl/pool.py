@@ -302,11 +302,12 @@ class RolloutPool:
         self.published[version] = sent
 
     def _measure(self, actors: list[RolloutHandle], reports: list[UpdateReport], sync_s: float) -> dict[str, float]:
-        """Idle share of the engines since the update before, and what this update cost."""
-        busy, span, tokens = 0.0, 0.0, 0
+        """What the engines' time since the update before went into, and what this update cost."""
+        busy, held, span, tokens = 0.0, 0.0, 0.0, 0
         for actor, report in zip(actors, reports, strict=True):
             before = self._reports.get(actor)
             busy += report.busy_s - (before.busy_s if before else 0.0)
+            held += report.held_s - (before.held_s if before else 0.0)
             span += report.now_s - (before.now_s if before else 0.0)
             tokens += report.num_tokens - (before.num_tokens if before else 0)
             self._reports[actor] = report
@@ -314,6 +315,7 @@ class RolloutPool:
             "sync/total_s": sync_s,
             "sync/pause_s": max(report.pause_s for report in reports),
             "rollout/idle": max(0.0, 1 - busy / max(span, 1e-9)),
+            "rollout/held": held / max(span, 1e-9),
             "rollout/num_tokens": float(tokens),
             "rollout/num_actors": float(len(actors)),
             "rollout/failures": float(sum(self.failures.values())),

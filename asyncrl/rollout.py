@@ -37,6 +37,8 @@ class UpdateReport:
     pause_s: float
     now_s: float
     busy_s: float
+    held_s: float
+    """That the environment held the event loop, so that nothing else went on."""
     num_tokens: int
 
 
@@ -75,7 +77,7 @@ class Rollout:
         self._sampling, self._group_size, self._seed = sampling, group_size, seed
         self._timeout_s, self._max_attempts, self._store = timeout_s, max_attempts, store
         self._started = time.monotonic()
-        self._num_tokens = 0
+        self._held_s, self._num_tokens = 0.0, 0
 
     @property
     def num_ranks(self) -> int:
@@ -129,7 +131,9 @@ class Rollout:
         await self._engine.receive(buckets)
         digest = await self._engine.resume(version)
         now = time.monotonic()
-        return UpdateReport(digest, now - begin, now - self._started, self._engine.busy_s, self._num_tokens)
+        return UpdateReport(
+            digest, now - begin, now - self._started, self._engine.busy_s, self._held_s, self._num_tokens
+        )
 
     async def close(self) -> None:
         await self._engine.close()
@@ -165,7 +169,10 @@ class Rollout:
                 self._num_tokens += len(parts[-1].token_ids)
             return parts[0] if len(parts) == 1 else _joined(parts)
 
-        return await attempt(self._env, prompt, generate, patience)
+        try:
+            return await attempt(self._env, prompt, generate, patience)
+        finally:
+            self._held_s += patience.held_s
 
 
 async def _all(plays: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

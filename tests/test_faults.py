@@ -1,15 +1,18 @@
 """Environments that are slow, raise or give garbage: each counted under its own name, none a silent reward of 0."""
 
 import asyncio
+import contextlib
 import math
 import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from helpers import run, trajectory
 
-from asyncrl.envs.faults import EnvFault
+from asyncrl.envs import faults
+from asyncrl.envs.faults import EnvFault, Patience, attempt
 from asyncrl.rollout import Rollout
 from asyncrl.types import Completion, Prompt, Sampling
 
@@ -92,3 +95,27 @@ def test_generation_does_not_count_against_the_time_limit():
 def test_the_engines_errors_are_not_blamed_on_the_environment():
     with pytest.raises(KeyError):
         play(good, Engine(error=KeyError("engine")))
+
+
+def test_the_time_that_the_environment_holds_the_thread_is_counted_and_its_waits_are_not(monkeypatch):
+    now = [0.0]
+
+    def pass_time(seconds):
+        now[0] += seconds
+
+    async def holds():
+        pass_time(3)
+        asyncio.get_running_loop().call_soon(pass_time, 100)  # while it waits
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.Event().wait(), 0.01)
+        pass_time(1)
+        return GOOD
+
+    monkeypatch.setattr(faults, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    patience = Patience(5.0)
+
+    async def body():
+        return await attempt(Env(holds), PROMPT, lambda _tokens: asyncio.sleep(0), patience)
+
+    assert run(body()).reward == GOOD.reward
+    assert patience.held_s == 4

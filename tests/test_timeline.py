@@ -105,7 +105,7 @@ def test_without_lanes_of_actors_their_waits_are_unknown():
     assert found["wait/learner_for_groups_s"] == 0
 
 
-def row(*, groups=0.0, slots=0.0, weights=0.0, idle=0.0, actors=2.0, **others):
+def row(*, groups=0.0, slots=0.0, weights=0.0, idle=0.0, actors=2.0, held=0.0, **others):
     window = dict.fromkeys(METRICS, 0.0) | {"wait/window_s": 10.0}
     window |= {"wait/learner_for_groups_s": groups, "wait/rollout_for_slots_s": slots}
     window |= {"wait/learner_for_weights_s": weights}
@@ -113,6 +113,7 @@ def row(*, groups=0.0, slots=0.0, weights=0.0, idle=0.0, actors=2.0, **others):
     return window | {
         "rollout/num_actors": actors,
         "rollout/idle": idle,
+        "rollout/held": held,
         "time/step_s": 10 - groups - weights,
         "time/sync_s": weights,
     }
@@ -123,6 +124,7 @@ def row(*, groups=0.0, slots=0.0, weights=0.0, idle=0.0, actors=2.0, **others):
     [
         # Two actors always busy for a learner that works 6.2 of 10 s: 2 / 0.62 = 3.2 actors would keep it busy.
         (row(groups=3.8), "the learner waited 38% of the time for groups: set rollout.num_actors=4 (now 2)", 4),
+        (row(groups=3.8, held=0.2), "held the rollout actors' threads 20% of the time: put what blocks there into", 4),
         # Three actors busy a quarter of the time: one would do.
         (row(slots=7.5, idle=0.75, actors=3.0), "rollout.num_actors=1 would do (now 3)", 1),
         (row(slots=3.0, idle=0.1, actors=1.0), "give the learner more (learner.num_gpus", 1),

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator
+import time
+import types
+from collections.abc import Awaitable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Real
+from typing import Any
 
 from asyncrl.envs.base import Env, Generate
 from asyncrl.imports import line_of
@@ -30,10 +33,14 @@ class EnvFault(RuntimeError):
 
 
 class Patience:
-    """A time limit that stands still while the model generates: a long queue is no fault of the environment."""
+    """A time limit that stands still while the model generates: a long queue is no fault of the environment.
+
+    `held_s`: seconds for which the environment held the thread, and with it all other attempts and the engine.
+    """
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
+        self.held_s = 0.0
         self._left_s = timeout_s
         self._generating = 0
         self._limit: asyncio.Timeout | None = None
@@ -71,7 +78,7 @@ async def attempt(env: Env, prompt: Prompt, generate: Generate, patience: Patien
     try:
         async with asyncio.timeout(None) as limit:
             patience.start(limit)
-            trajectory = await env.play(prompt, generate)
+            trajectory = await _watched(env.play(prompt, generate), patience)
     except TimeoutError as error:
         if not limit.expired():
             raise _fault("exception", env, prompt, f"raised {error!r}{line_of(error)},") from error
@@ -87,6 +94,26 @@ async def attempt(env: Env, prompt: Prompt, generate: Generate, patience: Patien
         if not isinstance(value, Real) or not math.isfinite(value):
             raise _fault("garbage", env, prompt, f"gave {name} {value!r}, not a finite number")
     return replace(trajectory, reward=float(trajectory.reward))
+
+
+@types.coroutine
+def _watched(play: Awaitable[Trajectory], patience: Patience) -> Generator[Any, Any, Trajectory]:
+    """Awaits `play`, and counts the time of its steps from one wait to the next."""
+    steps: Any = play.__await__()
+    step, given = steps.send, None
+    while True:
+        begin = time.perf_counter()
+        try:
+            waited_for = step(given)
+        except StopIteration as end:
+            trajectory: Trajectory = end.value
+            return trajectory
+        finally:
+            patience.held_s += time.perf_counter() - begin
+        try:
+            given, step = (yield waited_for), steps.send
+        except BaseException as error:
+            given, step = error, steps.throw
 
 
 def _fault(kind: str, env: Env, prompt: Prompt, text: str) -> EnvFault:

@@ -126,10 +126,11 @@ def blame(rows: Sequence[Mapping[str, float]]) -> Blame | None:
         f"{works[busier]:.0%} of the ideal overlap: a step took {step_s:.3g} s, of which the busier side, the "
         f"{busier}, worked {works[busier] * step_s:.3g} s"
     )
-    return Blame(shares, num_actors, balanced, _advice(shares, num_actors, balanced), bound)
+    held = sum(row.get("rollout/held", 0.0) * row["wait/window_s"] for row in rows) / total_s
+    return Blame(shares, num_actors, balanced, _advice(shares, num_actors, balanced, held), bound)
 
 
-def _advice(shares: Mapping[str, float], num_actors: int, balanced: int) -> str:
+def _advice(shares: Mapping[str, float], num_actors: int, balanced: int, held: float) -> str:
     groups, slots = shares["wait/learner_for_groups_s"], shares["wait/rollout_for_slots_s"]
     waits = {
         "groups": groups,
@@ -142,6 +143,11 @@ def _advice(shares: Mapping[str, float], num_actors: int, balanced: int) -> str:
     share = f"{waits[most]:.0%} of the time"
     if waits[most] < _WORTH_SAYING:
         return f"nobody waited for more than {share}: the system is balanced"
+    if held >= _WORTH_SAYING and most == "groups":
+        return (
+            f"the learner waited {share} for groups, and play() of the environment held the rollout actors' threads "
+            f"{held:.0%} of the time: put what blocks there into `await in_thread(...)` (asyncrl.threads)"
+        )
     if min(groups, slots) >= _WORTH_SAYING and most in ("groups", "slots"):
         return (
             f"the learner waited {groups:.0%} of the time for groups and the rollout actors {slots:.0%} for slots, in "
