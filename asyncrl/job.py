@@ -314,7 +314,7 @@ def report(result: Result, num_steps: int) -> str:
     best = max(result.baselines, key=result.baselines.__getitem__)
     lines = [f"done: step {result.version} of {num_steps}"]
     if result.accuracy is not None:
-        lines[0] += f" | held-out greedy {result.accuracy:.3f}, no skill {result.baselines[best]:.2f} ({best})"
+        lines[0] += f" | held-out {result.accuracy:.3f}, no skill {result.baselines[best]:.2f} ({best})"
     lines.append(f"run folder: {result.folder}")
     lines.append(f"as a page: {interpreter()} launch/report.py {result.folder}")
     if result.version < num_steps:

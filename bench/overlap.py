@@ -35,6 +35,7 @@ from asyncrl.system import System
 from asyncrl.training.warmup import prepare
 from asyncrl.types import Group, Version
 
+ROOT = Path(__file__).parent.parent
 OFF = ["learner.learning_rate=0", "eval.every=0", "eval.num_prompts=1", "checkpoint.every=0"]
 
 
@@ -118,12 +119,13 @@ async def step(learner: Any, batch: list[Group]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", default=str(Path(__file__).parent.parent / "configs/largest_digit.toml"))
-    parser.add_argument("words", nargs="*", metavar="section.key=value")
+    parser.add_argument("words", nargs="*", metavar="CONFIG.toml | section.key=value")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--skip", type=int, default=5, help="steps that warm up and do not count")
     options = parser.parse_intermixed_args()
-    config = configuration.load(options.config, [*options.words, *OFF, f"num_steps={options.steps}"])
+    files = [word for word in options.words if "=" not in word] or [str(ROOT / "configs" / "largest_digit.toml")]
+    words = [word for word in options.words if "=" in word]
+    config = configuration.load(files[0], [*words, *OFF, f"num_steps={options.steps}"])
     result = asyncio.run(measure(config, options.skip))
     ideal = min(result["generation"], result["training"])
     print(
@@ -135,11 +137,7 @@ def main() -> None:
         f"in the system: rollout actors idle {result['rollout/idle']:.1%}, learner idle {result['learner/idle']:.1%}, "
         f"generation paused {1000 * result['sync/pause_s']:.1f} ms an update"
     )
-    print(
-        json.dumps(
-            {"config": Path(options.config).stem, "words": options.words, **result, "ratio": result["system"] / ideal}
-        )
-    )
+    print(json.dumps({"config": Path(files[0]).stem, "words": words, **result, "ratio": result["system"] / ideal}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Changes the number of rollout actors of a run in progress.
 
 python launch/scale.py RUN_DIR 6
+
+A run that is resumed starts with the number of its configuration again.
 """
 
 from __future__ import annotations

@@ -273,7 +273,7 @@ def plot(folder: Path, baseline: float) -> Path:
     at = column("version")
     figure, ((rewards, lags), (idle, sync)) = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
     rewards.plot(at, column("reward/mean"), label="training reward")
-    rewards.plot(column("version", evals), column("eval/accuracy", evals), "o-", label="held-out, greedy")
+    rewards.plot(column("version", evals), column("eval/accuracy", evals), "o-", label="held-out")
     rewards.axhline(baseline, color="grey", linestyle=":", label=f"no skill {baseline:.2f}")
     rewards.set(title="reward", ylim=(-0.03, 1.03))
     lags.plot(at, column("lag/mean"), label="mean")
