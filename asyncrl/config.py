@@ -101,6 +101,10 @@ class BufferConfig(_Section, frozen=True, kw_only=True):
 class LearnerConfig(_Section, frozen=True, kw_only=True):
     num_gpus: int = 1
     """Ranks that the model is split between (FSDP2): one GPU each, and without GPUs one process each."""
+    reshard: Literal["auto", "layer", "step"] = "auto"
+    """Of several ranks: when each lets go of the others' parts of the weights. "layer" is after each decoder layer;
+    "step" is after the last pass of a step, which gathers weights and sums gradients once and takes up to 8 bytes a
+    weight more. "auto" is "step" where that is at most a quarter of the GPU's memory."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the forward and backward pass; "auto" is bfloat16 on GPUs. Weights, logits and optimizer are float32."""
     head_dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -139,6 +139,7 @@ def assert_close(some, others, rtol=0.0, atol=1e-5):
     ("sizes", "words"),
     [
         ([[3, 9, 12, 5], [1, 2, 12, 12], [7, 7, 7, 1], [12, 1, 1, 1]], SMALL),
+        ([[3, 9, 12, 5], [1, 2, 12, 12], [7, 7, 7, 1], [12, 1, 1, 1]], [*SMALL, "learner.reshard=layer"]),
         ([[12, 3, 1], [2, 9, 4, 12, 1, 1, 6]], EVERYTHING),  # groups of different sizes, a different share at each rank
         ([[12, 2, 1]], SMALL),  # with four ranks, one has nothing to train
         ([[12, 3, 1], [2, 9, 4, 12, 1, 1, 6]], WHOLE_STEP),
@@ -167,11 +168,12 @@ ON_GPUS = [pytest.param("cuda", 1, marks=pytest.mark.gpu), pytest.param("cuda", 
 
 
 @pytest.mark.parametrize(("device", "num_ranks"), [("cpu", 2), *ON_GPUS])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bfloat16 lora"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bfloat16 lora", "bfloat16 layer"])
 def test_ranks_of_any_device_and_precision_train_as_one_cpu(on_ranks, folder, device, num_ranks, dtype):
     close = 1e-3 if dtype == "float32" else 0.05
     batches = [make_groups([[3, 9, 12, 5], [1, 2, 12, 12]], seed) for seed in range(3)]
     words = [*(LORA if "lora" in dtype else SMALL), f"learner.dtype={dtype.split()[0]}"]
+    words += ["learner.reshard=layer"] if "layer" in dtype else []
     metrics, weights, _ = train(Ranks(), folder, words, batches)
     (found, trained, _), *_ = on_ranks(num_ranks, train, folder, words, batches, device=device)
     for name in ("gradient/norm", "gradient/cosine", "policy/entropy", "mismatch/k3"):

@@ -20,7 +20,7 @@ from asyncrl.training.head import Head
 from asyncrl.training.lora import Adapters
 from asyncrl.training.packing import MicroBatch
 from asyncrl.training.scoring import Scorer, check_model, check_rope, recompute_activations
-from asyncrl.training.sharding import Ranks, shard
+from asyncrl.training.sharding import Ranks, held_bytes, shard
 
 Score: TypeAlias = Callable[[MicroBatch], tuple[Tensor, Tensor]]
 """Log-probability and entropy of each trained token, float32[n] and float32[n]."""
@@ -41,7 +41,8 @@ class Forward:
     """Readies the models of a rank. Of several ranks, each keeps its part of policy and reference from here on.
 
     `policy`, `reference` and `critic` are the passes, the last two None where the loss needs none. `attention` is the
-    policy's, "sdpa" or "varlen"; `longest` the longest trajectory that every model is right for, None if any is.
+    policy's, "sdpa" or "varlen"; `longest` the longest trajectory that every model is right for, None if any is;
+    `holds` whether the policy is one that `before_pass` is for.
     """
 
     def __init__(
@@ -63,7 +64,8 @@ class Forward:
         self._device, self._bfloat16 = device_type(model, ranks), uses_bfloat16(config, model, ranks)
         self.longest: int | None = None
         self.attention = self._ready(model, config.learner.attention, has_values=ranks.is_first)
-        self.policy = self._make_scorer(model)
+        self.holds = self._may_hold(model)
+        self.policy = self._make_scorer(model, hold=self.holds)
         self.reference = self._make_reference(reference, adapters) if config.loss.needs_reference else None
         self.critic = self._make_critic(model, critic) if config.loss.needs_critic else None
 
@@ -77,7 +79,16 @@ class Forward:
             self.longest = min(window, self.longest or window)
         return attention
 
-    def _make_scorer(self, model: nn.Module) -> Scorer:
+    def _may_hold(self, model: nn.Module) -> bool:
+        """As learner.reshard says."""
+        wanted = self._config.learner.reshard
+        if self._ranks.mesh is None or wanted == "layer":
+            return False
+        if wanted == "step" or self._device != "cuda":
+            return True
+        return held_bytes(model) <= torch.cuda.get_device_properties(0).total_memory // 4
+
+    def _make_scorer(self, model: nn.Module, *, hold: bool = False) -> Scorer:
         settings, bfloat16 = self._config.learner, self._bfloat16
         if bfloat16 and self._device == "cuda":
             # What is left in float32 then runs on tensor cores (TF32).
@@ -96,7 +107,7 @@ class Forward:
         if settings.activation_checkpointing:
             recompute_activations(decoder_layers(model))
         if self._ranks.mesh is not None:
-            shard(scorer, decoder_layers(model), self._ranks, bfloat16=bfloat16)
+            shard(scorer, decoder_layers(model), self._ranks, bfloat16=bfloat16, hold=hold)
         return scorer
 
     def _make_reference(self, model: nn.Module | None, adapters: Adapters | None) -> Score:

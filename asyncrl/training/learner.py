@@ -27,7 +27,7 @@ from asyncrl.training.lora import Adapters
 from asyncrl.training.packing import Batch, MicroBatch, pack
 from asyncrl.training.scoring import check_lengths
 from asyncrl.training.shaping import shape
-from asyncrl.training.sharding import Ranks, collect, split_like, whole
+from asyncrl.training.sharding import Ranks, before_pass, collect, split_like, whole
 from asyncrl.training.step_metrics import GradientWatch, Seen, measure, speed
 from asyncrl.training.utilization import FlopCounter
 from asyncrl.transport import Audience, Rendezvous
@@ -76,7 +76,7 @@ class Learner:
         self.adapters = Adapters(model, config.lora, bfloat16=bfloat16) if config.lora.rank else None
         self._num_flops = FlopCounter(model)
         forward = Forward(config, model, row_tokens, ranks, adapters=self.adapters, reference=reference, critic=critic)
-        self.attention, self._longest = forward.attention, forward.longest
+        self.attention, self._longest, self._holds = forward.attention, forward.longest, forward.holds
         self._scorer, self._reference, self._critic = forward.policy, forward.reference, forward.critic
         self._device = next(model.parameters()).device
         settings = config.learner
@@ -132,7 +132,11 @@ class Learner:
         )
         bound = self._m2_bound(parts) if self.loss.trust == "m2" else None
         self.optimizer.zero_grad(set_to_none=True)
-        seen = [self._backward(part, bound) for part in parts]
+        seen = []
+        for number, part in enumerate(parts, 1):
+            if self._holds:
+                before_pass(self._scorer, last=number == len(parts))
+            seen.append(self._backward(part, bound))
         cosine = self._watch.cosine()  # before the norm is waited for: its many small kernels are issued in that time
         norm = float(whole(nn.utils.clip_grad_norm_(self._trained().values(), settings.max_grad_norm)))
         told = {"gradient/norm": norm, "gradient/cosine": cosine}

@@ -4,6 +4,7 @@
                  backward  all-gather a layer -> compute -> reduce-scatter its gradient, summed over the ranks
                  optimizer on its own rows of every parameter
 
+What is held for a step is gathered in its first forward pass, and its gradients are summed in the last backward pass.
 All of these wait for every rank, so ranks make the same calls in the same order.
 """
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 
 from asyncrl.transport import Rendezvous
@@ -74,8 +75,9 @@ def join_ranks(where: Rendezvous, rank: int, device: str, store: TCPStore | None
     return Ranks(rank, where.world_size, init_device_mesh(device, (where.world_size,)))
 
 
-def shard(module: nn.Module, layers: Iterable[nn.Module], ranks: Ranks, *, bfloat16: bool) -> None:
-    """Leaves this rank its rows of every parameter of `module`; `layers` inside it are gathered one at a time.
+def shard(module: nn.Module, layers: Iterable[nn.Module], ranks: Ranks, *, bfloat16: bool, hold: bool) -> None:
+    """Leaves this rank its rows of every parameter of `module`; `layers` inside it are gathered one at a time, and with
+    `hold` stay together until `before_pass` says otherwise.
 
     With `bfloat16` a layer's weights are rounded before they travel, which a matrix product under autocast would do
     after; what is outside the layers (embedding, last norm, head) stays float32. Gradients are float32 and summed, not
@@ -89,13 +91,27 @@ def shard(module: nn.Module, layers: Iterable[nn.Module], ranks: Ranks, *, bfloa
         param_dtype=torch.bfloat16 if bfloat16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for part, policy in [*((layer, rounded) for layer in layers), (module, plain)]:
-        sharded = fully_shard(part, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=True)
+        sharded = fully_shard(part, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=not hold)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that divides
     for name, parameter in module.named_parameters():
         _spread(full.pop(name), parameter, ranks)
     for buffer in module.buffers():
         dist.broadcast(buffer, 0)
+
+
+def before_pass(module: nn.Module, *, last: bool) -> None:
+    """Of a module that is held: whether the next backward pass is the last one of a step. That one sums the gradients
+    of all passes over the ranks, and lets go of the other ranks' parts."""
+    held = cast(FSDPModule, module)
+    held.set_requires_gradient_sync(last)
+    held.set_is_last_backward(last)
+    held.set_reshard_after_backward(last)
+
+
+def held_bytes(module: nn.Module) -> int:
+    """What holding takes beside the rank's own parts, at most: whole weights, and whole gradients in float32."""
+    return sum(4 * parameter.numel() * (1 + parameter.requires_grad) for parameter in module.parameters())
 
 
 @torch.no_grad()
