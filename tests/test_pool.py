@@ -6,6 +6,8 @@ from itertools import pairwise
 
 import pytest
 from helpers import run, trajectory
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from asyncrl import pool as pools
 from asyncrl.handles import ActorDied
@@ -476,5 +478,85 @@ def test_fewer_are_asked_for_while_the_last_replacement_starts(tmp_path):
         gate.set()
         assert (await play).prompt == PROMPTS[0]
         watch.cancel()
+
+    run(body())
+
+
+class Worn(Actor):
+    """An actor that yields at random, dies when it is told to, and notes what must never happen."""
+
+    def __init__(self, name, random, broken):
+        super().__init__(name)
+        self.random, self.broken = random, broken
+        self.version, self.dead, self.num_calls = None, False, 0
+
+    async def _some_time(self):
+        if self.closed.is_set():
+            self.broken.append(f"{self.name} is called after it was closed")
+        self.num_calls += 1
+        for _ in range(self.random.randrange(4)):
+            await asyncio.sleep(0)
+        self.num_calls -= 1
+        if self.dead:
+            raise ActorDied(self.name)
+
+    async def run(self, prompt):
+        if self.version is None:
+            self.broken.append(f"{self.name} plays without weights")
+        await self._some_time()
+        return make_group(prompt, [trajectory(2, 3, seed=prompt.id)])
+
+    async def join(self, _where, _first_rank):
+        await self._some_time()
+
+    async def update_weights(self, _buckets, version):
+        await self._some_time()
+        self.version = version
+        return UpdateReport("right", 0.01, 1.0, 0.5, 0.1, 10)
+
+    async def close(self):
+        if self.closed.is_set() or self.num_calls:
+            self.broken.append(f"{self.name} is closed twice, or with {self.num_calls} calls under way")
+        self.closed.set()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sampled_from(["run", "run", "update", "add", "retire", "die"]), max_size=25), st.randoms())
+def test_whatever_happens_to_actors_no_prompt_is_lost_and_all_that_play_have_the_newest_weights(happenings, random):
+    async def body():
+        broken, learner = [], Learner()
+        actors = [Worn(str(number), random, broken) for number in range(3)]
+        pool = RolloutPool(actors, max_attempts=3)
+        pool.expect(True)
+        await pool.update_weights(learner)
+        plays, updating = [], None
+        for number, happening in enumerate(happenings):
+            alive = [actor for actor in pool.actors if not actor.dead]
+            if happening == "run":
+                plays.append(asyncio.ensure_future(pool.run(Prompt(number, (1, 2), ""))))
+            elif happening == "add":
+                actors.append(Worn(f"{number}", random, broken))
+                pool.add(actors[-1])
+            elif happening == "retire" and len(alive) > 1:
+                pool.retire()
+            elif happening == "die" and len(alive) > 1:
+                random.choice(alive).dead = True
+            elif happening == "update" and (updating is None or updating.done()):
+                learner.version += 1
+                updating = asyncio.ensure_future(pool.update_weights(learner))
+            for _ in range(random.randrange(3)):
+                await asyncio.sleep(0)
+        if updating is not None:
+            await updating
+        groups = await asyncio.gather(*plays, return_exceptions=True)
+        await pool.update_weights(learner)
+        assert not broken
+        assert pool.actors
+        assert {actor.version for actor in pool.actors} == {learner.version}
+        assert not any(actor.dead for actor in pool.actors)
+        wanted = [number for number, happening in enumerate(happenings) if happening == "run"]
+        for number, group in zip(wanted, groups, strict=True):
+            assert isinstance(group, RolloutFailed) or group.prompt.id == number
+        assert [actor.name for actor in actors if actor not in pool.actors and not actor.closed.is_set()] == []
 
     run(body())
