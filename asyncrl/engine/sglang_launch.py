@@ -13,11 +13,14 @@ import dataclasses
 import difflib
 import importlib.util
 import multiprocessing
+import os
 import signal
+import tempfile
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from importlib import metadata
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -213,7 +216,7 @@ def _check_extra(extra: Mapping[str, Any], known: Collection[str]) -> None:
 def launch(arguments: Mapping[str, Any]) -> Any:
     """A started `sglang.Engine`, bound to the running event loop, which it blocks until the model is loaded.
 
-    Raises `RuntimeError` when one of its processes ends meanwhile.
+    Raises `RuntimeError` when one of its processes ends meanwhile, or `ValueError` if it said that of a setting.
     """
     from sglang.srt.entrypoints.engine import Engine
 
@@ -228,13 +231,20 @@ def launch(arguments: Mapping[str, Any]) -> Any:
             return [], []
 
     others = set(multiprocessing.active_children())
-    try:
-        with _kept_signal_handlers():
-            engine = VersionedEngine(**arguments)
-            engine.tokenizer_manager.auto_create_handle_loop()
-    except BaseException:
-        end_processes(set(multiprocessing.active_children()) - others)
-        raise
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[sglang_scheduler.START_ERRORS] = folder  # which its processes inherit
+        try:
+            with _kept_signal_handlers():
+                engine = VersionedEngine(**arguments)
+                engine.tokenizer_manager.auto_create_handle_loop()
+        except BaseException as error:
+            end_processes(set(multiprocessing.active_children()) - others)
+            for told in Path(folder).iterdir():
+                name, _, text = told.read_text().partition(": ")
+                if name == "ValueError":  # of a setting
+                    raise ValueError(f"SGLang could not start: {text}") from error
+                raise RuntimeError(f"SGLang could not start: {name}: {text}") from error
+            raise
     # It would answer the end of a child by a signal that ends this process.
     engine.tokenizer_manager._subprocess_watchdog.stop()
     # It would end every child of this process, those of another engine included.

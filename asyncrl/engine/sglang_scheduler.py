@@ -22,11 +22,13 @@ functions, as the parent imports this module to name the function for the child.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -60,6 +62,9 @@ _PREFILL_STEPS = {"cuda": 4, "cpu": 1}
 ABORTED = "ended by a weight update"
 """The message of a completion that an update cut short."""
 
+START_ERRORS = "ASYNCRL_SGLANG_START_ERRORS"
+"""Environment variable with the folder in which a scheduler that cannot start leaves a file that says why."""
+
 
 def run_scheduler(*args: Any, **kwargs: Any) -> None:
     """The target of a scheduler process, in place of SGLang's own."""
@@ -76,8 +81,10 @@ def _exits_on_error(method: Any) -> Any:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
             return method(*args, **kwargs)
-        except Exception:
+        except Exception as error:
             traceback.print_exc()
+            with contextlib.suppress(OSError):  # the folder is gone after the start
+                Path(os.environ[START_ERRORS], f"{os.getpid()}.txt").write_text(f"{type(error).__name__}: {error}")
             os._exit(1)
 
     return wrapper

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 from array import array
 from dataclasses import replace
@@ -421,6 +422,17 @@ def test_an_engine_that_cannot_start_says_so(world, run):
         run(start(world.folder, max_length=64, engine_args={"max_runing_requests": 4}))
     with pytest.raises(ValueError, match="'triton' needs a GPU"):
         run(start(world.folder, max_length=64, attention_backend="triton"))
+
+
+def test_a_scheduler_that_cannot_start_says_why(world, run, tmp_path):
+    folder = shutil.copytree(world.folder, tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(RuntimeError, match=r"SGLang could not start: SafetensorError: .*header"):
+        run(start(folder, max_length=64), 120)
+    settings = folder / "config.json"
+    settings.write_text(settings.read_text().replace('"silu"', '"tanh"'))
+    with pytest.raises(ValueError, match=r"SGLang could not start: Unsupported activation: tanh"):
+        run(start(folder, max_length=64), 120)
 
 
 @pytest.mark.parametrize("mode", ["recompute", "abort"])
