@@ -11,8 +11,12 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
-_LIBRARIES = ("<frozen", *(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")))
-_LOCAL = ("models/", "data/", "runs/", "./", "../", "/", "~")
+_NOT_THE_USERS = (
+    "<frozen",
+    *(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")),
+    str(Path(__file__).parent),
+)
+_LOCAL = ("models/", "data/", "runs/", "./", "../", "/")
 """What paths of this machine begin with; anything else may be an id of the hub."""
 
 
@@ -37,18 +41,20 @@ def load_module(path: str, told: str, form: str) -> tuple[ModuleType, str]:
 
 
 def line_of(error: BaseException) -> str:
-    """Where the user's code raised what the caller has caught: its own line, not that of a library which it called.
+    """Where the user's code raised what the caller has caught: its own line, not that of what it called.
 
     A comma, file and line; nothing where no line is the user's.
     """
     frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is the caller's
-    own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
+    own = [frame for frame in frames if not frame.filename.startswith(_NOT_THE_USERS)]
     return f", {own[-1].filename} line {own[-1].lineno}" if own else ""
 
 
 def check_folder(path: str | Path, script: str, knob: str) -> None:
     """Raises `ValueError` if nothing is at a path that looks like one of this machine: the hub need not be asked, which
     takes a minute where there is no network. `script` makes such folders, `knob` names them."""
+    if str(path).startswith("~"):
+        raise ValueError(f"{knob} is {str(path)!r}, and nobody expands ~ there: write the folder in full")
     if str(path).startswith(_LOCAL) and not Path(path).exists():
         raise ValueError(
             f"there is no folder {str(path)!r}, seen from {Path.cwd()}: make it, for example with `{interpreter()} "

@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any
 
 from asyncrl import run_folder
-from asyncrl.algo.loss import try_own
 from asyncrl.buffer import Buffer
 from asyncrl.config import Config
 from asyncrl.envs.base import Env, checked_prompts, heldout_prompts, load_env, no_skill
@@ -33,7 +32,7 @@ from asyncrl.recovery.journal import Journal
 from asyncrl.recovery.prompts import PromptQueue
 from asyncrl.recovery.supervisor import Supervisor
 from asyncrl.recovery.watchdog import Watchdog
-from asyncrl.runtime.parts import check_machine, check_targets
+from asyncrl.runtime.parts import check_machine, check_own, check_targets
 from asyncrl.staleness import StalenessControl
 from asyncrl.system import System
 from asyncrl.training.learner import row_length
@@ -67,7 +66,7 @@ class Task:
 
 def load_task(config: Config, *, quiet: bool = False) -> Task:
     """Raises `ValueError` for what the run could not start with, or would not end with."""
-    try_own(config.loss, config.rollout.group_size)
+    check_own(config)
     check_machine(config)  # before the warm-up, which may take long
     initial = str(prepare(config, quiet=quiet))
     tokenizer = load_tokenizer(initial)
@@ -92,7 +91,7 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
         return str(task.tokenizer.decode(token_ids))
 
     journal, saved = open_journal(folder, buffer, resumed=resume is not None)
-    with closing(journal):
+    with closing(journal), run_folder.error_kept(folder):
         first_step = journal.accounts.version
         if resume and first_step >= config.num_steps and has_last_evaluation(folder, first_step):
             print(
@@ -333,9 +332,11 @@ def _stop_on_ctrl_c(buffer: Buffer, metrics: Metrics) -> Iterator[None]:
         metrics.say("stopping after this step, with a checkpoint; once more to interrupt at once")
         for number in signals:
             loop.remove_signal_handler(number)
-            signal.signal(number, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # at once, where asyncio would end one task first
+        signal.signal(signal.SIGTERM, before[signal.SIGTERM])
         buffer.close()
 
+    before = {number: signal.getsignal(number) for number in signals}
     for number in signals:
         loop.add_signal_handler(number, stop)
     try:
@@ -343,3 +344,4 @@ def _stop_on_ctrl_c(buffer: Buffer, metrics: Metrics) -> Iterator[None]:
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
+            signal.signal(number, before[number])

@@ -20,7 +20,7 @@ import numpy as np
 
 from asyncrl.engine.base import Engine
 from asyncrl.envs.base import Env
-from asyncrl.envs.faults import EnvFault, Patience, attempt
+from asyncrl.envs.faults import EnvFault, Held, Patience, attempt
 from asyncrl.recovery import groups
 from asyncrl.transport import Rendezvous
 from asyncrl.types import Completion, Group, Prompt, Sampling, Trajectory, Version
@@ -77,7 +77,8 @@ class Rollout:
         self._sampling, self._group_size, self._seed = sampling, group_size, seed
         self._timeout_s, self._max_attempts, self._store = timeout_s, max_attempts, store
         self._started = time.monotonic()
-        self._held_s, self._num_tokens = 0.0, 0
+        self._held = Held()
+        self._num_tokens = 0
 
     @property
     def num_ranks(self) -> int:
@@ -132,7 +133,7 @@ class Rollout:
         digest = await self._engine.resume(version)
         now = time.monotonic()
         return UpdateReport(
-            digest, now - begin, now - self._started, self._engine.busy_s, self._held_s, self._num_tokens
+            digest, now - begin, now - self._started, self._engine.busy_s, self._held.seconds, self._num_tokens
         )
 
     async def close(self) -> None:
@@ -151,7 +152,7 @@ class Rollout:
 
     async def _play(self, prompt: Prompt, sample: int, base: Sampling) -> Trajectory:
         turn = 0
-        patience = Patience(self._timeout_s)
+        patience = Patience(self._timeout_s, self._held)
 
         async def generate(token_ids: Sequence[int]) -> Completion:
             with patience.suspended():
@@ -169,10 +170,7 @@ class Rollout:
                 self._num_tokens += len(parts[-1].token_ids)
             return parts[0] if len(parts) == 1 else _joined(parts)
 
-        try:
-            return await attempt(self._env, prompt, generate, patience)
-        finally:
-            self._held_s += patience.held_s
+        return await attempt(self._env, prompt, generate, patience)
 
 
 async def _all(plays: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

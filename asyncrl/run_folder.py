@@ -10,6 +10,7 @@ runs/20261122-193000-largest-digit/
     trajectories/                a few trajectories of each step, parquet
     curves.png                   reward, held-out accuracy, lag, utilisation
     output.log                   with --watch: what was printed besides the lines of the run
+    error.txt                    what ended the run, and where it came from, if it was an error
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import suppress
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +96,20 @@ def keep(folder: Path, config: Config, step: int) -> None:
             shutil.copyfile(path, old)
             break
     _write(path, to_tree(config))
+
+
+@contextmanager
+def error_kept(folder: Path) -> Iterator[None]:
+    """What ends a run is told in a line or two; where it came from is kept in the folder."""
+    path = folder / "error.txt"
+    path.unlink(missing_ok=True)  # of an earlier life
+    try:
+        yield
+    except Exception as error:
+        with suppress(OSError):  # the disk may be what is full
+            path.write_text("".join(traceback.format_exception(error)))
+            print(f"the run ended with an error, and where it came from is in {path}", file=sys.stderr)
+        raise
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:

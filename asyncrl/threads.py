@@ -20,10 +20,10 @@ T = TypeVar("T")
 def started(function: Callable[[], T]) -> Future[T]:
     """What the function will return or raise, from a daemon thread."""
     result: Future[T] = Future()
+    result.set_running_or_notify_cancel()  # from here on it cannot be cancelled
     call = contextvars.copy_context().run
 
     def work() -> None:
-        result.set_running_or_notify_cancel()  # from here on it cannot be cancelled
         try:
             value = call(function)
         except BaseException as error:

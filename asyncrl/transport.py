@@ -29,7 +29,8 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 IN_FLIGHT = 2
 """Broadcasts that a member may have begun without having waited for them, over CUDA IPC."""
-_LOOK_S = 0.0002  # between two looks at a transfer; a look at the store costs more and comes each 100th time
+_LOOK_S = 0.0002  # between two looks at a transfer
+_STORE_LOOK_S = 0.02  # the same at the store, which costs more
 _ABANDONED = "abandoned"
 _group_numbers = itertools.count()
 
@@ -139,23 +140,25 @@ class BroadcastGroup:
             group.abort()  # its kernel waits on the device for the member that is gone
 
 
-def _wait_until(done: Callable[[], bool], store: PrefixStore, timeout_s: float) -> None:
+def _wait_until(done: Callable[[], bool], store: PrefixStore, timeout_s: float, look_s: float = _LOOK_S) -> None:
     """Raises `TimeoutError`, or `RuntimeError` when the group was abandoned."""
     end = time.monotonic() + timeout_s
+    looks_at_store = max(1, round(_STORE_LOOK_S / look_s))
     for look in itertools.count(1):
         if done():
             return
         if time.monotonic() > end:
             raise TimeoutError(f"nothing came for {timeout_s:g} s")
-        if look % 100 == 0 and store.check([_ABANDONED]):
+        if look % looks_at_store == 0 and store.check([_ABANDONED]):
             raise RuntimeError(f"the group was abandoned: {store.get(_ABANDONED).decode()}")
-        time.sleep(_LOOK_S)
+        time.sleep(look_s)
 
 
 def _backend(where: Rendezvous, store: PrefixStore, rank: int, address: str) -> Any:
     """Connects to the others, once all of them have arrived: torch would wait for one that is gone without a look."""
     timeout = timedelta(seconds=where.timeout_s)
-    _count(store, "join", where.world_size, where.timeout_s).wait()
+    # Members may be waited for long, and an engine generates in this process meanwhile.
+    _count(store, "join", where.world_size, where.timeout_s).wait(_STORE_LOOK_S)
     if where.backend == "gloo":
         options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timeout
@@ -249,9 +252,9 @@ class _Receipt:
     def is_completed(self) -> bool:
         return bool(self.store.check([f"{self.name}/all"]))
 
-    def wait(self) -> None:
+    def wait(self, look_s: float = _LOOK_S) -> None:
         """Raises the first failure of any rank."""
-        _wait_until(self.is_completed, self.store, self.timeout_s)
+        _wait_until(self.is_completed, self.store, self.timeout_s, look_s)
         if failure := self.store.get(f"{self.name}/all"):
             raise RuntimeError(failure.decode())
 

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from asyncrl import config as configuration
+from asyncrl import run_folder
 from asyncrl.config import Config
 from launch import run
 
@@ -147,3 +149,13 @@ def test_mistakes_that_several_tasks_were_told_are_one_line(monkeypatch, capsys)
     monkeypatch.setattr("asyncrl.job.train", failing)
     assert run.main(["runtime=local"]) == 2
     assert capsys.readouterr().err == "error: no source\n"
+
+
+def test_what_ended_a_run_is_kept_until_it_goes_on(tmp_path, capsys):
+    with pytest.raises(ValueError, match="shapes"), run_folder.error_kept(tmp_path):
+        np.zeros(2) + np.zeros(3)
+    assert str(tmp_path / "error.txt") in capsys.readouterr().err
+    told = (tmp_path / "error.txt").read_text()
+    assert "np.zeros(2) + np.zeros(3)" in told
+    with run_folder.error_kept(tmp_path):
+        assert not (tmp_path / "error.txt").exists()

@@ -583,11 +583,14 @@ def test_a_loss_of_the_user_that_cannot_be_used_is_named(name, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         policy_loss(make_columns(make_data()), loss)
     with pytest.raises(ValueError, match=re.escape(message)):
-        try_own(loss, 2)
+        try_own(loss, 2, 2)
 
 
-def own_of_four(rewards, _groups):
-    return rewards - rewards.view(-1, 4).mean()
+def own_of_four(rewards, groups):
+    """Of groups of four, in units of how much the groups differ."""
+    assert groups.tolist() == [number for number in range(8) for _ in range(4)]
+    means = rewards.view(-1, 4).mean(1, keepdim=True)
+    return ((rewards.view(-1, 4) - means) / means.std()).flatten()
 
 
 @pytest.mark.parametrize(
@@ -601,4 +604,4 @@ def own_of_four(rewards, _groups):
 )
 def test_functions_of_the_user_are_tried_before_a_run_begins(loss, size, message):
     with pytest.raises(ValueError, match=message) if message else nullcontext():
-        try_own(loss, size)
+        try_own(loss, 8, size)

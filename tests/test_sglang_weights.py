@@ -1,5 +1,7 @@
 """How weights get into a model like SGLang's, whose loader fuses layers, and adapters on top. Needs no SGLang."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -64,8 +66,28 @@ class Reading(Fused):
         place.copy_(tensor if tensor.sum() > 0 else -tensor)
 
 
-@pytest.mark.parametrize("small", [1 << 24, 0])
-@pytest.mark.parametrize(("kind", "num_loads"), [(Fused, 1), (Padded, 1), (Scaled, 3), (Foreach, 3), (Reading, 3)])
+class Threaded(Fused):
+    """As some of SGLang's loaders copy out of host memory: where nothing of it is seen."""
+
+    def put(self, place, tensor):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(place.copy_, tensor).result()
+
+
+class Overlapping(Fused):
+    """Large and small, and one over the other."""
+
+    def put(self, place, tensor):
+        place[:2].copy_(tensor[:2])
+        place.copy_(tensor)
+        place[1:2].copy_(tensor[:1])
+
+
+@pytest.mark.parametrize("small", [1 << 24, 40, 0])
+@pytest.mark.parametrize(
+    ("kind", "num_loads"),
+    [(Fused, 1), (Padded, 1), (Overlapping, 1), (Scaled, 3), (Foreach, 3), (Reading, 3), (Threaded, 3)],
+)
 def test_a_loader_that_only_copies_is_called_once_and_repeated(kind, num_loads, small, monkeypatch):
     monkeypatch.setattr(sglang_loading, "_SMALL", small)
     model, plain = kind(torch.bfloat16), kind(torch.bfloat16)

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import shutil
 import threading
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from helpers import trajectory
 from safetensors.torch import load_file
 from torch import distributed
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from asyncrl import config as configuration
 from asyncrl.model import build_tiny, empty_model, load_model
@@ -162,6 +164,39 @@ def test_ranks_train_as_one(on_ranks, folder, num_ranks, sizes, words):
     assert_close(first[1], weights)
     assert_close(first[2], state)
     assert others == [([{}, {}, {}], {}, {})] * (num_ranks - 1)
+
+
+def count_collectives(ranks, folder, words, batch):
+    """Gathers and sums of parts of the model in the second step of the first rank, and its passes."""
+    learner, counts = make_learner(ranks, folder, words), Counter()
+    learner.step(batch)
+
+    def counted(name):
+        plain = getattr(_fsdp_param_group, name)
+
+        def call(*arguments, **keywords):
+            counts[name] += 1
+            return plain(*arguments, **keywords)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("foreach_all_gather", "foreach_reduce"):
+            patch.setattr(_fsdp_param_group, name, counted(name))
+        patch.setattr(learner, "score", lambda part, plain=learner.score: (counts.update(["passes"]), plain(part))[1])
+        learner.step(batch)
+    return dict(counts)
+
+
+@pytest.mark.parametrize(("reshard", "per_pass"), [("layer", True), ("step", False)])
+def test_weights_that_are_held_travel_once_a_step(on_ranks, folder, reshard, per_pass):
+    batch = make_groups([[3, 9, 12, 5], [1, 2, 12, 12], [7, 7, 7, 1]])
+    words = [*SMALL, f"learner.reshard={reshard}"]
+    found, *_ = on_ranks(2, count_collectives, folder, words, batch)
+    passes, units = found["passes"], 3  # two decoder layers, and what is around them
+    assert passes > 1
+    assert found["foreach_reduce"] == (units * passes if per_pass else units)
+    assert found["foreach_all_gather"] == (2 * units * passes if per_pass else units)
 
 
 ON_GPUS = [pytest.param("cuda", 1, marks=pytest.mark.gpu), pytest.param("cuda", 2, marks=pytest.mark.multi_gpu)]

@@ -154,7 +154,7 @@ class SGLangEngine:
         join = {"where": where, "first_rank": first_rank, "address": self._address}
         await self._calls.command(doing, _COMMAND_S, do="join", **join)
         end = time.monotonic() + where.timeout_s + _EXTRA_S
-        while not await self._calls.command(doing, _COMMAND_S, do="joined"):
+        while not await self._calls.command(doing, _COMMAND_S, do="joined", name=where.name):
             if time.monotonic() > end:
                 raise RuntimeError(f"SGLang took longer than {where.timeout_s + _EXTRA_S:g} s while {doing}")
             await asyncio.sleep(_JOIN_LOOK_S)

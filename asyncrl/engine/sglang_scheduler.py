@@ -233,8 +233,8 @@ class SchedulerMixin(_Scheduler):  # type: ignore[misc]
     def _do_join(self, where: Mapping[str, Any], first_rank: int, address: str) -> None:
         self._weights.join(Rendezvous(**where), first_rank, address)
 
-    def _do_joined(self) -> bool:
-        return self._weights.joined()
+    def _do_joined(self, name: str) -> bool:
+        return self._weights.joined(name)
 
     def _do_receive(self, buckets: list[dict[str, Any]]) -> None:
         if not self._engine_paused:

@@ -33,7 +33,7 @@ class ReceivedWeights:
         self.device = next(model.parameters()).device
         self._checksums = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._group: BroadcastGroup | None = None
-        self._entering: Future[BroadcastGroup]
+        self._entering: tuple[str, Future[BroadcastGroup]]  # the newest group's name, and the way into it
         self._arrived: list[tuple[Bucket, Tensor]] = []
         self._changed = self._lost = False
         self._complete: frozenset[str] | None = None
@@ -60,12 +60,15 @@ class ReceivedWeights:
                 before.leave()
             return BroadcastGroup(where, first_rank + self._tp_rank, address)
 
-        self._entering = started(enter)
+        self._entering = where.name, started(enter)
 
-    def joined(self) -> bool:
-        """Whether the group is entered. Raises `RuntimeError` if that failed."""
-        if self._entering.done():
-            self._group = self._entering.result()
+    def joined(self, name: str) -> bool:
+        """Whether the group of this name is entered. Raises `RuntimeError` if that failed, or another came after it."""
+        newest, entering = self._entering
+        if name != newest:
+            raise RuntimeError(f"the engine was told to enter {newest!r} before it was in {name!r}")
+        if entering.done():
+            self._group = entering.result()
         return self._group is not None
 
     def receive(self, buckets: Sequence[Bucket]) -> None:

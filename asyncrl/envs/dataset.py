@@ -220,4 +220,5 @@ class DatasetEnv:
 
 def _as_text(target: Any) -> Any:
     """A number as it is written, 42 for 42.0, which integers become where a column has gaps; all else as it is."""
-    return str(target).removesuffix(".0") if isinstance(target, int | float) else target
+    is_number = isinstance(target, int | float) and not isinstance(target, bool)
+    return str(target).removesuffix(".0") if is_number else target

@@ -9,9 +9,9 @@ import asyncio
 import math
 import time
 import types
-from collections.abc import Awaitable, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -32,15 +32,27 @@ class EnvFault(RuntimeError):
         return self._text
 
 
-class Patience:
-    """A time limit that stands still while the model generates: a long queue is no fault of the environment.
+_HELD_S = 0.01
+"""From here on a step of an environment holds its thread; shorter ones are its work, or other threads' turns in it."""
 
-    `held_s`: seconds for which the environment held the thread, and with it all other attempts and the engine.
+
+@dataclass(slots=True)
+class Held:
+    """Seconds for which environments held the thread, and with it all other attempts and an embedded engine.
+
+    Seen is what `play` itself does, not the tasks that it starts.
     """
 
-    def __init__(self, timeout_s: float) -> None:
+    seconds: float = 0.0
+
+
+class Patience:
+    """A time limit that stands still while the model generates: a long queue is no fault of the environment."""
+
+    def __init__(self, timeout_s: float, held: Held | None = None) -> None:
+        """`held`: what the time is added to for which this attempt holds the thread."""
         self.timeout_s = timeout_s
-        self.held_s = 0.0
+        self.held = held or Held()
         self._left_s = timeout_s
         self._generating = 0
         self._limit: asyncio.Timeout | None = None
@@ -78,7 +90,7 @@ async def attempt(env: Env, prompt: Prompt, generate: Generate, patience: Patien
     try:
         async with asyncio.timeout(None) as limit:
             patience.start(limit)
-            trajectory = await _watched(env.play(prompt, generate), patience)
+            trajectory = await _watched(_played(env, prompt, generate), patience.held)
     except TimeoutError as error:
         if not limit.expired():
             raise _fault("exception", env, prompt, f"raised {error!r}{line_of(error)},") from error
@@ -96,11 +108,15 @@ async def attempt(env: Env, prompt: Prompt, generate: Generate, patience: Patien
     return replace(trajectory, reward=float(trajectory.reward))
 
 
+async def _played(env: Env, prompt: Prompt, generate: Generate) -> Trajectory:
+    return await env.play(prompt, generate)
+
+
 @types.coroutine
-def _watched(play: Awaitable[Trajectory], patience: Patience) -> Generator[Any, Any, Trajectory]:
-    """Awaits `play`, and counts the time of its steps from one wait to the next."""
-    steps: Any = play.__await__()
-    step, given = steps.send, None
+def _watched(play: Coroutine[Any, Any, Trajectory], held: Held) -> Generator[Any, Any, Trajectory]:
+    """Awaits `play`, and counts those of its steps, from one wait to the next, that hold the thread."""
+    step: Callable[[Any], Any] = play.send
+    given: Any = None
     while True:
         begin = time.perf_counter()
         try:
@@ -109,11 +125,14 @@ def _watched(play: Awaitable[Trajectory], patience: Patience) -> Generator[Any, 
             trajectory: Trajectory = end.value
             return trajectory
         finally:
-            patience.held_s += time.perf_counter() - begin
+            del given  # of an error, a reference to itself through this frame
+            seconds = time.perf_counter() - begin
+            held.seconds += seconds if seconds >= _HELD_S else 0.0
         try:
-            given, step = (yield waited_for), steps.send
+            given = yield waited_for
+            step = play.send
         except BaseException as error:
-            given, step = error, steps.throw
+            given, step = error, play.throw
 
 
 def _fault(kind: str, env: Env, prompt: Prompt, text: str) -> EnvFault:

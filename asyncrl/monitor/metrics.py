@@ -56,7 +56,7 @@ METRICS: dict[str, str] = {
     "learner/idle": "share of the step's time that the learner waited for groups",
     "rollout/idle": "share of the time since the last step that engines had nothing to generate, mean over actors",
     "rollout/held": "share of that time that play() of the environment held the actors' threads, in which an embedded "
-    "engine generates nothing and any other answers late",
+    "engine generates nothing and any other answers late; steps of less than 10 ms do not count",
     "rollout/num_tokens": "tokens generated since the last step, all actors",
     "rollout/num_actors": "rollout actors alive",
     "rollout/failures": "failed rollouts and dead actors so far",

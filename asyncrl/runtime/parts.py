@@ -9,6 +9,8 @@ import torch
 from msgspec.structs import replace
 from torch import nn
 
+from asyncrl.algo import own
+from asyncrl.algo.loss import try_own
 from asyncrl.config import Config
 from asyncrl.engine.base import Engine
 from asyncrl.engine.embedded import EmbeddedEngine
@@ -41,6 +43,14 @@ def check_machine(config: Config) -> None:
         check_peft()
     if config.runtime == "local" or not torch.cuda.device_count():
         plan(config, num_gpus=0)
+
+
+def check_own(config: Config) -> None:
+    """Raises `ValueError` for a loss or advantage of the user that cannot be imported, or raises. It is called where
+    the learner would compute on this machine's CPU: written for a GPU it need not run here."""
+    own.check(config.loss)
+    if not _joins_cluster(config) and (config.device == "cpu" or not torch.cuda.is_available()):
+        try_own(config.loss, config.learner.groups_per_step, config.rollout.group_size)
 
 
 def check_targets(config: Config, folder: str) -> None:

@@ -80,13 +80,14 @@ class Forward:
         return attention
 
     def _may_hold(self, model: nn.Module) -> bool:
-        """As learner.reshard says."""
+        """As learner.reshard says, and on all ranks alike: the first one's GPU stands for all."""
         wanted = self._config.learner.reshard
         if self._ranks.mesh is None or wanted == "layer":
             return False
         if wanted == "step" or self._device != "cuda":
             return True
-        return held_bytes(model) <= torch.cuda.get_device_properties(0).total_memory // 4
+        room = torch.cuda.get_device_properties(0).total_memory // 4
+        return bool(self._ranks.share(float(held_bytes(model) <= room)))
 
     def _make_scorer(self, model: nn.Module, *, hold: bool = False) -> Scorer:
         settings, bfloat16 = self._config.learner, self._bfloat16

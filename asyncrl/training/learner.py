@@ -173,7 +173,10 @@ class Learner:
         return min(1.0, max(0, self.version + 1 - before) / max(self._config.learner.warmup_steps, 1))
 
     def score(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of each trained token, float32[n] and float32[n], at the sampling temperature."""
+        """Log-probability and entropy of each trained token, float32[n] and float32[n], at the sampling temperature.
+
+        Of several ranks that hold their weights (learner.reshard) only within a step, whose last pass lets go of them.
+        """
         logprobs, entropy = self._scorer(micro_batch)
         return logprobs, entropy
 

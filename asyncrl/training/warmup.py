@@ -31,7 +31,9 @@ def prepare(config: Config, *, quiet: bool = False) -> Path:
     if config.model.path not in (TINY, TINY_BYTES) and config.warmup.num_steps == 0:
         return Path(config.model.path)
     state = _state_of(Path(config.model.path))
-    depends_on = msgspec.json.encode((config.seed, config.model, config.env, config.warmup, state))
+    depends_on = msgspec.json.encode(
+        (config.seed, config.model, config.env.path, config.env.args, config.warmup, state)
+    )
     folder = Path(config.run_dir) / "cache" / hashlib.blake2b(depends_on, digest_size=8).hexdigest()
     if folder.exists():
         return folder
