@@ -171,7 +171,7 @@ class RolloutPool:
         async with self._announced(actor):
             with self._timeline.span(actor.name, "update", version=learner.version) as facts:
                 report = await actor.update_weights(learner.buckets, learner.version)
-                facts["pause_s"] = report.pause_s
+                facts |= {"pause_s": report.pause_s, "settle_s": report.settle_s, "receive_s": report.receive_s}
             return report
 
     async def _join(self, actor: RolloutHandle, rank: int) -> None:
@@ -304,6 +304,7 @@ class RolloutPool:
     def _measure(self, actors: list[RolloutHandle], reports: list[UpdateReport], sync_s: float) -> dict[str, float]:
         """What the engines' time since the update before went into, and what this update cost."""
         busy, held, span, tokens = 0.0, 0.0, 0.0, 0
+        slowest = max(reports, key=lambda report: report.pause_s)
         for actor, report in zip(actors, reports, strict=True):
             before = self._reports.get(actor)
             busy += report.busy_s - (before.busy_s if before else 0.0)
@@ -313,7 +314,9 @@ class RolloutPool:
             self._reports[actor] = report
         return {
             "sync/total_s": sync_s,
-            "sync/pause_s": max(report.pause_s for report in reports),
+            "sync/pause_s": slowest.pause_s,
+            "sync/settle_s": slowest.settle_s,
+            "sync/receive_s": slowest.receive_s,
             "rollout/idle": max(0.0, 1 - busy / max(span, 1e-9)),
             "rollout/held": held / max(span, 1e-9),
             "rollout/num_tokens": float(tokens),

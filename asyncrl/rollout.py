@@ -34,7 +34,12 @@ class UpdateReport:
     """What a rollout actor says after a weight update. Times in seconds since the actor started."""
 
     digest: str
+    settle_s: float
+    """Until nothing of the old weights ran any more; an engine still generates in a part of it."""
+    receive_s: float
+    """Until the new weights were loaded."""
     pause_s: float
+    """Until generation went on, the two above included."""
     now_s: float
     busy_s: float
     held_s: float
@@ -129,11 +134,20 @@ class Rollout:
         """Receives one whole version while requests stay in flight."""
         begin = time.monotonic()
         await self._engine.pause()
+        settled = time.monotonic()
         await self._engine.receive(buckets)
+        received = time.monotonic()
         digest = await self._engine.resume(version)
         now = time.monotonic()
         return UpdateReport(
-            digest, now - begin, now - self._started, self._engine.busy_s, self._held.seconds, self._num_tokens
+            digest=digest,
+            settle_s=settled - begin,
+            receive_s=received - settled,
+            pause_s=now - begin,
+            now_s=now - self._started,
+            busy_s=self._engine.busy_s,
+            held_s=self._held.seconds,
+            num_tokens=self._num_tokens,
         )
 
     async def close(self) -> None:

@@ -79,7 +79,16 @@ class SimulatedRollouts:
     async def update_weights(self, _buckets: Sequence[Any], version: Version) -> UpdateReport:
         self._version = version
         now_s = time.monotonic() - self._began
-        return UpdateReport(digest=DIGEST, pause_s=0.0, now_s=now_s, busy_s=now_s, held_s=0.0, num_tokens=0)
+        return UpdateReport(
+            digest=DIGEST,
+            settle_s=0.0,
+            receive_s=0.0,
+            pause_s=0.0,
+            now_s=now_s,
+            busy_s=now_s,
+            held_s=0.0,
+            num_tokens=0,
+        )
 
 
 CALLS: Counter[str] = Counter()

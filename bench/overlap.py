@@ -36,6 +36,7 @@ from asyncrl.training.warmup import prepare
 from asyncrl.types import Group, Version
 
 ROOT = Path(__file__).parent.parent
+PAUSE = ("sync/pause_s", "sync/settle_s", "sync/receive_s")
 OFF = ["learner.learning_rate=0", "eval.every=0", "eval.num_prompts=1", "checkpoint.every=0"]
 
 
@@ -71,9 +72,7 @@ async def measure(config: Config, skip: int) -> dict[str, float]:
             )
         rows = [row for row in metrics.read(Path(folder)) if "time/total_s" in row][skip:]
     system = len(rows) * batch / sum(row["time/total_s"] for row in rows)
-    idle = {
-        name: sum(row[name] for row in rows) / len(rows) for name in ("rollout/idle", "learner/idle", "sync/pause_s")
-    }
+    idle = {name: sum(row[name] for row in rows) / len(rows) for name in ("rollout/idle", "learner/idle", *PAUSE)}
     generation = max(first_generation, second_generation)
     return {"generation": generation, "training": training, "system": system, **idle}
 
@@ -135,7 +134,8 @@ def main() -> None:
     print(f"| | {' | '.join(f'{value:.1f}' for value in values)} | {result['system'] / ideal:.3f} |")
     print(
         f"in the system: rollout actors idle {result['rollout/idle']:.1%}, learner idle {result['learner/idle']:.1%}, "
-        f"generation paused {1000 * result['sync/pause_s']:.1f} ms an update"
+        f"generation paused {1000 * result['sync/pause_s']:.1f} ms an update, of which {1000 * result['sync/settle_s']:.1f} "
+        f"until nothing of the old weights ran and {1000 * result['sync/receive_s']:.1f} for the new ones"
     )
     print(json.dumps({"config": Path(files[0]).stem, "words": words, **result, "ratio": result["system"] / ideal}))
 

@@ -67,7 +67,7 @@ class Actor:
         await self.updating.wait()
         if self.update_error:
             raise self.update_error
-        return UpdateReport(self.digest, 0.01, 1.0, 0.5, 0.1, 10)
+        return UpdateReport(self.digest, 0.002, 0.005, 0.01, 1.0, 0.5, 0.1, 10)
 
     async def close(self):
         self.closed.set()
@@ -354,13 +354,13 @@ def test_utilisation_is_that_of_the_time_since_the_update_before():
         actor = Actor("a")
         pool = RolloutPool([actor], max_attempts=1)
         assert (await pool.update_weights(Learner()))["rollout/idle"] == pytest.approx(0.5)
-        now = UpdateReport("right", 0.02, 3.0, 2.0, 0.4, 30)
+        now = UpdateReport("right", 0.004, 0.01, 0.02, 3.0, 2.0, 0.4, 30)
         actor.update_weights = lambda *_: asyncio.sleep(0, now)
         metrics = await pool.update_weights(Learner())
         assert metrics["rollout/idle"] == pytest.approx(0.25)
         assert metrics["rollout/held"] == pytest.approx(0.15)
         assert metrics["rollout/num_tokens"] == 20
-        assert metrics["sync/pause_s"] == 0.02
+        assert [metrics[f"sync/{name}_s"] for name in ("settle", "receive", "pause")] == [0.004, 0.01, 0.02]
 
     run(body())
 
@@ -512,7 +512,7 @@ class Worn(Actor):
     async def update_weights(self, _buckets, version):
         await self._some_time()
         self.version = version
-        return UpdateReport("right", 0.01, 1.0, 0.5, 0.1, 10)
+        return UpdateReport("right", 0.002, 0.005, 0.01, 1.0, 0.5, 0.1, 10)
 
     async def close(self):
         if self.closed.is_set() or self.num_calls:

@@ -70,6 +70,8 @@ METRICS: dict[str, str] = {
     "journal/unstored": "finished groups so far that could not be written to disk: a resumed run plays them again",
     "sync/total_s": "seconds of the weight update, as the driver saw it",
     "sync/pause_s": "seconds that generation stood still for it, the slowest actor",
+    "sync/settle_s": "seconds of that until nothing of the old weights ran any more",
+    "sync/receive_s": "seconds of that for the new weights to arrive and be loaded",
     **WAITS,
     "time/wait_s": "seconds of the step spent waiting for groups",
     "time/step_s": "seconds of the step spent in the learner",
