@@ -132,10 +132,11 @@ def main() -> None:
     )
     values = (result["generation"], result["training"], ideal, result["system"])
     print(f"| | {' | '.join(f'{value:.1f}' for value in values)} | {result['system'] / ideal:.3f} |")
+    pause, settling, receiving = (1000 * result[name] for name in PAUSE)
     print(
         f"in the system: rollout actors idle {result['rollout/idle']:.1%}, learner idle {result['learner/idle']:.1%}, "
-        f"generation paused {1000 * result['sync/pause_s']:.1f} ms an update, of which {1000 * result['sync/settle_s']:.1f} "
-        f"until nothing of the old weights ran and {1000 * result['sync/receive_s']:.1f} for the new ones"
+        f"generation paused {pause:.1f} ms an update, of which {settling:.1f} until nothing of the old weights ran and "
+        f"{receiving:.1f} for the new ones"
     )
     print(json.dumps({"config": Path(files[0]).stem, "words": words, **result, "ratio": result["system"] / ideal}))
 
