@@ -102,6 +102,10 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
         with Metrics(
             folder, config.num_steps, first_step=first_step, quiet=quiet, watch=watch, config=config, decode=decode
         ) as metrics:
+            if resume:
+                metrics.say(
+                    f"going on from step {first_step}, {'the newest checkpoint' if saved else 'as none was saved'}"
+                )
             for line in changes:
                 metrics.say(f"changed at step {first_step}: {line}")
             _say_how_it_begins(metrics, config, journal, task)
@@ -173,6 +177,7 @@ def make_system(
     for number, actor in enumerate(evaluating):
         actor.name = f"evaluator {number}"
     pool = RolloutPool(training, config.rollout.max_attempts, metrics.timeline)
+    pool.say = metrics.say
     evaluators = RolloutPool(evaluating, config.rollout.max_attempts, metrics.timeline)
     pool.watchdog = watchdog = make_watchdog(config, folder, learner, pool, metrics.say, evaluators=evaluators)
     supervisor = Supervisor(

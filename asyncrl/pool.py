@@ -41,6 +41,8 @@ class RolloutPool:
         self._timeline = timeline or Timeline()
         self.watchdog: Watchdog | None = None
         """Told of every prompt that is waited for."""
+        self.say: Callable[[str], None] = lambda _line: None
+        """Told of the first failure of each kind; all of them are counted."""
         self._load: dict[RolloutHandle, int] = dict.fromkeys(actors, 0)
         self._joining: list[RolloutHandle] = []  # without weights so far
         self._leaving: set[RolloutHandle] = set()  # those that get no more prompts
@@ -102,7 +104,11 @@ class RolloutPool:
             except ActorDied as error:
                 self._remove(actor, error)
             except Exception as error:
-                self.failures[getattr(error, "kind", type(error).__name__)] += 1
+                kind = getattr(error, "kind", type(error).__name__)
+                if not self.failures[kind]:
+                    first_line = next(iter(str(error).splitlines()), kind)
+                    self.say(f"alarm: {first_line}; the prompt is tried again, and more of this kind are counted")
+                self.failures[kind] += 1
                 tried.add(actor)
                 if attempt == self._max_attempts:
                     raise RolloutFailed(

@@ -29,7 +29,7 @@ class Engine:
         await asyncio.sleep(self.delay_s)
         if self.error:
             raise self.error
-        return Completion(np.array([3], np.int32), np.zeros(1, np.float32), np.zeros(1, np.int32), "stop")
+        return Completion(np.full(3, 3, np.int32), np.zeros(3, np.float32), np.zeros(3, np.int32), "stop")
 
 
 class Env:
@@ -74,6 +74,7 @@ GOOD = trajectory(2, 3, seed=0)
         (raises, "env exception", r"Env raised TimeoutError.*of its own.*, \S*test_faults\.py line \d+, on prompt 4"),
         (never, "env timeout", r"took more than 0.1 s beside generation \(env.timeout_s\) on prompt 4"),
         (lambda: 3, "env exception", r"can't be used in 'await' expression.*test_faults\.py line \d+, on prompt 4"),
+        (gives(trajectory(2, 4, seed=0)), "env garbage", r"trains 4 tokens and 3 were sampled \(the mask is True for"),
         (gives(None), "env garbage", "gave a NoneType, not a Trajectory"),
         (gives(replace(GOOD, reward=math.nan)), "env garbage", "gave reward nan"),
         (gives(replace(GOOD, reward="1")), "env garbage", "gave reward '1'"),
@@ -118,7 +119,7 @@ def test_the_time_that_the_environment_holds_the_thread_is_counted_and_its_waits
     patience = Patience(5.0)
 
     async def body():
-        return await attempt(Env(holds), PROMPT, lambda _tokens: asyncio.sleep(0), patience)
+        return await attempt(Env(holds), PROMPT, lambda tokens: Engine().generate(tokens, None, 0), patience)
 
     assert run(body()).reward == GOOD.reward
     assert patience.held.seconds == 4

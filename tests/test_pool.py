@@ -137,11 +137,13 @@ def test_a_failure_is_tried_on_the_other_actor_and_counted():
     async def body():
         broken, sound = Actor("broken"), Actor("sound")
         broken.error = KeyError("x")
-        pool = RolloutPool([broken, sound], max_attempts=2)
+        pool, said = RolloutPool([broken, sound], max_attempts=2), []
+        pool.say = said.append
         for prompt in PROMPTS:
             assert (await pool.run(prompt)).prompt == prompt
         assert sound.played == [prompt.id for prompt in PROMPTS]
         assert pool.failures == {"KeyError": len(broken.played)}
+        assert said == ["alarm: 'x'; the prompt is tried again, and more of this kind are counted"]
 
     run(body())
 

@@ -9,7 +9,7 @@ import asyncio
 import math
 import time
 import types
-from collections.abc import Callable, Coroutine, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -17,7 +17,7 @@ from typing import Any
 
 from asyncrl.envs.base import Env, Generate
 from asyncrl.imports import line_of
-from asyncrl.types import Prompt, Trajectory
+from asyncrl.types import Completion, Prompt, Trajectory
 
 
 class EnvFault(RuntimeError):
@@ -87,10 +87,18 @@ class Patience:
 
 async def attempt(env: Env, prompt: Prompt, generate: Generate, patience: Patience) -> Trajectory:
     """One attempt, its reward a finite float. Raises `EnvFault`, or what the engine raised."""
+    num_sampled = 0
+
+    async def counted(token_ids: Sequence[int]) -> Completion:
+        nonlocal num_sampled
+        completion = await generate(token_ids)
+        num_sampled += len(completion.token_ids)
+        return completion
+
     try:
         async with asyncio.timeout(None) as limit:
             patience.start(limit)
-            trajectory = await _watched(_played(env, prompt, generate), patience.held)
+            trajectory = await _watched(_played(env, prompt, counted), patience.held)
     except TimeoutError as error:
         if not limit.expired():
             raise _fault("exception", env, prompt, f"raised {error!r}{line_of(error)},") from error
@@ -102,6 +110,9 @@ async def attempt(env: Env, prompt: Prompt, generate: Generate, patience: Patien
         raise _fault("exception", env, prompt, f"raised {error!r}{line_of(error)},") from error
     if not isinstance(trajectory, Trajectory):
         raise _fault("garbage", env, prompt, f"gave a {type(trajectory).__name__}, not a Trajectory")
+    if (num_trained := int(trajectory.mask.sum())) > num_sampled:
+        text = f"trains {num_trained} tokens and {num_sampled} were sampled (the mask is True for sampled tokens alone)"
+        raise _fault("garbage", env, prompt, text)
     for name, value in {"reward": trajectory.reward, **trajectory.metrics}.items():
         if not isinstance(value, Real) or not math.isfinite(value):
             raise _fault("garbage", env, prompt, f"gave {name} {value!r}, not a finite number")

@@ -151,6 +151,7 @@ class Metrics:
         self._terminal = open_terminal(folder, num_steps, first_step, quiet=quiet, watch=watch)
         self._began = time.time()
         self._history: deque[dict[str, float]] = deque(maxlen=100)
+        self._alarmed: set[str] = set()  # metrics, at the step before
         self._last_step_s: float | None = None
         self.last_accuracy: float | None = None
 
@@ -184,8 +185,11 @@ class Metrics:
         row |= self._waits(row)
         self._record(version, row)
         self._terminal.step(version, self._line(version, row, max_lag))
-        for alarm in alarms(row, list(self._history)):
-            self.say(f"alarm: {alarm}")
+        found = alarms(row, list(self._history))
+        for name, sentence in found.items():
+            if name not in self._alarmed:  # said when it begins, not at each step
+                self.say(f"alarm: {sentence}")
+        self._alarmed = set(found)
         self._history.append(row)
 
     async def sample(self, version: int, groups: Sequence[Group]) -> None:
