@@ -74,6 +74,21 @@ def differences(folder: Path, config: Config) -> list[str]:
     return lines
 
 
+def stretches(folder: Path) -> list[tuple[int, Path]]:
+    """The configurations that the run had one after the other, each with the step that it began at."""
+    found = {}
+    for path in folder.glob("config.step-*.json"):
+        step, *number = path.name.removeprefix("config.step-").removesuffix(".json").split(".")
+        found[int(step), int(number[0]) if number else 1] = path
+    ends = sorted(found)
+    return list(zip([0, *(step for step, _ in ends)], [*(found[end] for end in ends), folder / _CONFIG], strict=True))
+
+
+def changes(before: Path, now: Path) -> list[str]:
+    """A line for each value of one configuration that is another one in the next."""
+    return _differences(json.loads(before.read_text()), json.loads(now.read_text()))
+
+
 def _makes_base(config: Config) -> tuple[str, ...]:
     """How lines begin that tell of another making of the first weights (`training/warmup.py`), where a resumed run goes
     on using them: beneath adapters, or as the reference of a KL. Not `model.path`, as a model may be moved."""

@@ -5,6 +5,7 @@
 The run has to have kept its groups (journal.keep_groups=true). Its journal is the schedule: which groups made which
 step, in which order, and under which digest each version was sent to the engines. Nothing is generated. On a CPU in
 float32 the replay is exact, bit by bit, of asynchronous runs too, and of resumed ones, whose lost steps are left out.
+Where a resume trained on with other settings, it ends.
 Where it differs it says at which step, and in which tensors by the first checkpoint from there on that is still there.
 Words change the configuration, to see from where on they matter. Exits with 1 if anything differed.
 """
@@ -15,13 +16,14 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from asyncrl import config as configuration
-from asyncrl import tables
+from asyncrl import run_folder, tables
 from asyncrl.config import Config
 from asyncrl.recovery import checkpoint, groups, journal
 from asyncrl.recovery.accounts import Batch, Generated, Resumed, Started, Synced
@@ -41,6 +43,11 @@ class Schedule:
     digests: dict[Version, str] = field(default_factory=dict)
     """Of the weights of each version, as the engines had them."""
 
+    def cut(self, last: Version) -> None:
+        """Leaves out what came after a version."""
+        self.batches = {step: ids for step, ids in self.batches.items() if step <= last}
+        self.digests = {known: digest for known, digest in self.digests.items() if known <= last}
+
 
 def read_schedule(path: Path) -> Schedule:
     """The schedule in a journal. Raises `ValueError` if its beginning is missing."""
@@ -57,16 +64,34 @@ def read_schedule(path: Path) -> Schedule:
             case Synced(version=version, digest=digest):
                 schedule.digests[version] = digest
             case Resumed(version=version):
-                schedule.batches = {step: ids for step, ids in schedule.batches.items() if step <= version}
-                schedule.digests = {known: digest for known, digest in schedule.digests.items() if known <= version}
+                schedule.cut(version)
     schedule.batches = {step: ids for step, ids in schedule.batches.items() if step in schedule.digests}
     return schedule
 
 
+_TRAINS = (
+    *("seed ", "model.", "env.", "warmup.", "learner.", "lora.", "algorithm.", "critic.", "weights.bucket_mb "),
+    *("rollout.temperature ", "rollout.max_new_tokens ", "rollout.dtype "),
+)
+"""How the names of settings begin that a replay depends on."""
+
+
+def find_settings(folder: Path) -> tuple[Path, Version | None, str]:
+    """The configuration that the run began to train with, the last step that it held for (None: the very last), and
+    what was changed then."""
+    for (_, before), (step, now) in pairwise(run_folder.stretches(folder)):
+        if lines := [line for line in run_folder.changes(before, now) if line.startswith(_TRAINS)]:
+            return before, step, ", ".join(lines)
+    return folder / "config.json", None, ""
+
+
 def replay(folder: Path, checkpoints: Path, words: Sequence[str] = ()) -> Iterator[str]:
     """Trains the recorded steps; yields a line for every difference, the first ones first, and none if it is exact."""
-    config = configuration.load(folder / "config.json", list(words))
+    settings, last, _ = find_settings(folder)
+    config = configuration.load(settings, list(words))
     schedule = read_schedule(folder / "journal.bin")
+    if last is not None:
+        schedule.cut(last)
     part = make_learner(config)
     saved = {checkpoint.version_of(path): path for path in checkpoint.folders(checkpoints)}
     differs = False
@@ -137,11 +162,16 @@ def main(arguments: list[str] | None = None) -> int:
 def report(folder: Path, checkpoints: Path, words: Sequence[str]) -> bool:
     """Prints what differs, or that nothing does; whether anything did."""
     differs = False
+    _, last, changed = find_settings(folder)
+    if last is not None:
+        print(f"up to step {last}, where the run went on with {changed}")
     for line in replay(folder, checkpoints, words):
         differs = True
         print(line, flush=True)
     if not differs:
         schedule = read_schedule(folder / "journal.bin")
+        if last is not None:
+            schedule.cut(last)
         num_groups = sum(map(len, schedule.batches.values()))
         print(f"exact: {len(schedule.batches)} steps on {num_groups} groups gave the weights of every version")
     return differs

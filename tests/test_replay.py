@@ -43,6 +43,16 @@ def test_an_asynchronous_run_is_reproduced_exactly(folder, capsys):
     assert "exact: 6 steps on 24 groups" in capsys.readouterr().out
 
 
+def test_a_replay_ends_where_a_resume_trained_with_other_settings(recorded, tmp_path, capsys):
+    folder = shutil.copytree(recorded, tmp_path / "run")
+    config = small(tmp_path, *WORDS, "num_steps=7", "learner.learning_rate=1e-4")
+    run(job.train(config, folder, quiet=True))
+    assert tool.main([str(folder)]) == 0
+    told = capsys.readouterr().out
+    assert "up to step 6, where the run went on with learner.learning_rate 0.001 -> 0.0001" in told
+    assert "exact: 6 steps on 24 groups" in told
+
+
 @pytest.mark.parametrize("sync", ["merged", "adapter"])
 def test_a_run_of_adapters_is_reproduced_exactly(tmp_path, capsys, sync):
     config = small(tmp_path, *WORDS, "lora.rank=4", f"lora.sync={sync}", "num_steps=2")
