@@ -23,7 +23,9 @@ from launch import doctor, evaluate, prepare_gsm8k, replay, report, run, scale, 
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-NEEDS = re.compile(r"# needs (one GPU|two GPUs|four GPUs|several nodes|two nodes with GPUs|an NVIDIA GPU|pip install )")
+NEEDS = re.compile(
+    r"# needs (one GPU|two GPUs|four GPUs|several nodes|two nodes with GPUs|an NVIDIA GPU|pip install |the two above)"
+)
 SMALL = [
     "runtime=local",
     "num_steps=2",

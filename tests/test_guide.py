@@ -45,6 +45,21 @@ def test_links_lead_somewhere():
             assert (ROOT / "docs" / target).exists(), target
 
 
+def test_the_data_set_of_the_guide_runs(tmp_path, monkeypatch):
+    section = GUIDE.partition("## Use your own data")[2]
+    (tmp_path / "data").mkdir()
+    rows = re.search(r"```json\n(.*?)```", section, re.S)[1]
+    (tmp_path / "data" / "sums.jsonl").write_text("".join(rows.replace("3", str(n)) for n in range(10)))
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", section, re.S)[1], names)
+    monkeypatch.setattr(helpers, "right", names["right"], raising=False)
+    monkeypatch.chdir(tmp_path)
+    command = re.search(r"```sh\n(.*?)```", section, re.S)[1].replace("\\\n", "").split()
+    words = [word.replace("my_package.rewards", "helpers") for word in command if "=" in word]
+    words += ["runtime=local", "num_steps=1", "learner.groups_per_step=2", "rollout.group_size=2", "eval.num_prompts=2"]
+    assert run_coroutine(job.train(configuration.load(None, words), quiet=True)).version == 1
+
+
 def test_the_environment_and_the_loss_of_the_guide_run(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", GUIDE, re.S)
     for name in ("class LastDigit", "def capped", "def only_better"):
