@@ -64,9 +64,7 @@ def check(tree: dict[str, Any], section: type[msgspec.Struct], prefix: str = "")
     fields = {field.name: field.type for field in msgspec.structs.fields(section)}
     for key, value in tree.items():
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {prefix + near[0]!r}?" if near else f"known here: {', '.join(sorted(fields))}"
-            raise ValueError(f"unknown key {prefix + key!r} in the configuration; {hint}")
+            raise ValueError(f"unknown key {prefix + key!r} in the configuration; {_hint(key, fields, prefix)}")
         kind = fields[key]
         if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
             if not isinstance(value, dict):
@@ -77,6 +75,17 @@ def check(tree: dict[str, Any], section: type[msgspec.Struct], prefix: str = "")
             msgspec.convert(value, kind)
         except msgspec.ValidationError as error:
             raise ValueError(f"{prefix}{key} must be {_name_of(kind)}, got {value!r}") from error
+
+
+def _hint(key: str, fields: dict[str, Any], prefix: str) -> str:
+    """The same key of one of the tables inside, or the nearest one here."""
+    inside = [
+        f"{prefix}{name}.{key}"
+        for name, kind in fields.items()
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and key in kind.__struct_fields__
+    ]
+    near = inside or [prefix + name for name in difflib.get_close_matches(key, fields, n=1)]
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known here: {', '.join(sorted(fields))}"
 
 
 _NAMES = {

@@ -43,6 +43,8 @@ def test_a_resolved_config_reads_back_the_same():
     ("words", "message"),
     [
         (["rollout.group_sise=4"], "unknown key 'rollout.group_sise'.*did you mean 'rollout.group_size'"),
+        (["group_size=4"], "unknown key 'group_size'.*did you mean 'rollout.group_size'"),
+        (["learning_rate=1"], "'warmup.learning_rate' or 'learner.learning_rate' or 'critic.learning_rate'"),
         (["rolout.group_size=4"], "unknown key 'rolout'.*did you mean 'rollout'"),
         (["rollout=4"], "'rollout' is a table"),
         (["num_steps=3", "num_steps.x=4"], "num_steps.x.*is a value, not a table"),
