@@ -23,8 +23,6 @@ from asyncrl.weights import Bucket
 
 _Place: TypeAlias = tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]
 """Dtype, shape, strides and offset of a tensor inside a bucket's buffer."""
-
-
 _SMALL = 1 << 24
 """Bytes up to which tensors are copied together: that saves launches, and takes half as long again for large ones."""
 
@@ -35,10 +33,19 @@ class _Copies:
 
     targets: list[Tensor] = field(default_factory=list)
     sources: list[_Place] = field(default_factory=list)
+    spans: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    """Where each storage is written."""
 
-    def overlaps(self, target: Tensor) -> bool:
+    def add(self, target: Tensor, source: Tensor) -> bool:
+        """False if the target overlaps one that is there, and is not added."""
         begin, end = _span(target)
-        return any(begin < other_end and other_begin < end for other_begin, other_end in map(_span, self.targets))
+        written = self.spans.setdefault(target.untyped_storage().data_ptr(), [])
+        if any(begin < other_end and other_begin < end for other_begin, other_end in written):
+            return False
+        written.append((begin, end))
+        self.targets.append(target)
+        self.sources.append((source.dtype, tuple(source.shape), source.stride(), int(source.storage_offset())))
+        return True
 
     def repeat(self, flat: Tensor) -> None:
         typed = {dtype: flat.view(dtype) for dtype, *_ in self.sources}
@@ -117,10 +124,9 @@ class _Watch(TorchDispatchMode):
     def _note_copy(self, target: Tensor, source: Tensor) -> None:
         assert self.steps is not None
         copies = self.steps[-1] if self.steps else None
-        if not isinstance(copies, _Copies) or copies.overlaps(target):
+        if not isinstance(copies, _Copies) or not copies.add(target, source):
             self.steps.append(copies := _Copies())
-        copies.targets.append(target)
-        copies.sources.append((source.dtype, tuple(source.shape), source.stride(), int(source.storage_offset())))
+            copies.add(target, source)
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
