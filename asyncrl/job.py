@@ -35,6 +35,7 @@ from asyncrl.recovery.watchdog import Watchdog
 from asyncrl.runtime.parts import check_machine, check_own, check_targets
 from asyncrl.staleness import StalenessControl
 from asyncrl.system import System
+from asyncrl.threads import kept_handlers
 from asyncrl.training.learner import row_length
 from asyncrl.training.warmup import prepare
 from asyncrl.types import Group, Prompt, Version
@@ -341,12 +342,11 @@ def _stop_on_ctrl_c(buffer: Buffer, metrics: Metrics) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before[signal.SIGTERM])
         buffer.close()
 
-    before = {number: signal.getsignal(number) for number in signals}
-    for number in signals:
-        loop.add_signal_handler(number, stop)
-    try:
-        yield
-    finally:
+    with kept_handlers(*signals) as before:
         for number in signals:
-            loop.remove_signal_handler(number)
-            signal.signal(number, before[number])
+            loop.add_signal_handler(number, stop)
+        try:
+            yield
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)

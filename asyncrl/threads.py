@@ -1,4 +1,4 @@
-"""Blocking calls in threads that nothing else waits for.
+"""Blocking calls in threads that nothing else waits for, and what belongs to the main thread: signal handlers.
 
 `asyncio.to_thread` shares a few threads among everybody: a handful of calls that hang there hold up all others, and the
 exit. Python cannot end a thread, but one that hangs here is only its own caller's loss.
@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import os
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -38,6 +40,23 @@ def started(function: Callable[[], T]) -> Future[T]:
 async def in_thread(function: Callable[[], T]) -> T:
     """What the function returns or raises, from a daemon thread, which goes on if the caller is cancelled."""
     return await asyncio.wrap_future(started(function))
+
+
+@contextmanager
+def kept_handlers(*numbers: signal.Signals) -> Iterator[dict[signal.Signals, Any]]:
+    """The handlers of these signals as they are, put back at the end whatever others installed meanwhile.
+
+    Does nothing outside the main thread, which alone has a say in them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield {}
+        return
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield before
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Threads:

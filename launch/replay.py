@@ -49,8 +49,8 @@ class Schedule:
         self.digests = {known: digest for known, digest in self.digests.items() if known <= last}
 
 
-def read_schedule(path: Path) -> Schedule:
-    """The schedule in a journal. Raises `ValueError` if its beginning is missing."""
+def read_schedule(path: Path, last: Version | None = None) -> Schedule:
+    """The schedule in a journal, up to version `last` if given. Raises `ValueError` if its beginning is missing."""
     records, _, _ = journal.read(path)
     schedule, stored = Schedule(), {}
     for record in records:
@@ -66,6 +66,8 @@ def read_schedule(path: Path) -> Schedule:
             case Resumed(version=version):
                 schedule.cut(version)
     schedule.batches = {step: ids for step, ids in schedule.batches.items() if step in schedule.digests}
+    if last is not None:
+        schedule.cut(last)
     return schedule
 
 
@@ -89,9 +91,7 @@ def replay(folder: Path, checkpoints: Path, words: Sequence[str] = ()) -> Iterat
     """Trains the recorded steps; yields a line for every difference, the first ones first, and none if it is exact."""
     settings, last, _ = find_settings(folder)
     config = configuration.load(settings, list(words))
-    schedule = read_schedule(folder / "journal.bin")
-    if last is not None:
-        schedule.cut(last)
+    schedule = read_schedule(folder / "journal.bin", last)
     part = make_learner(config)
     saved = {checkpoint.version_of(path): path for path in checkpoint.folders(checkpoints)}
     differs = False
@@ -169,9 +169,7 @@ def report(folder: Path, checkpoints: Path, words: Sequence[str]) -> bool:
         differs = True
         print(line, flush=True)
     if not differs:
-        schedule = read_schedule(folder / "journal.bin")
-        if last is not None:
-            schedule.cut(last)
+        schedule = read_schedule(folder / "journal.bin", last)
         num_groups = sum(map(len, schedule.batches.values()))
         print(f"exact: {len(schedule.batches)} steps on {num_groups} groups gave the weights of every version")
     return differs

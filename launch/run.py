@@ -20,6 +20,7 @@ import uvloop
 from asyncrl import config as configuration
 from asyncrl import tables
 from asyncrl.config import Config
+from asyncrl.threads import kept_handlers
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "largest_digit.toml"
 
@@ -34,17 +35,16 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         print(json.dumps(configuration.to_tree(config), indent=2))
         return 0
-    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(number))  # as Ray does, once it starts
-    try:
-        return start(config, options)
-    except KeyboardInterrupt:
-        return interrupted(signal.SIGINT)
-    except SystemExit as end:
-        if end.code != signal.SIGTERM:
-            raise
-        return interrupted(signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with kept_handlers(signal.SIGTERM):
+        signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(number))  # as Ray does, once it starts
+        try:
+            return start(config, options)
+        except KeyboardInterrupt:
+            return interrupted(signal.SIGINT)
+        except SystemExit as end:
+            if end.code != signal.SIGTERM:
+                raise
+            return interrupted(signal.SIGTERM)
 
 
 def start(config: Config, options: argparse.Namespace) -> int:

@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import signal
 import tempfile
-import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from importlib import metadata
 from multiprocessing.process import BaseProcess
@@ -26,6 +25,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from asyncrl.engine import sglang_scheduler
+from asyncrl.threads import kept_handlers
 
 AttentionBackend: TypeAlias = Literal["auto", "flashinfer", "fa3", "triton", "torch_native"]
 Capability: TypeAlias = tuple[int, int]
@@ -255,17 +255,12 @@ def launch(arguments: Mapping[str, Any]) -> Any:
 @contextlib.contextmanager
 def _kept_signal_handlers() -> Iterator[None]:
     """Undoes the handlers that SGLang installs when it starts in a main thread: they end this process."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGTERM, signal.SIGQUIT)
-    before = {number: signal.getsignal(number) for number in numbers}
-    try:
-        yield
-    finally:
-        for number in numbers:
-            asyncio.get_running_loop().remove_signal_handler(number)
-            signal.signal(number, before[number])
+    with kept_handlers(signal.SIGTERM, signal.SIGQUIT) as before:
+        try:
+            yield
+        finally:
+            for number in before:
+                asyncio.get_running_loop().remove_signal_handler(number)
 
 
 def own_processes(engine: Any) -> list[BaseProcess]:

@@ -11,7 +11,6 @@ import asyncio
 import logging
 import os
 import signal
-import threading
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from asyncrl.runtime.actors import SENDING, LearnerActor, RolloutActor
 from asyncrl.runtime.placement import Placement, check_resources, check_room, plan
 from asyncrl.runtime.remotes import RemoteLearner, RemoteRollout
 from asyncrl.runtime.stacks import dump_stacks
+from asyncrl.threads import kept_handlers
 
 _Started = TypeVar("_Started")
 _STORE_BYTES = 512 * 2**20
@@ -153,13 +153,11 @@ def kill(rollout: RemoteRollout) -> None:
 def _start_ray(config: Config) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    before = signal.getsignal(signal.SIGTERM)
     own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
-    ray.init(
-        address=config.cluster.address or "local",  # with none given, Ray would join one it finds on this machine
-        logging_level=logging.WARNING,
-        configure_logging=False,
-        **({} if config.cluster.address else own),
-    )
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)  # Ray put its own there, which prints its stack
+    with kept_handlers(signal.SIGTERM):  # Ray puts its own there, which prints its stack
+        ray.init(
+            address=config.cluster.address or "local",  # with none given, Ray would join one it finds on this machine
+            logging_level=logging.WARNING,
+            configure_logging=False,
+            **({} if config.cluster.address else own),
+        )
