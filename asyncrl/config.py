@@ -59,7 +59,8 @@ class RolloutConfig(_Section, frozen=True, kw_only=True):
     """What new weights do to a request in flight: keep its KV cache, recompute it, or end the request early."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     max_attempts: int = 3
-    """Times that one prompt may fail, each time on another actor if there is one, before it is given up."""
+    """Times that an attempt may fail in its environment, on each rollout actor that its prompt is tried on, and rollout
+    actors that a prompt is tried on, before it is given up."""
     max_failed_prompts: int = 4
     """Prompts in a row that may be given up after their attempts, dropped and counted; one more ends the run."""
     max_replacements: int = 16

@@ -31,7 +31,7 @@ def summarize(groups: Sequence[Group], version: Version, pass_reward: float) -> 
         "eval/high": high,
         "eval/mean_length": _mean([length for group in groups for length in group.lengths]),
         "eval/truncated": _mean([group.metrics.get("truncated", 0.0) for group in groups]),
-        "eval/failures": sum(group.metrics.get("failures", 0.0) for group in groups),
+        "eval/failures": float(sum(len(group.failures) for group in groups)),
         "eval/mixed_versions": _mean([float((group.oldest, group.newest) != (version, version)) for group in groups]),
     }
     for k in ks(min(len(group.rewards) for group in groups)):

@@ -1,8 +1,9 @@
 """The rollout actors of a run, as the driver sees them: who gets the next prompt, what happens to failures, and the
 weight update that reaches all of them or ends the run.
 
-A rollout that raises is tried again on another actor and counted by kind; a prompt that used up its attempts raises
-`RolloutFailed`. An actor that died leaves the pool; its prompts are tried elsewhere and the others form a new broadcast
+Failures are counted by kind. An attempt that the environment spoils is made again by its actor, which tells with the
+group; a prompt whose rollout raises is tried on another actor, and raises `RolloutFailed` once its attempts are used
+up. An actor that died leaves the pool; its prompts are tried elsewhere and the others form a new broadcast
 group. An actor that was added gets its first prompt once a weight update has reached it, its digest checked; the others
 generate meanwhile. One that was retired gets no more prompts and is closed when nothing waits for it any more.
 """
@@ -17,13 +18,14 @@ from contextlib import asynccontextmanager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+from asyncrl.envs.faults import EnvFault
 from asyncrl.handles import ActorDied, Publisher, RolloutHandle
 from asyncrl.monitor.timeline import Timeline
 from asyncrl.recovery.watchdog import Watchdog
 from asyncrl.rollout import UpdateReport
 from asyncrl.threads import in_thread
 from asyncrl.transport import Rendezvous, abandon
-from asyncrl.types import Group, Prompt, Version
+from asyncrl.types import Failure, Group, Prompt, Version
 
 
 class RolloutFailed(RuntimeError):
@@ -97,28 +99,35 @@ class RolloutPool:
     async def run(self, prompt: Prompt) -> Group:
         """The prompt's group, from the least loaded actor; other actors are tried when one fails."""
         tried: set[RolloutHandle] = set()
+        num_failed = 0
         for attempt in range(1, self._max_attempts + 1):
             actor = await self._least_loaded(tried)
             try:
-                return await self._run_on(actor, prompt)
+                group = await self._run_on(actor, prompt)
             except ActorDied as error:
                 self._remove(actor, error)
             except Exception as error:
-                kind = getattr(error, "kind", type(error).__name__)
-                if not self.failures[kind]:
-                    first_line = next(iter(str(error).splitlines()), kind)
-                    self.say(f"alarm: {first_line}; the prompt is tried again, and more of this kind are counted")
-                self.failures[kind] += 1
+                failures = _failures(error)
+                self._count(failures)
+                num_failed += len(failures)
                 tried.add(actor)
-                if attempt == self._max_attempts:
+                # The environment's own attempts were all made there: only an environment elsewhere may do better.
+                alone = isinstance(error, EnvFault) and tried.issuperset(self._load)
+                if attempt == self._max_attempts or alone:
                     raise RolloutFailed(
-                        f"prompt {prompt.id} failed {attempt} times, last on {actor.name}: {error!r}; "
+                        f"{num_failed} attempts of prompt {prompt.id} failed, the last on {actor.name}: {error!r}; "
                         "rollout.max_attempts bounds the attempts"
                     ) from error
+            else:
+                self._count(group.failures)
+                return group
         raise RolloutFailed(f"prompt {prompt.id}: {self._max_attempts} rollout actors died while running it")
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
-        """Held-out attempts without their tokens, the prompts spread evenly over all actors, beside generation."""
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group | EnvFault]:
+        """Held-out attempts without their tokens, the prompts spread evenly over all actors, beside generation.
+
+        In place of a prompt that the environment spoilt for good is its fault.
+        """
         while True:
             await self._least_loaded(set())  # there is one
             actors = self.actors
@@ -258,7 +267,14 @@ class RolloutPool:
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
 
-    async def _evaluate_on(self, actor: RolloutHandle, prompts: Sequence[Prompt]) -> list[Group]:
+    def _count(self, failures: Sequence[Failure]) -> None:
+        for failure in failures:
+            if not self.failures[failure.kind]:
+                first_line = next(iter(failure.text.splitlines()), failure.kind)
+                self.say(f"alarm: {first_line}; it is tried again, and more of this kind are counted")
+            self.failures[failure.kind] += 1
+
+    async def _evaluate_on(self, actor: RolloutHandle, prompts: Sequence[Prompt]) -> list[Group | EnvFault]:
         with self._calling(actor), self._timeline.span(actor.name, "evaluation", num_prompts=len(prompts)):
             return await actor.evaluate(prompts)
 
@@ -329,3 +345,10 @@ class RolloutPool:
             "rollout/num_actors": float(len(actors)),
             "rollout/failures": float(sum(self.failures.values())),
         }
+
+
+def _failures(error: Exception) -> list[Failure]:
+    """What came to nothing when a rollout raised."""
+    if isinstance(error, EnvFault) and error.failures:
+        return list(error.failures)
+    return [Failure(getattr(error, "kind", type(error).__name__), str(error))]

@@ -23,7 +23,7 @@ from asyncrl.envs.base import Env
 from asyncrl.envs.faults import EnvFault, Held, Patience, attempt
 from asyncrl.recovery import groups
 from asyncrl.transport import Rendezvous
-from asyncrl.types import Completion, Group, Prompt, Sampling, Trajectory, Version
+from asyncrl.types import Completion, Failure, Group, Prompt, Sampling, Trajectory, Version
 from asyncrl.weights import Bucket
 
 T = TypeVar("T")
@@ -74,8 +74,8 @@ class Rollout:
         store: Path | None = None,
     ) -> None:
         """`evaluation`: greedy attempts, one a prompt, unless told otherwise. `timeout_s` bounds what an attempt takes
-        beside generation, `max_attempts` how often one of an evaluation is made before its fault is raised. `store`:
-        the folder that finished groups are written to before they are handed over."""
+        beside generation, `max_attempts` how often one that the environment spoils is made before its fault is raised.
+        `store`: the folder that finished groups are written to before they are handed over."""
         self.attempts = evaluation or Attempts(replace(sampling, temperature=0.0, top_p=1.0, top_k=0))
         self.name = name
         self._engine, self._env = engine, env
@@ -91,10 +91,18 @@ class Rollout:
         return self._engine.num_ranks
 
     async def run(self, prompt: Prompt) -> Group:
-        """Plays the prompt G times at once. The prompt's id seeds the samples, so a second try repeats the first."""
-        samples = range(self._group_size)
-        played = await _all([self._play(prompt, sample, self._sampling) for sample in samples])
-        group = make_group(prompt, played)
+        """Plays the prompt G times at once. An attempt that the environment spoils is made again, the others go on.
+
+        The prompt's id seeds the samples, so another try repeats the first: which answers a scorer fails on does not
+        bias what is trained on. Raises `EnvFault` when an attempt was spoilt `max_attempts` times.
+        """
+        samples, failures = range(self._group_size), list[Failure]()
+        try:
+            played = await _all([self._play_again(prompt, sample, self._sampling, failures) for sample in samples])
+        except EnvFault as fault:
+            fault.failures = tuple(failures)
+            raise
+        group = make_group(prompt, played, failures)
         if self._store is None:
             return group
         try:
@@ -102,24 +110,25 @@ class Rollout:
         except OSError:  # a full disk, or a node without this folder: the group is good all the same
             return group
 
-    async def evaluate(self, prompts: Sequence[Prompt], attempts: Attempts | None = None) -> list[Group]:
+    async def evaluate(self, prompts: Sequence[Prompt], attempts: Attempts | None = None) -> list[Group | EnvFault]:
         """Each prompt's attempts, those of the configuration unless told otherwise, without their tokens.
 
-        One that the environment spoils is made again, and counted in the group's metric "failures". Raises `EnvFault`
-        when that was the last time.
+        One that the environment spoils is made again. In place of a prompt of which one used up its tries is the fault.
         """
         attempts = attempts or self.attempts
         room = asyncio.Semaphore(attempts.max_running)
 
-        async def play(prompt: Prompt, sample: int) -> tuple[Trajectory, int]:
+        async def play(prompt: Prompt, sample: int, failures: list[Failure]) -> Trajectory:
             async with room:
-                return await self._play_again(prompt, sample, attempts.sampling)
+                return await self._play_again(prompt, sample, attempts.sampling, failures)
 
-        async def group(prompt: Prompt) -> Group:
-            samples = range(attempts.num_samples)
-            played, failures = zip(*await _all([play(prompt, sample) for sample in samples]), strict=True)
-            made = make_group(prompt, played)
-            return replace(made, trajectories=None, metrics=made.metrics | {"failures": sum(failures)})
+        async def group(prompt: Prompt) -> Group | EnvFault:
+            samples, failures = range(attempts.num_samples), list[Failure]()
+            try:
+                played = await _all([play(prompt, sample, failures) for sample in samples])
+            except EnvFault as fault:
+                return fault
+            return replace(make_group(prompt, played, failures), trajectories=None)
 
         return await _all([group(prompt) for prompt in prompts])
 
@@ -153,15 +162,16 @@ class Rollout:
     async def close(self) -> None:
         await self._engine.close()
 
-    async def _play_again(self, prompt: Prompt, sample: int, sampling: Sampling) -> tuple[Trajectory, int]:
-        """An attempt, made again while the environment spoils it, and how often it did."""
-        failures = 0
+    async def _play_again(self, prompt: Prompt, sample: int, sampling: Sampling, failures: list[Failure]) -> Trajectory:
+        """An attempt, made again while the environment spoils it; `failures` takes up each time that it did."""
+        num_failed = 0
         while True:
             try:
-                return await self._play(prompt, sample, sampling), failures
-            except EnvFault:
-                failures += 1
-                if failures == self._max_attempts:
+                return await self._play(prompt, sample, sampling)
+            except EnvFault as fault:
+                failures.append(Failure(fault.kind, str(fault)))
+                num_failed += 1
+                if num_failed == self._max_attempts:
                     raise
 
     async def _play(self, prompt: Prompt, sample: int, base: Sampling) -> Trajectory:
@@ -208,13 +218,23 @@ def _joined(parts: Sequence[Completion]) -> Completion:
     )
 
 
+def all_scored(played: Sequence[Group | EnvFault]) -> list[Group]:
+    """The groups of an evaluation that is worth nothing without any of them. Raises the first fault."""
+    groups = []
+    for group in played:
+        if isinstance(group, EnvFault):
+            raise group
+        groups.append(group)
+    return groups
+
+
 def sample_seed(run_seed: int, prompt_id: int, sample: int, turn: int) -> int:
     """63 bits that depend on nothing but what is being sampled."""
     text = f"{run_seed} {prompt_id} {sample} {turn}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def make_group(prompt: Prompt, trajectories: Sequence[Trajectory]) -> Group:
+def make_group(prompt: Prompt, trajectories: Sequence[Trajectory], failures: Sequence[Failure] = ()) -> Group:
     """The group's metadata, with its trajectories."""
     digests: dict[Version, str] = {}
     metrics: Counter[str] = Counter()
@@ -232,4 +252,5 @@ def make_group(prompt: Prompt, trajectories: Sequence[Trajectory]) -> Group:
         digests=digests,
         metrics={name: total / len(trajectories) for name, total in metrics.items()},
         trajectories=trajectories,
+        failures=tuple(failures),
     )

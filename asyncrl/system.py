@@ -9,6 +9,7 @@ from pathlib import Path
 
 from asyncrl.buffer import Buffer
 from asyncrl.config import Config
+from asyncrl.envs.faults import EnvFault
 from asyncrl.evaluation import summarize
 from asyncrl.handles import LearnerHandle, ToEvaluators
 from asyncrl.monitor.metrics import Metrics
@@ -117,11 +118,18 @@ async def evaluate(system: System) -> None:
         told = f"the held-out prompts on version {version}"
         timeline = system.metrics.timeline
         with timeline.span("evaluation", "evaluation", version=version), system.watchdog.wait("evaluate", told):
-            groups = await _held_out(system)
-        system.metrics.evaluation(version, summarize(groups, version, system.config.eval.pass_reward))
+            played = await _held_out(system)
+        groups = [group for group in played if isinstance(group, Group)]
+        if faults := [fault for fault in played if isinstance(fault, EnvFault)]:
+            if not groups:
+                raise faults[0]
+            told = f"{len(faults)} of {len(played)} held-out prompts could not be scored and are left out"
+            system.metrics.say(f"alarm: evaluation of version {version}: {told}; the first: {faults[0]}")
+        row = summarize(groups, version, system.config.eval.pass_reward)
+        system.metrics.evaluation(version, row | {"eval/unscored": float(len(faults))})
 
 
-async def _held_out(system: System) -> list[Group]:
+async def _held_out(system: System) -> list[Group | EnvFault]:
     if system.evaluators is not None:
         try:
             return await system.evaluators.evaluate(system.heldout)

@@ -92,6 +92,14 @@ class Trajectory:
             raise RuntimeError("a trajectory starts with a prompt token and holds at least one sampled token")
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An attempt that came to nothing: the kind that it is counted under, and what was wrong."""
+
+    kind: str
+    text: str
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
     """The G trajectories of one prompt: the unit of buffering and of advantages, never split.
@@ -110,6 +118,8 @@ class Group:
     trajectories: Any
     stored: str = ""
     """Digest of the file that holds the group in the run folder; empty if there is none."""
+    failures: tuple[Failure, ...] = ()
+    """Attempts that were made again; not stored, as they are counted when the group is handed over."""
 
     @property
     def has_variance(self) -> bool:

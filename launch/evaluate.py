@@ -144,9 +144,10 @@ async def evaluate(config: Config, numbers: Sequence[int]) -> list[dict[str, Any
 
 async def _play(config: Config, rollout: Rollout, prompts: list[Prompt], attempts: Attempts) -> dict[str, Any]:
     from asyncrl.evaluation import summarize
+    from asyncrl.rollout import all_scored
 
     begin = time.monotonic()
-    groups = await rollout.evaluate(prompts, attempts)
+    groups = all_scored(await rollout.evaluate(prompts, attempts))
     seconds = time.monotonic() - begin
     return {
         "model": config.model.path,

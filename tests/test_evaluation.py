@@ -309,3 +309,21 @@ def test_a_run_goes_on_without_evaluators_that_died(tmp_path, monkeypatch, capsy
     assert len(calls) == 2
     assert {0, 6} <= {row["version"] for row in metrics.read(result.folder) if "eval/accuracy" in row}
     assert "evaluator 0, died: gone: rollout actors evaluate from now on" in capsys.readouterr().out
+
+
+class OneHopeless(LargestDigit):
+    """No attempt at one held-out prompt can be scored."""
+
+    async def play(self, prompt, generate):
+        if prompt.id == 1 and split_of(self._question(prompt)) == "heldout":
+            raise ValueError("unheard of")
+        return await super().play(prompt, generate)
+
+
+def test_a_held_out_prompt_that_cannot_be_scored_is_left_out_and_told(tmp_path, capsys):
+    words = ["runtime=local", "env.path=test_evaluation:OneHopeless", "learner.groups_per_step=2", "num_steps=1"]
+    config = configuration.load(None, [*words, "eval.num_prompts=8", "eval.every=1", f"run_dir={tmp_path}"])
+    result = run(job.train(config))
+    rows = [row for row in metrics.read(result.folder) if "eval/accuracy" in row]
+    assert [row["eval/unscored"] for row in rows] == [1, 1]
+    assert "1 of 8 held-out prompts could not be scored" in capsys.readouterr().out

@@ -88,6 +88,45 @@ def test_each_fault_has_its_kind(after, kind, text):
     assert pickle.loads(pickle.dumps(caught.value)).kind == kind, "it travels between processes"
 
 
+def test_an_attempt_that_is_spoilt_is_made_again_alone_with_the_samples_that_it_had():
+    class Flaky:
+        def __init__(self, times):
+            self.left, self.seeds = times, []
+
+        async def play(self, prompt, generate):
+            await generate(prompt.token_ids)
+            if self.left:
+                self.left -= 1
+                raise ConnectionError("the judge is away")
+            return GOOD
+
+    class Seeds(Engine):
+        def __init__(self):
+            super().__init__()
+            self.seeds = []
+
+        async def generate(self, token_ids, sampling, seed):
+            self.seeds.append(seed)
+            return await super().generate(token_ids, sampling, seed)
+
+    def played(times):
+        engine = Seeds()
+        rollout = Rollout(engine, Flaky(times), Sampling(4), group_size=4, seed=0, max_attempts=3)
+        return run(rollout.run(PROMPT)), engine.seeds
+
+    group, seeds = played(2)
+    assert [(failure.kind, "the judge is away" in failure.text) for failure in group.failures] == [
+        ("env exception", True)
+    ] * 2
+    assert len(group.rewards) == 4
+    assert len(seeds) == 6, "only what was spoilt"
+    assert len(set(seeds)) == 4, "the same samples"
+    with pytest.raises(EnvFault, match="the judge is away") as caught:
+        played(12)
+    fault = pickle.loads(pickle.dumps(caught.value))
+    assert len(fault.failures) == 12
+
+
 def test_generation_does_not_count_against_the_time_limit():
     group = play(good, Engine(delay_s=0.5), timeout_s=0.2)
     assert group.rewards == (0.5,)

@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import closing
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl import pool as pools
+from asyncrl.envs.faults import EnvFault
 from asyncrl.handles import ActorDied
 from asyncrl.pool import AllActorsDied, RolloutFailed, RolloutPool
 from asyncrl.recovery import supervisor
@@ -17,7 +19,7 @@ from asyncrl.recovery.journal import Journal
 from asyncrl.recovery.supervisor import Supervisor, request
 from asyncrl.rollout import UpdateReport, make_group
 from asyncrl.transport import Rendezvous
-from asyncrl.types import Prompt
+from asyncrl.types import Failure, Prompt
 
 PROMPTS = [Prompt(number, (1, 2), "") for number in range(8)]
 
@@ -143,7 +145,40 @@ def test_a_failure_is_tried_on_the_other_actor_and_counted():
             assert (await pool.run(prompt)).prompt == prompt
         assert sound.played == [prompt.id for prompt in PROMPTS]
         assert pool.failures == {"KeyError": len(broken.played)}
-        assert said == ["alarm: 'x'; the prompt is tried again, and more of this kind are counted"]
+        assert said == ["alarm: 'x'; it is tried again, and more of this kind are counted"]
+
+    run(body())
+
+
+def test_attempts_that_an_actor_made_again_are_counted_and_told_once():
+    class Flaky(Actor):
+        async def run(self, prompt):
+            return replace(await super().run(prompt), failures=(Failure("env timeout", f"slow on {prompt.id}"),) * 2)
+
+    async def body():
+        pool, said = RolloutPool([Flaky("a")], max_attempts=1), []
+        pool.say = said.append
+        for prompt in PROMPTS[:3]:
+            await pool.run(prompt)
+        assert pool.failures == {"env timeout": 6}
+        assert said == ["alarm: slow on 0; it is tried again, and more of this kind are counted"]
+
+    run(body())
+
+
+def test_an_environment_that_used_up_its_attempts_is_tried_elsewhere_and_nowhere_twice():
+    async def body():
+        fault = EnvFault("env exception", "no judge")
+        fault.failures = (Failure("env timeout", "slow"), Failure("env exception", "no judge"))
+        broken, sound = Actor("broken"), Actor("sound")
+        broken.error = fault
+        pool = RolloutPool([broken, sound], max_attempts=3)
+        assert (await pool.run(PROMPTS[0])).prompt == PROMPTS[0]
+        assert pool.failures == {"env exception": 1, "env timeout": 1}
+        sound.error = fault
+        with pytest.raises(RolloutFailed, match=r"4 attempts of prompt 1 failed, the last on .*no judge"):
+            await pool.run(PROMPTS[1])
+        assert broken.played.count(1) == sound.played.count(1) == 1
 
     run(body())
 
@@ -153,7 +188,7 @@ def test_a_prompt_out_of_attempts_is_named():
         actors = [Actor("a"), Actor("b")]
         for actor in actors:
             actor.error = KeyError("x")
-        with pytest.raises(RolloutFailed, match="prompt 5 failed 3 times"):
+        with pytest.raises(RolloutFailed, match="3 attempts of prompt 5 failed"):
             await RolloutPool(actors, max_attempts=3).run(PROMPTS[5])
 
     run(body())

@@ -1,6 +1,6 @@
 """What an environment can do wrong in one attempt, each under a name of its own: too slow, raising, garbage.
 
-A fault fails the attempt: it is counted by kind and the prompt is tried again. It never becomes a silent reward of 0.
+A fault fails the attempt: it is counted by kind and made again. It never becomes a silent reward of 0.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from asyncrl.envs.base import Env, Generate
 from asyncrl.imports import line_of
-from asyncrl.types import Completion, Prompt, Trajectory
+from asyncrl.types import Completion, Failure, Prompt, Trajectory
 
 
 class EnvFault(RuntimeError):
@@ -27,6 +27,8 @@ class EnvFault(RuntimeError):
         super().__init__(kind, text)  # both, so that it survives pickling
         self.kind = kind
         self._text = text
+        self.failures: tuple[Failure, ...] = ()
+        """Where a group came to nothing: those of all its attempts, this one among them."""
 
     def __str__(self) -> str:
         return self._text

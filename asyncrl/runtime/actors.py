@@ -16,6 +16,7 @@ import torch
 
 from asyncrl import garbage
 from asyncrl.config import Config
+from asyncrl.envs.faults import EnvFault
 from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.rollout import UpdateReport
 from asyncrl.runtime.exchange import Answer, Numbered, Outbox, Tokens, separate
@@ -52,7 +53,7 @@ class RolloutActor:
     async def exchange(self, prompts: Sequence[Numbered]) -> tuple[list[Answer], list[Tokens]]:
         return await self._outbox.exchange(prompts)
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group | EnvFault]:
         return await self._rollout.evaluate(prompts)
 
     async def join(self, where: Rendezvous, first_rank: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from asyncrl.engine.base import EngineDied
+from asyncrl.envs.faults import EnvFault
 from asyncrl.handles import ActorDied
 from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.rollout import UpdateReport
@@ -41,9 +42,9 @@ class RemoteRollout:
         with self._dying():
             return await self._exchange.run(prompt)
 
-    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
-        groups: list[Group] = await self._reply(self.actor.evaluate.remote(prompts))
-        return groups
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[Group | EnvFault]:
+        played: list[Group | EnvFault] = await self._reply(self.actor.evaluate.remote(prompts))
+        return played
 
     async def join(self, where: Rendezvous, first_rank: int) -> None:
         await self._reply(self.actor.join.remote(where, first_rank))
