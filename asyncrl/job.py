@@ -131,7 +131,7 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
                 result = Result(folder, learner.version, metrics.last_accuracy, task.baselines)
             metrics.ended()
             plot(folder, max(task.baselines.values()))
-            _say_what_became_of_it(system)
+            _say_what_became_of_it(system, first_step)
             metrics.say(report(result, config.num_steps))
     return result
 
@@ -299,7 +299,7 @@ def _say_how_it_begins(metrics: Metrics, config: Config, journal: Journal, task:
     metrics.say(f"starting {config.rollout.num_actors} rollout actors and the learner")
 
 
-def _say_what_became_of_it(system: System) -> None:
+def _say_what_became_of_it(system: System, first_step: int) -> None:
     metrics = system.metrics
     counted = {
         "prompts": system.prompts.journal.accounts.totals(),
@@ -309,7 +309,7 @@ def _say_what_became_of_it(system: System) -> None:
     for what, counts in counted.items():
         if counts.total():
             metrics.say(f"{what}: {', '.join(f'{reason} {count}' for reason, count in counts.most_common())}")
-    if found := verdict(metrics.folder):
+    if found := verdict(metrics.folder, after=first_step, turns=system.config.rollout.release_memory):
         metrics.say(found.sentence)
         metrics.say(found.bound)
 

@@ -288,8 +288,5 @@ class _Clock:
         self._last = now
 
     def metrics(self) -> dict[str, float]:
-        total = self._last - self._begin
-        return {f"time/{name}_s": seconds for name, seconds in self._laps.items()} | {
-            "time/total_s": total,
-            "learner/idle": self._laps["wait"] / max(total, 1e-9),
-        }
+        laps = {f"time/{name}_s": seconds for name, seconds in self._laps.items()}
+        return laps | {"time/total_s": self._last - self._begin}

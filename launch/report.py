@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl import config as configuration
+from asyncrl import run_folder
 from asyncrl.monitor import metrics, samples, timeline
-from asyncrl.monitor.blame import blame, warmed_up
+from asyncrl.monitor.blame import blame, takes_turns, warmed_up
 from asyncrl.monitor.sinks import flat
 from asyncrl.monitor.timeline import Span
 
@@ -71,12 +72,14 @@ def collect(folder: Path, window: tuple[int, int] | None = None) -> dict[str, An
         raise ValueError(f"{folder} is no run folder: it has no config.json")
     rows: list[Row] = metrics.read(folder) if (folder / "metrics.jsonl").exists() else []
     steps = newest([row for row in rows if "reward/mean" in row])
-    found = blame(warmed_up(steps))
+    config = read_json(folder / "config.json")
+    begin, _ = run_folder.stretches(folder)[-1]  # of the configuration that it has now
+    found = blame(warmed_up([row for row in steps if row["version"] > begin]), turns=takes_turns(config))
     spans, num_damaged = read_spans(folder)
     return {
         "name": folder.resolve().name,
         "origin": read_json(folder / "run.json"),
-        "config": describe_config(read_json(folder / "config.json")),
+        "config": describe_config(config),
         "meanings": metrics.METRICS,
         "num_rows": len(steps),
         "steps": columns(thin(steps)),

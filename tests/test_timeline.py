@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from asyncrl.monitor import timeline
-from asyncrl.monitor.blame import METRICS, blame, told, waits
+from asyncrl.monitor.blame import METRICS, blame, takes_turns, told, waits
 from asyncrl.monitor.metrics import verdict
 from asyncrl.monitor.timeline import Span, Timeline
 
@@ -105,13 +105,14 @@ def test_without_lanes_of_actors_their_waits_are_unknown():
     assert found["wait/learner_for_groups_s"] == 0
 
 
-def row(*, groups=0.0, slots=0.0, weights=0.0, idle=0.0, actors=2.0, held=0.0, **others):
+def row(*, groups=0.0, slots=0.0, weights=0.0, idle=0.0, actors=2.0, held=0.0, staleness=4, **others):
     window = dict.fromkeys(METRICS, 0.0) | {"wait/window_s": 10.0}
     window |= {"wait/learner_for_groups_s": groups, "wait/rollout_for_slots_s": slots}
     window |= {"wait/learner_for_weights_s": weights}
     window |= {f"wait/{name}_s": seconds for name, seconds in others.items()}
     return window | {
         "rollout/num_actors": actors,
+        "buffer/staleness": staleness,
         "rollout/idle": idle,
         "rollout/held": held,
         "time/step_s": 10 - groups - weights,
@@ -129,7 +130,8 @@ def row(*, groups=0.0, slots=0.0, weights=0.0, idle=0.0, actors=2.0, held=0.0, *
         (row(slots=7.5, idle=0.75, actors=3.0), "rollout.num_actors=1 would do (now 3)", 1),
         (row(slots=3.0, idle=0.1, actors=1.0), "give the learner more (learner.num_gpus", 1),
         (row(weights=2.0), "weight updates took 20% of the time: raise learner.groups_per_step", 2),
-        (row(groups=4.0, slots=3.0, idle=0.3), "raise buffer.max_staleness", 3),
+        (row(groups=4.0, slots=3.0, idle=0.3), "in turns: raise buffer.window, or buffer.max_staleness (now 4)", 3),
+        (row(groups=4.0, slots=3.0, idle=0.3, staleness=0), "as buffer.max_staleness is 0: raise it, with a preset", 3),
         (row(groups=0.5, slots=0.4), "the system is balanced", 3),
         (
             row(learner_for_checkpoint=3.0),
@@ -141,27 +143,36 @@ def row(*, groups=0.0, slots=0.0, weights=0.0, idle=0.0, actors=2.0, held=0.0, *
     ],
 )
 def test_the_advice_names_who_waits_and_what_to_change(step, words, balanced):
-    found = blame([step, step])
+    found = blame([step] * 5)
     assert words in found.sentence
     assert found.balanced_actors == balanced
 
 
 def test_the_bound_is_the_work_of_the_busier_side():
-    found = blame([row(groups=3.8, idle=0.1), row(groups=3.8, idle=0.3)])
+    found = blame([row(groups=3.8, idle=0.1), row(groups=3.8, idle=0.3)] * 3)
     assert found.bound == (
         "80% of the ideal overlap: a step took 10 s, of which the busier side, the rollout actors, worked 8 s"
     )
-    assert blame([row(weights=3.0, idle=0.9)]).bound.startswith("70%"), "a weight update is no work of a side"
+    assert blame([row(weights=3.0, idle=0.9)] * 5).bound.startswith("70%"), "a weight update is no work of a side"
 
 
 def test_the_verdict_leaves_the_steps_out_in_which_kernels_are_compiled(tmp_path):
-    rows = [row(groups=9.0, idle=0.95)] * 2 + [row(groups=3.8, idle=0.2)] * 18
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one | {"reward/mean": 0.0}) + "\n" for one in rows))
-    assert verdict(tmp_path).bound.startswith("80%")
+    rows = [row(groups=9.0, idle=0.95)] * 2 + [row(groups=3.8, idle=0.2)] * 18 + [row(groups=3.0)] * 5
+    lines = (json.dumps(one | {"reward/mean": 0.0, "version": step}) for step, one in enumerate(rows, 1))
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    assert verdict(tmp_path).bound.startswith("84%")
+    assert verdict(tmp_path, after=20).bound.startswith("100%"), "what a resumed run did before it was changed"
 
 
-def test_no_steps_no_blame():
+def test_few_steps_no_blame():
     assert blame([]) is None
+    assert blame([row(groups=3.8)] * 4) is None
+
+
+def test_who_takes_turns_on_purpose_is_not_told_to_admit_more():
+    found = blame([row(groups=4.0, slots=3.0, idle=0.3)] * 5, turns=takes_turns({"rollout": {"release_memory": True}}))
+    assert "in turns, as rollout.release_memory has it" in found.sentence
+    assert "raise" not in found.sentence
 
 
 def test_the_trace_pairs_overlapping_groups_and_keeps_lanes():

@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from asyncrl.monitor.timeline import Span, covered_s
 
@@ -31,6 +32,8 @@ _LEARNER = {
     "checkpoint": "wait/learner_for_checkpoint_s",
     "update evaluators": "wait/learner_for_evaluation_s",
 }
+_ENOUGH = 5
+"""Steps below which nothing is said: the first ones fill the buffer."""
 _WORTH_SAYING = 0.1
 """Share of the time above which a wait is worth a change."""
 _WORTH_TELLING = 0.05
@@ -94,20 +97,27 @@ class Blame:
     two sides worked, in a sentence."""
 
 
+def takes_turns(config: Mapping[str, Any]) -> bool:
+    """Whether a run folder's configuration has generation and training take turns."""
+    return bool(config.get("rollout", {}).get("release_memory"))
+
+
 def warmed_up(rows: Sequence[Mapping[str, float]]) -> Sequence[Mapping[str, float]]:
     """A run's steps without the first tenth, at most ten, in which kernels are compiled."""
     return rows[min(10, len(rows) // 10) :]
 
 
-def blame(rows: Sequence[Mapping[str, float]]) -> Blame | None:
-    """Sums up the metric rows of a run's steps; None before there are any.
+def blame(rows: Sequence[Mapping[str, float]], *, turns: bool = False) -> Blame | None:
+    """Sums up the metric rows of steps under one configuration; None while they are too few.
+
+    `turns`: the two sides take turns by that configuration, so waits are no mistake of it.
 
     The balance: N actors were busy for the share b of the time and the learner for the share l (steps and updates).
     Both would always be busy with N * b / l actors to one learner. The bound: with devices of their own and nothing
     else to do, the two sides overlap until the busier one never stops, so a step takes no less than its work.
     """
     rows = [row for row in rows if row.get("wait/window_s")]
-    if not rows:
+    if len(rows) < _ENOUGH:
         return None
     total_s = sum(row["wait/window_s"] for row in rows)
     shares = {
@@ -127,10 +137,19 @@ def blame(rows: Sequence[Mapping[str, float]]) -> Blame | None:
         f"{busier}, worked {works[busier] * step_s:.3g} s"
     )
     held = sum(row.get("rollout/held", 0.0) * row["wait/window_s"] for row in rows) / total_s
-    return Blame(shares, num_actors, balanced, _advice(shares, num_actors, balanced, held), bound)
+    remedy = _against_turns(int(rows[-1]["buffer/staleness"]), turns)
+    return Blame(shares, num_actors, balanced, _advice(shares, num_actors, balanced, held, remedy), bound)
 
 
-def _advice(shares: Mapping[str, float], num_actors: int, balanced: int, held: float) -> str:
+def _against_turns(staleness: int, wanted: bool) -> str:
+    if wanted:
+        return ", as rollout.release_memory has it: with a GPU for each they would overlap"
+    if staleness == 0:
+        return ", as buffer.max_staleness is 0: raise it, with a preset that corrects for old samples"
+    return f": raise buffer.window, or buffer.max_staleness (now {staleness})"
+
+
+def _advice(shares: Mapping[str, float], num_actors: int, balanced: int, held: float, against_turns: str) -> str:
     groups, slots = shares["wait/learner_for_groups_s"], shares["wait/rollout_for_slots_s"]
     waits = {
         "groups": groups,
@@ -151,7 +170,7 @@ def _advice(shares: Mapping[str, float], num_actors: int, balanced: int, held: f
     if min(groups, slots) >= _WORTH_SAYING and most in ("groups", "slots"):
         return (
             f"the learner waited {groups:.0%} of the time for groups and the rollout actors {slots:.0%} for slots, in "
-            "turns: raise buffer.max_staleness or buffer.window"
+            f"turns{against_turns}"
         )
     if most == "groups":
         return (

@@ -54,7 +54,7 @@ METRICS: dict[str, str] = {
     "learner/memory_gib": "GPU memory that the first learner rank had in use at once in the step; nan on CPUs",
     "learner/mfu": "model FLOPs of the step over what the learner's GPUs could have made in it; nan on CPUs",
     "learner/row_fill": "share of row positions that hold a token; the rest is padding",
-    "learner/idle": "share of the step's time that the learner waited for groups",
+    "learner/idle": "share of the time since the last step that the learner waited for groups",
     "rollout/idle": "share of the time since the last step that engines had nothing to generate, mean over actors",
     "rollout/held": "share of that time that play() of the environment held the actors' threads, in which an embedded "
     "engine generates nothing and any other answers late; steps of less than 10 ms do not count",
@@ -77,7 +77,7 @@ METRICS: dict[str, str] = {
     "time/wait_s": "seconds of the step spent waiting for groups",
     "time/step_s": "seconds of the step spent in the learner",
     "time/sync_s": "seconds of the step that the learner waited for weights to go live",
-    "time/total_s": "seconds of the step",
+    "time/total_s": "seconds of the step from its wait for groups on: the sum of the three above",
 }
 """Every metric that any run logs, with its meaning; `ONLY_WITH` has more. `completion/` also holds what an
 environment reports itself, and `reward/NAME` and `eval/NAME` are the mean rewards of each environment of a mixture."""
@@ -181,9 +181,11 @@ class Metrics:
 
     def step(self, version: int, row: dict[str, float], max_lag: int) -> None:
         """One learner step."""
-        row["rollout/tokens_per_s"] = row["rollout/num_tokens"] / max(row["time/total_s"], 1e-9)
-        row["rollout/effective_tokens_per_s"] = row["rollout/tokens_per_s"] * row["ess/token"]
         row |= self._waits(row)
+        window_s = max(row["wait/window_s"], 1e-9)  # of this one and of all that the row says of waits and idleness
+        row["learner/idle"] = row["wait/learner_for_groups_s"] / window_s
+        row["rollout/tokens_per_s"] = row["rollout/num_tokens"] / window_s
+        row["rollout/effective_tokens_per_s"] = row["rollout/tokens_per_s"] * row["ess/token"]
         self._record(version, row)
         self._terminal.step(version, self._line(version, row, max_lag))
         found = alarms(row, list(self._history))
@@ -258,9 +260,13 @@ def cut(folder: Path, version: int) -> None:
     partial.rename(path)
 
 
-def verdict(folder: Path) -> Blame | None:
-    """Who waited for whom in a run, once it was warm; None before its first step."""
-    return blame(warmed_up([row for row in read(folder) if "reward/mean" in row]))
+def verdict(folder: Path, *, after: int = 0, turns: bool = False) -> Blame | None:
+    """Who waited for whom in the steps after this one, once the run was warm; None while there are too few.
+
+    `turns`: the two sides take turns by the configuration (`rollout.release_memory`).
+    """
+    steps = [row for row in read(folder) if "reward/mean" in row and row["version"] > after]
+    return blame(warmed_up(steps), turns=turns)
 
 
 def plot(folder: Path, baseline: float) -> Path:

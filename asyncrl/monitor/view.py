@@ -16,15 +16,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from asyncrl.monitor.blame import blame, told
+from asyncrl.monitor.blame import blame, takes_turns, told, warmed_up
 
 Row = dict[str, Any]
 
 _RECENT = 20
 """Steps that the rates and the waits are taken over."""
 _LINGER_S = 5.0
-_ENOUGH = 5
-"""Steps below which there is no sentence yet."""
 _SENTENCE = 1000
 """Steps that the sentence is about, the newest ones: what it costs to draw does not grow with the run."""
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -110,9 +108,9 @@ def screen(name: str, config: dict[str, Any], rows: Sequence[Row], silent_s: flo
     steps = [row for row in rows if "reward/mean" in row]
     parts: list[RenderableType] = [progress(config, steps)]
     if steps:
-        found = blame(steps[-_SENTENCE:])
+        found = blame(warmed_up(steps)[-_SENTENCE:], turns=takes_turns(config))
         parts += [Text(), curves(rows), Text(), waits(steps[-_RECENT:])]
-        parts += [Text(found.sentence, style="yellow")] if found and len(steps) >= _ENOUGH else []
+        parts += [Text(found.sentence, style="yellow")] if found else []
         parts += silence(silent_s, steps) if newest_version(steps) < config["num_steps"] else []
     else:
         parts.append(Text("no step has ended yet", style="dim"))
