@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 
@@ -38,17 +39,19 @@ def test_a_stall_is_named_with_all_waits_and_stacks_and_again_only_when_it_has_d
         watchdog, said, _ = make(tmp_path)
         watch = asyncio.ensure_future(watchdog.run())
         hanging = asyncio.ensure_future(never())
-        with watchdog.wait("take", "4 finished groups"):
-            while len(said) < 3:
+        produces = watchdog.wait("produce", "rollout 7 to play prompt 3")
+        with produces, watchdog.wait("take", "4 finished groups"):
+            while len(said) < 4:
                 await asyncio.sleep(0.01)
         watch.cancel()
         hanging.cancel()
         return said
 
     said = run(body())
-    assert len(said) == 3
-    assert "alarm: take has waited" in said[0]
-    assert "4 finished groups" in said[0]
+    assert len(said) == 4
+    assert re.match(r"still waiting: take has .* for 4 finished groups; produce has .* for rollout 7 to play", said[0])
+    assert "alarm: produce has waited" in said[1]
+    assert "4 finished groups" in said[1]
     report = (tmp_path / "stalls.txt").read_text()
     for part in ("for 4 finished groups", "in never", "thread ", "test_watchdog.py", "stacks of everybody"):
         assert part in report, part

@@ -28,6 +28,8 @@ Action: TypeAlias = Literal["warn", "restart", "stop"]
 
 _LEARNER_STAGES = {"step", "sync", "save"}
 _STACKS_TIMEOUT_S = 20.0
+_EARLY = 0.1
+"""Share of the bound after which it is said, once a run, that the learner is still without groups."""
 
 
 class Stalled(RuntimeError):
@@ -77,6 +79,7 @@ class Watchdog:
         self._say, self._stacks, self._kill = say, stacks, kill
         self._waits: dict[int, Wait] = {}
         self._numbers = itertools.count()
+        self._said_early = False
 
     @contextmanager
     def wait(self, stage: str, waits_for: str, actor: Any = None) -> Iterator[None]:
@@ -92,8 +95,18 @@ class Watchdog:
         """Until cancelled. Raises `Stalled` if the action is to stop."""
         while True:
             await asyncio.sleep(min(1.0, self._timeout_s / 4))
+            self._say_early()
             if overdue := self._overdue():
                 await self._act(overdue)
+
+    def _say_early(self) -> None:
+        """Most people watch a first run for minutes, and the bound is for hours: a play that hangs should show."""
+        starving = [wait for wait in self._waits.values() if wait.stage == "take"]
+        if self._said_early or not starving or starving[0].taken_s < _EARLY * self._timeout_s:
+            return
+        self._said_early = True
+        oldest = next((f"; {wait}" for wait in self._waits.values() if wait.stage == "produce"), "")
+        self._say(f"still waiting: {starving[0]}{oldest} (a stall from watchdog.timeout_s, {self._timeout_s:g} s, on)")
 
     def _overdue(self) -> list[Wait]:
         latest = time.monotonic() - self._timeout_s
