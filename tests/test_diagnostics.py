@@ -1,6 +1,7 @@
 """The diagnostics against their definitions, and the alarms one by one."""
 
 import math
+from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncrl.algo.diagnostics import METRICS, alarms, diagnose
+from asyncrl.algo.diagnostics import METRICS, WITH_REFERENCE, alarms, diagnose
 from asyncrl.algo.loss import Columns, policy_loss
 from asyncrl.algo.presets import PRESETS, Loss, resolve
 
@@ -78,7 +79,7 @@ def test_sample_sizes_are_of_unclipped_weights():
     assert metrics["ess/token"] == pytest.approx(size(weights), rel=1e-5)
     assert metrics["ess/token_capped"] == pytest.approx(size([min(weight, 2) for weight in weights]), rel=1e-5)
     assert metrics["ess/sequence"] == pytest.approx(size([math.exp(sum(row)) for row in X]), rel=1e-5)
-    assert metrics["ess/chi2"] == pytest.approx(sum(w**2 for w in weights) / len(weights) - 1, rel=1e-5)
+    assert metrics["ess/chi2"] == pytest.approx(sum((w - 1) ** 2 for w in weights) / len(weights), rel=1e-5)
     assert metrics["ess/token"] < metrics["ess/token_capped"]
 
 
@@ -124,6 +125,14 @@ def test_lag_and_policy():
     assert metrics["policy/advantage_mean"] == pytest.approx(2.5 / 3)
     assert metrics["policy/advantage_std"] == pytest.approx(math.sqrt(5.25 / 3 - (2.5 / 3) ** 2), rel=1e-5)
     assert metrics["policy/logprob_positive"] == metrics["policy/logprob_negative"] == -2.5
+
+
+def test_the_distance_to_a_reference_is_measured_where_there_is_one():
+    columns = make_columns()
+    away = [1.0, -1.0] + [0.0] * 7
+    metrics = measure(replace(columns, reference_logprobs=columns.logprobs - torch.tensor(away)))
+    assert list(metrics) == [*METRICS, *WITH_REFERENCE]
+    assert metrics["policy/kl_reference"] == pytest.approx((math.exp(-1) + math.exp(1) - 2) / 9)
 
 
 def test_percentiles_and_the_top_share_are_taken_over_all_tokens():

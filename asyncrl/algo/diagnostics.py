@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from asyncrl.algo.loss import Columns, Outcome, concatenate, sequence_sum
+from asyncrl.algo.loss import Columns, Outcome, concatenate, kl_estimate, sequence_sum
 from asyncrl.algo.method import Loss
 
 _MISMATCH = {
@@ -39,7 +39,7 @@ METRICS: dict[str, str] = {
     **{f"mismatch/{key}{split}": f"{text} ({of})" for split, of in _SPLITS.items() for key, text in _MISMATCH.items()},
     "ess/token": "effective sample size of the unclipped token ratios, as a share of the tokens",
     "ess/sequence": "the same of the products over trajectories, as a share of them: an alarm, not a weight",
-    "ess/chi2": "variance of the unclipped token ratios around 1: mean squared ratio - 1",
+    "ess/chi2": "mean of (ratio - 1)^2 of the unclipped token ratios: estimate of chi^2(current || behavior)",
     "ess/token_capped": "effective sample size of the weights in use, after caps and before masks",
     "clip/capped_positive": "share of all tokens that have a positive advantage and a clamped weight",
     "clip/capped_negative": "the same with a negative advantage",
@@ -65,6 +65,12 @@ METRICS: dict[str, str] = {
 }
 """Every metric of `diagnose`, in order, with its meaning."""
 
+WITH_REFERENCE = {
+    "policy/kl_reference": "mean of exp(-x) - 1 + x with x = current - reference: estimate of KL(current || reference) "
+    "at the tokens as they were sampled, nats (runs with a reference model)"
+}
+"""What `diagnose` adds where the columns hold reference log-probs."""
+
 _ESS_TOKEN_LOW = 0.9
 _ESS_SEQUENCE_LOW = 0.1
 _ESS_SEQUENCE_FALL = 3.0
@@ -77,17 +83,17 @@ _K3 = 0.05
 
 @torch.no_grad()
 def diagnose(columns: Sequence[Columns], outcomes: Sequence[Outcome], entropy: float) -> dict[str, float]:
-    """The metrics of one step, exactly the keys of `METRICS`.
+    """The metrics of one step, exactly the keys of `METRICS`, and of `WITH_REFERENCE` where there is one.
 
     `columns` and `outcomes` are those of the micro-batches of the step, at least one token in all; `entropy` is the
     mean over their tokens in nats. Log-ratios are current minus behavior.
     """
     joined, outcome = concatenate(columns, outcomes)
     values = _mismatch(joined, outcome) | _sample_sizes(joined, outcome) | _clipping(joined, outcome)
-    values |= _lags(joined) | _policy(joined, outcome)
+    values |= _lags(joined) | _policy(joined, outcome) | _reference(joined)
     numbers = torch.stack([value.double() for value in values.values()]).tolist()  # one transfer from the device
     metrics = dict(zip(values, numbers, strict=True)) | {"policy/entropy": entropy}
-    return {name: metrics[name] for name in METRICS}
+    return {name: metrics[name] for name in (*METRICS, *WITH_REFERENCE) if name in metrics}
 
 
 def learning_rate_factor(loss: Loss, metrics: Mapping[str, float]) -> float:
@@ -155,7 +161,7 @@ def _sample_sizes(columns: Columns, outcome: Outcome) -> dict[str, Tensor]:
     return {
         "ess/token": _sample_size(token),
         "ess/sequence": _sample_size(sequence),
-        "ess/chi2": ((2 * token).logsumexp(0) - math.log(max(len(token), 1))).expm1(),
+        "ess/chi2": token.expm1().square().mean(),
         "ess/token_capped": _sample_size(_finite(outcome.log_weight.double())),
     }
 
@@ -216,6 +222,13 @@ def _policy(columns: Columns, outcome: Outcome) -> dict[str, Tensor]:
         "policy/logprob_negative": logprobs[finite & (advantages < 0)].mean(),
         "policy/nonfinite": outcome.nonfinite.sum(),
     }
+
+
+def _reference(columns: Columns) -> dict[str, Tensor]:
+    if columns.reference_logprobs is None:
+        return {}
+    away = columns.logprobs.double() - columns.reference_logprobs.double()
+    return {"policy/kl_reference": kl_estimate(_finite(away), "k3").mean()}
 
 
 def _finite(values: Tensor) -> Tensor:

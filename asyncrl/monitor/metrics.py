@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from asyncrl.algo.diagnostics import METRICS as DIAGNOSTICS
-from asyncrl.algo.diagnostics import alarms
+from asyncrl.algo.diagnostics import WITH_REFERENCE, alarms
 from asyncrl.config import Config, MetricsConfig
 from asyncrl.monitor.blame import METRICS as WAITS
 from asyncrl.monitor.blame import Blame, blame, told, waits, warmed_up
@@ -82,7 +82,7 @@ METRICS: dict[str, str] = {
 """Every metric that any run logs, with its meaning; `ONLY_WITH` has more. `completion/` also holds what an
 environment reports itself, and `reward/NAME` and `eval/NAME` are the mean rewards of each environment of a mixture."""
 
-ONLY_WITH = SHAPING | CURRICULUM
+ONLY_WITH = WITH_REFERENCE | SHAPING | CURRICULUM
 """Metrics of runs that use what they measure."""
 
 OVERVIEW: dict[str, dict[str, list[str]]] = {
