@@ -21,8 +21,8 @@ HOMES = {
 
 # Each layer may import itself and the ones before it.
 LAYERS = [
-    {"types", "algo.method", "algo.own", "algo.presets", "tables", "config", "rules", "transport", "monitor.timeline"}
-    | {"sandbox.confine", "sandbox", "garbage", "threads", "imports"},
+    {"types", "algo.method", "algo.own", "algo.presets", "tables", "config", "rules", "unused", "transport"}
+    | {"monitor.timeline", "sandbox.confine", "sandbox", "garbage", "threads", "imports"},
     {
         "evaluation",
         "algo.advantage",
