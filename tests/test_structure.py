@@ -94,7 +94,7 @@ LAYERS = [
     {"loop"},
     {"runtime.exchange", "runtime.placement", "runtime.stacks", "runtime.parts", "runtime.local"}
     | {"runtime.actors", "runtime.remotes", "runtime.cluster"},
-    {"job", "run_folder", "runtime.preflight"},
+    {"job", "run_folder", "runtime.preflight", "runtime.machine"},
 ]
 
 
