@@ -7,6 +7,7 @@ import difflib
 import json
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
@@ -35,6 +36,25 @@ class Parser(argparse.ArgumentParser):
             name, _, value = flag[1].partition("=")
             message = f"{message}: a setting is written without dashes, {name}={value or 'VALUE'}"
         super().error(message)
+
+
+def split(words: Sequence[str], num_actors: int | None = None) -> tuple[str | None, list[str]]:
+    """The configuration file of a command line, if it names one, and the `section.key=value` words.
+
+    `num_actors` is what --num-rollout-actors says. Raises `ValueError` for two files, and where a word says otherwise.
+    """
+    files, overrides = [word for word in words if "=" not in word], [word for word in words if "=" in word]
+    if len(files) > 1:
+        raise ValueError(f"one configuration file at most, got {', '.join(files)}")
+    if num_actors is not None:
+        same = f"rollout.num_actors={num_actors}"
+        for word in overrides:
+            if word.startswith("rollout.num_actors=") and word != same:
+                raise ValueError(
+                    f"--num-rollout-actors {num_actors} is short for {same}, and {word} is given: keep one"
+                )
+        overrides.append(same)
+    return files[0] if files else None, overrides
 
 
 def assign(tree: dict[str, Any], word: str) -> None:

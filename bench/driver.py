@@ -122,6 +122,7 @@ class SimulatedLearner:
         # As many metrics as a real step has, and none that raises an alarm.
         return self._version, dict.fromkeys(DIAGNOSTICS, 0.0) | {
             "ess/token": 1.0,
+            "policy/advantage_std": 1.0,
             "learner/num_tokens": self._num_tokens,
         }
 

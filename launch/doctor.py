@@ -1,6 +1,6 @@
 """Looks, before a run, at what the run will need: one row for each thing, with what was found and what to do.
 
-python launch/doctor.py [CONFIG.toml] [section.key=value ...] [--start-ray]
+python launch/doctor.py [CONFIG.toml] [--num-rollout-actors 4] [section.key=value ...] [--start-ray]
 
 Exit code: 0 when nothing failed, 1 when something did, 2 for a bad configuration. No weights are loaded. Needs of
 memory and disk are rough: they count parameters, optimizer and processes, not activations and caches.
@@ -9,13 +9,10 @@ memory and disk are rough: they count parameters, optimizer and processes, not a
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
+import os
 import platform
-import re
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -25,6 +22,19 @@ from typing import TYPE_CHECKING, Any
 
 try:
     from asyncrl.imports import interpreter
+    from asyncrl.runtime.machine import (
+        available_gb,
+        bind_loopback,
+        count_cores,
+        find_driver,
+        find_gpus,
+        has_wandb_key,
+        installed,
+        listen,
+        nearest,
+        reach,
+        write,
+    )
     from asyncrl.runtime.preflight import (
         Check,
         Gpu,
@@ -38,9 +48,12 @@ try:
         check_placement,
         check_ports,
         check_python,
+        check_settings,
+        check_threads,
         check_transformers,
+        check_wandb,
     )
-    from asyncrl.tables import Parser
+    from asyncrl.tables import Parser, split
 except ImportError as error:
     sys.exit(
         f"error: {error} for {sys.executable}: run `make .venv/installed` and take .venv/bin/python, or "
@@ -57,10 +70,11 @@ COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="CONFIG.toml | section.key=value")
+    parser.add_argument("--num-rollout-actors", type=int, metavar="N", help="short for rollout.num_actors=N")
     parser.add_argument("--start-ray", action="store_true", help="start Ray and stop it again, which takes seconds")
     options = parser.parse_intermixed_args(arguments)
     try:
-        config = resolve(options.words)
+        config = resolve(options.words, options.num_rollout_actors)
         return show(list(examine(config, options.start_ray)))
     except ImportError as error:
         print(f"error: {error} for {sys.executable}: run `{interpreter()} -m pip install -e .`", file=sys.stderr)
@@ -70,14 +84,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def resolve(words: Sequence[str]) -> Config:
+def resolve(words: Sequence[str], num_actors: int | None = None) -> Config:
     """The configuration that the command line asks for; configs/largest_digit.toml when it names no file."""
     from asyncrl import config as configuration
 
-    files = [word for word in words if "=" not in word] or [str(ROOT / "configs" / "largest_digit.toml")]
-    if len(files) > 1:
-        raise ValueError(f"one configuration file at most, got {', '.join(files)}")
-    return configuration.load(files[0], [word for word in words if "=" in word])
+    file, overrides = split(words, num_actors)
+    return configuration.load(file or ROOT / "configs" / "largest_digit.toml", overrides)
 
 
 def show(checks: Sequence[Check]) -> int:
@@ -116,17 +128,22 @@ def examine(config: Config, start_ray: bool) -> Iterator[Check]:
         if installed("sglang"):
             yield check_transformers(metadata.requires("sglang") or [], installed("transformers"))
         yield attempt("attention backend", "see the row of sglang", lambda: attention(config, gpus))
-    models: list[tuple[int, Any]] = []
-    yield attempt("model", "name 'tiny', a folder or a hub id in model.path", lambda: read_model(config, models))
-    for parameters, tokenizer in models:
-        yield attempt("environment", "see env.path and env.args", lambda: draw_prompt(config, tokenizer))  # noqa: B023
-        yield check_host_memory(config, bool(gpus), parameters, available_gb(Path("/proc/meminfo")))
-        yield check_gpu_memory(config, parameters, gpus)
-        yield check_disk(config, parameters, shutil.disk_usage(nearest(Path(config.run_dir))).free / 1e9)
+    yield check_settings(config)
+    if config.loss.function or config.loss.advantage:
+        yield attempt("own loss", "see algorithm.preset and algorithm.loss.advantage", lambda: try_loss(config))
+    with tempfile.TemporaryDirectory() as scratch:
+        yield from examine_model(config, scratch, gpus)
     yield attempt("run folder", "set run_dir to a folder that you may write to", lambda: write(Path(config.run_dir)))
     if port := config.metrics.prometheus_port:
         host = config.metrics.prometheus_host
         yield attempt("metrics port", "choose another metrics.prometheus_port", lambda: listen(host, port))
+    if project_name := config.metrics.wandb:
+        yield check_wandb(project_name, installed("wandb"), os.environ.get("WANDB_MODE", ""), has_wandb_key())
+    address = config.cluster.address if config.runtime == "cluster" else None
+    if address is None:
+        yield check_threads(config, count_cores())
+    else:
+        yield attempt("cluster", "start Ray there, or name another cluster.address", lambda: reach(address))
     if config.runtime == "cluster":
         yield check_ports(4 + 4 * config.num_engines, bind_loopback)
         yield attempt(
@@ -134,33 +151,26 @@ def examine(config: Config, start_ray: bool) -> Iterator[Check]:
         )
 
 
-def installed(name: str) -> str | None:
-    """The version of an installed package."""
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return metadata.version(name)
-    return None
-
-
-def find_gpus() -> tuple[list[Gpu], str | None]:
-    """The GPUs that torch sees, and the CUDA version that it was built for."""
-    import torch
-
-    gpus = []
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
-        gpus.append(Gpu(name, capability, free / 1e9, total / 1e9))
-    return gpus, torch.version.cuda
-
-
-def find_driver() -> str | None:
-    """The version of NVIDIA's driver, as nvidia-smi tells it."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return lines[0] if lines else None
+def examine_model(config: Config, scratch: str, gpus: Sequence[Gpu]) -> Iterator[Check]:
+    """The checks that read the model's settings, and those that need what they say."""
+    models: list[tuple[str, int, Any]] = []
+    yield attempt(
+        "model", "name 'tiny', a folder or a hub id in model.path", lambda: read_model(config, scratch, models)
+    )
+    if not models:
+        return
+    [(folder, parameters, tokenizer)] = models
+    if config.lora.rank:
+        yield attempt("adapters", "see lora.targets", lambda: try_targets(config, folder))
+    lengths: list[int] = []
+    yield attempt("environment", "see env.path and env.args", lambda: draw_prompt(config, tokenizer, lengths))
+    caches: list[int] = []
+    if lengths and config.rollout.engine == "embedded":
+        yield attempt("kv cache", "see rollout.max_running", lambda: size_cache(config, folder, lengths[0], caches))
+    cache_gb = sum(caches) / 1e9
+    yield check_host_memory(config, bool(gpus), parameters, available_gb(Path("/proc/meminfo")), cache_gb)
+    yield check_gpu_memory(config, parameters, gpus, cache_gb)
+    yield check_disk(config, parameters, shutil.disk_usage(nearest(Path(config.run_dir))).free / 1e9)
 
 
 def attention(config: Config, gpus: Sequence[Gpu]) -> str:
@@ -173,26 +183,34 @@ def attention(config: Config, gpus: Sequence[Gpu]) -> str:
     return ", ".join(chosen) or f"{choose_attention_backend(wanted, None, found)} on the CPU"
 
 
-def read_model(config: Config, models: list[tuple[int, Any]]) -> str:
-    """Reads settings and tokenizer; appends the rough number of parameters, and the tokenizer, to `models`."""
+def try_loss(config: Config) -> str:
+    """Imports the user's loss and advantages, and calls them where the learner would compute on this CPU."""
+    from asyncrl.runtime.parts import check_own
+
+    check_own(config)
+    return ", ".join(path for path in (config.loss.function, config.loss.advantage) if path)
+
+
+def read_model(config: Config, scratch: str, models: list[tuple[str, int, Any]]) -> str:
+    """Reads settings and tokenizer, of a model made in code from the empty folder `scratch`; appends to `models` where
+    they are, the rough number of parameters and the tokenizer."""
     from asyncrl.model import TINY, TINY_BYTES, build_tiny, load_tokenizer
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = config.model.path
-        if path in (TINY, TINY_BYTES):
-            build_tiny(folder, name=path, num_layers=config.model.num_layers, seed=config.seed)
-            path = folder
-        try:
-            tokenizer = load_tokenizer(path)
-        except ValueError as error:
-            if Path(path).exists():
-                raise
-            raise ValueError(
-                f"{path!r} is neither a folder here nor a model that the hub gave: make the folder "
-                f"(`{interpreter()} launch/prepare_model.py` does so from GGUF), or name another in model.path"
-            ) from error
-        parameters = count_parameters(read_settings(path))
-    models.append((parameters, tokenizer))
+    path = config.model.path
+    if path in (TINY, TINY_BYTES):
+        build_tiny(scratch, name=path, num_layers=config.model.num_layers, seed=config.seed)
+        path = scratch
+    try:
+        tokenizer = load_tokenizer(path)
+    except ValueError as error:
+        if Path(path).exists():
+            raise
+        raise ValueError(
+            f"{path!r} is neither a folder here nor a model that the hub gave: make the folder "
+            f"(`{interpreter()} launch/prepare_model.py` does so from GGUF), or name another in model.path"
+        ) from error
+    parameters = count_parameters(read_settings(path))
+    models.append((path, parameters, tokenizer))
     return f"{config.model.path}, about {parameters / 1e6:,.1f} M parameters, {len(tokenizer)} tokens"
 
 
@@ -217,8 +235,32 @@ def count_parameters(settings: dict[str, Any]) -> int:
     return int(settings["num_hidden_layers"] * (attention_size + mlp_size) + embeddings)
 
 
-def draw_prompt(config: Config, tokenizer: Any) -> str:
-    """Imports the environment, builds it and draws a prompt of each kind."""
+def try_targets(config: Config, folder: str) -> str:
+    """Puts adapters into a model without weights."""
+    from asyncrl.runtime.parts import check_targets
+
+    check_targets(config, folder)
+    targets = config.lora.targets
+    return f"rank {config.lora.rank}, {targets if isinstance(targets, str) else ', '.join(targets)}"
+
+
+def size_cache(config: Config, folder: str, max_prompt_tokens: int, caches: list[int]) -> str:
+    """Makes an embedded engine's cache without memory, which its rules for a model see; appends its bytes."""
+    from torch import nn
+
+    from asyncrl.engine.kv_cache import SlotCache
+    from asyncrl.model import empty_model
+    from asyncrl.weights import DTYPES
+
+    model, length = empty_model(folder), max_prompt_tokens + config.rollout.max_new_tokens
+    nn.Module.to(model, "meta", DTYPES[config.rollout.dtype])
+    caches.append(SlotCache(model, config.rollout.max_running, length).num_bytes)
+    requests = f"{config.rollout.max_running} requests of {length} tokens"
+    return f"{caches[-1] / 1e6:,.1f} MB in each engine, for {requests}"
+
+
+def draw_prompt(config: Config, tokenizer: Any, lengths: list[int]) -> str:
+    """Imports the environment, builds it and draws a prompt of each kind; appends the longest prompt that it has."""
     from asyncrl.envs.base import checked_prompts, heldout_prompts, load_env, no_skill
 
     env = load_env(config.env.path, tokenizer, config.env.args)
@@ -227,41 +269,8 @@ def draw_prompt(config: Config, tokenizer: Any) -> str:
     next(checked_prompts(env, "train", config.seed))
     if config.warmup.num_steps and not hasattr(env, "demonstrations"):
         raise ValueError(f"{config.env.path} has no demonstrations(): set warmup.num_steps=0 or add the method")
+    lengths.append(env.max_prompt_tokens)
     return f"{config.env.path}, first prompt of {len(heldout[0].token_ids)} tokens"
-
-
-def available_gb(meminfo: Path) -> float | None:
-    """Memory that can still be taken; None where the system does not tell."""
-    found = re.search(r"MemAvailable: *(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
-    return int(found[1]) * 1024 / 1e9 if found else None
-
-
-def nearest(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
-
-
-def write(folder: Path) -> str:
-    """Writes a file to the nearest existing folder; nothing is left behind."""
-    with tempfile.TemporaryFile(dir=nearest(folder)) as file:
-        file.write(b"x")
-    return f"{folder} can be written"
-
-
-def bind_loopback(wanted: int) -> int:
-    """Binds up to `wanted` free ports at once and lets go of them. Returns how many it got."""
-    with contextlib.ExitStack() as stack:
-        bound: list[socket.socket] = []
-        with contextlib.suppress(OSError):
-            while len(bound) < wanted:
-                bound.append(stack.enter_context(socket.create_server(("127.0.0.1", 0))))
-        return len(bound)
-
-
-def listen(host: str, port: int) -> str:
-    """Opens the port and lets go of it."""
-    socket.create_server((host, port)).close()
-    return f"{port} of {host} is free"
 
 
 def try_ray(config: Config, start: bool) -> str:

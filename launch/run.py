@@ -18,7 +18,7 @@ from pathlib import Path
 import uvloop
 
 from asyncrl import config as configuration
-from asyncrl import tables
+from asyncrl import tables, unused
 from asyncrl.config import Config
 from asyncrl.threads import kept_handlers
 
@@ -32,6 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    for line in unused.warnings(config):
+        print(f"warning: {line}", file=sys.stderr)
     if options.dry_run:
         print(json.dumps(configuration.to_tree(config), indent=2))
         return 0
@@ -93,15 +95,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def resolve(options: argparse.Namespace) -> Config:
     """The configuration that the command line asks for."""
-    files = [word for word in options.words if "=" not in word]
-    overrides = [word for word in options.words if "=" in word]
-    if len(files) > 1:
-        raise ValueError(f"one configuration file at most, got {', '.join(files)}")
-    if options.num_rollout_actors is not None:
-        overrides.append(f"rollout.num_actors={options.num_rollout_actors}")
+    file, overrides = tables.split(options.words, options.num_rollout_actors)
     if options.resume is None:
-        return configuration.load(files[0] if files else DEFAULT, overrides)
-    if files:
+        return configuration.load(file or DEFAULT, overrides)
+    if file is not None:
         raise ValueError("--resume takes its configuration from the run folder; give section.key=value words only")
     return configuration.load(options.resume / "config.json", overrides)
 

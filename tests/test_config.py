@@ -1,6 +1,8 @@
 """The configuration: every shipped file loads, and every rule says what is wrong and what to do."""
 
+import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -10,11 +12,12 @@ import numpy as np
 import pytest
 
 from asyncrl import config as configuration
-from asyncrl import run_folder
+from asyncrl import run_folder, unused
 from asyncrl.config import Config
 from launch import run
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+PPO = ["algorithm.preset=ppo"]
 
 
 def test_there_are_configs():
@@ -120,6 +123,69 @@ def test_words_may_stand_before_and_after_options():
     options = run.parse([str(FILES[0]), "seed=3", "--num-rollout-actors", "3", "num_steps=5"])
     config = run.resolve(options)
     assert (config.seed, config.rollout.num_actors, config.num_steps) == (3, 3, 5)
+
+
+def test_the_short_form_and_its_setting_agree():
+    same = run.parse(["--num-rollout-actors", "3", "rollout.num_actors=3"])
+    assert run.resolve(same).rollout.num_actors == 3
+    with pytest.raises(ValueError, match=r"--num-rollout-actors 3 .*, and rollout.num_actors=4 is given: keep one"):
+        run.resolve(run.parse(["--num-rollout-actors", "3", "rollout.num_actors=4"]))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_no_shipped_config_is_warned_of(path):
+    assert unused.warnings(configuration.load(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["critic.lam=0.9", "critic.clip=0"], "no effect .* of critic.clip=0.0, critic.lam=0.9: .* center critic"),
+        (["buffer.window=4", "buffer.order=fifo"], "no effect .* of buffer.window=4: .*order window or freshest"),
+        (["buffer.window=4", "buffer.max_staleness=0"], "buffer.window=4: that needs buffer.max_staleness above 0"),
+        (["buffer.staleness_bounds=[1, 4]"], "that needs buffer.max_staleness auto"),
+        (["curriculum.skip=0.5"], "that needs curriculum.by"),
+        (["lora.alpha=8"], "that needs lora.rank"),
+        (["warmup.batch_size=8"], "that needs warmup.num_steps"),
+        (["model.path=some/folder", "model.num_layers=4"], "that needs model.path tiny"),
+        (["rollout.gpu_memory_utilization=0.5"], "that needs rollout.engine sglang"),
+        (["eval.top_p=0.9"], "that needs eval.temperature"),
+        (["learner.reshard=step"], "that needs learner.num_gpus"),
+        (["runtime=local", "cluster.address=auto"], "cluster.address=auto: that needs runtime cluster"),
+        (["runtime=local", "rollout.num_threads=4"], "rollout.num_threads=4: that needs runtime cluster"),
+        (["metrics.prometheus_host=0.0.0.0"], "that needs metrics.prometheus_port"),
+        (["learner.learning_rate=0"], "learner.learning_rate is 0: the policy stays as it is"),
+        ([*PPO, "critic.learning_rate=0"], "critic.learning_rate is 0: the critic stays as it is"),
+        (
+            [*PPO, "critic.warmup_steps=7", "num_steps=7"],
+            "critic.warmup_steps is 7 and num_steps is 7.*raise num_steps",
+        ),
+    ],
+)
+def test_a_setting_that_does_nothing_is_warned_of(words, told):
+    [line] = unused.warnings(configuration.load(None, words))
+    assert re.search(told, line), line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [*PPO, "critic.lam=0.9", "critic.warmup_steps=6", "num_steps=7"],
+        ["buffer.window=4"],
+        ["buffer.window=4", "buffer.max_staleness=auto", "buffer.staleness_bounds=[0, 4]"],
+        ["lora.rank=4", "lora.alpha=8"],
+        ["cluster.address=auto"],
+    ],
+)
+def test_a_setting_that_is_used_is_not(words):
+    assert unused.warnings(configuration.load(None, words)) == []
+
+
+def test_warnings_go_beside_what_is_printed(capsys):
+    assert run.main(["--dry-run", "learner.learning_rate=0"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["learner"]["learning_rate"] == 0
+    assert printed.err.startswith("warning: learner.learning_rate is 0")
 
 
 class Importing:

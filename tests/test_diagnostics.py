@@ -169,7 +169,10 @@ CALM = {
     "ess/sequence": 0.5,
     "mismatch/k3": 1e-3,
     "mismatch/k3_fresh": 5e-4,
+    "policy/advantage_mean": 0.0,
+    "policy/advantage_std": 0.4,
 }
+FLAT = {**CALM, "policy/advantage_std": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -187,6 +190,11 @@ CALM = {
         ({"mismatch/k3": 0.06, "mismatch/k3_fresh": math.nan}, [], "mismatch/k3 is 0.0600"),
         ({"mismatch/k3": 0.06, "mismatch/k3_fresh": 0.038}, [], "mismatch/k3_fresh is 0.0380, above 0.01"),
         ({"policy/nonfinite": 3.0}, [], "3 tokens"),
+        (FLAT, [CALM, *[FLAT] * 9], "every advantage was 0 in 10 steps in a row"),
+        (FLAT, [FLAT] * 8, None),
+        (FLAT, [*[FLAT] * 20, CALM, *[FLAT] * 8], None),
+        (CALM, [FLAT] * 9, None),
+        ({**FLAT, "policy/advantage_mean": -1.0}, [FLAT] * 9, None),  # without a baseline
     ],
 )
 def test_alarms(change, history, expected):

@@ -1,6 +1,8 @@
 """The preflight: each check passes and fails for its own reason, without the hardware that it is about."""
 
 import importlib.util
+import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -177,20 +179,161 @@ def test_a_port_for_metrics_that_is_taken():
     assert doctor.attempt("metrics port", "another", lambda: doctor.listen("127.0.0.1", port)).status == "ok"
 
 
-def test_model_environment_and_parameters():
-    models = []
-    assert doctor.attempt("model", "", lambda: doctor.read_model(config(), models)).status == "ok"
-    [(parameters, tokenizer)] = models
+def test_model_environment_and_parameters(tmp_path):
+    models, lengths = [], []
+    assert doctor.attempt("model", "", lambda: doctor.read_model(config(), tmp_path, models)).status == "ok"
+    [(folder, parameters, tokenizer)] = models
+    assert folder == tmp_path
     assert parameters == pytest.approx(400_000, rel=0.05)
-    assert "first prompt" in doctor.draw_prompt(config(), tokenizer)
+    assert "first prompt" in doctor.draw_prompt(config(), tokenizer, lengths)
+    assert lengths == [7]
     wrong = config("env.path=asyncrl.envs.digits:Nothing")
-    check = doctor.attempt("environment", "", lambda: doctor.draw_prompt(wrong, tokenizer))
+    check = doctor.attempt("environment", "", lambda: doctor.draw_prompt(wrong, tokenizer, []))
     assert (check.status, check.remedy) == ("FAIL", "write 'package.module:Name'")
 
 
 def test_a_missing_model_fails(tmp_path):
     missing = config(f"model.path={tmp_path / 'none'}")
-    assert doctor.attempt("model", "", lambda: doctor.read_model(missing, [])).status == "FAIL"
+    assert doctor.attempt("model", "", lambda: doctor.read_model(missing, tmp_path, [])).status == "FAIL"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    doctor.read_model(config(), path, [])
+    return path
+
+
+def test_adapters_that_match_no_layer(folder):
+    targets = 'lora.targets=["q_proj", "v_proj"]'
+    assert doctor.try_targets(config("lora.rank=4", targets), folder) == "rank 4, q_proj, v_proj"
+    wrong = config("lora.rank=4", 'lora.targets=["query"]')
+    check = doctor.attempt("adapters", "", lambda: doctor.try_targets(wrong, folder))
+    assert (check.status, check.remedy) == ("FAIL", 'set lora.targets="all-linear", or name linear layers')
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_the_cache_of_an_embedded_engine(folder, dtype, size):
+    """Keys and values of 2 layers with 2 heads of 32 numbers, for 1,000 requests of 30 tokens, in whole 16s."""
+    caches = []
+    words = ["rollout.max_running=1000", "rollout.max_new_tokens=20", f"rollout.dtype={dtype}"]
+    told = doctor.size_cache(config(*words), folder, 10, caches)
+    assert caches == [2 * 2 * 1000 * 2 * 32 * 32 * size]
+    assert told.endswith("MB in each engine, for 1000 requests of 30 tokens")
+
+
+def test_the_cache_finds_prompts_that_are_too_long_for_the_model(folder, tmp_path):
+    windowed = shutil.copytree(folder, tmp_path / "windowed")
+    settings = json.loads((windowed / "config.json").read_text())
+    settings |= {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2}
+    (windowed / "config.json").write_text(json.dumps(settings))
+    check = doctor.attempt("kv cache", "", lambda: doctor.size_cache(config(), windowed, 7, []))
+    assert (check.status, "window of 8" in check.finding) == ("FAIL", True)
+    assert check.remedy.startswith("lower rollout.max_new_tokens")
+
+
+def test_memory_counts_the_caches():
+    one = ["rollout.num_actors=1"]
+    few = [*one, "learner.groups_per_step=1", "rollout.group_size=2", "eval.max_running=6", "rollout.max_running=100"]
+    assert doctor.check_host_memory(config(*one), False, 400_000, 16.0, cache_gb=15.0).status == "FAIL"
+    assert doctor.check_host_memory(config(*few), False, 400_000, 16.0, cache_gb=10.0).status == "ok", "a tenth of it"
+    assert doctor.check_host_memory(config(*few), False, 400_000, 16.0, cache_gb=17.0).status == "FAIL", "in one piece"
+    assert doctor.check_host_memory(config(*one), True, 400_000, 16.0, cache_gb=15.0).status == "ok", "on the GPU"
+    full = doctor.check_gpu_memory(config(*one), 10**9, [H100], cache_gb=90.0)
+    assert (full.status, "rollout.max_running" in full.remedy) == ("FAIL", True)
+
+
+def test_settings_that_do_nothing():
+    assert doctor.check_settings(config()).status == "ok"
+    check = doctor.check_settings(config("lora.alpha=8", "learner.learning_rate=0"))
+    assert (check.status, check.finding.count("\n")) == ("warn", 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "cores", "status"),
+    [
+        (["rollout.num_actors=3"], 4, "ok"),
+        (["rollout.num_actors=3"], 3, "warn"),
+        (["rollout.num_actors=2", "eval.num_actors=2"], 4, "warn"),
+        (["rollout.num_threads=4"], 8, "warn"),
+        (["learner.num_gpus=2", "learner.num_threads=2"], 5, "warn"),
+        (["rollout.num_actors=3", "runtime=local"], 1, "ok"),
+    ],
+)
+def test_threads(words, cores, status):
+    assert doctor.check_threads(config(*words), cores).status == status
+
+
+@pytest.mark.parametrize(
+    ("found", "status", "word"),
+    [
+        ((None, "", True), "FAIL", "-m pip install 'wandb'"),
+        (("0.20", "", False), "warn", "WANDB_MODE=offline"),
+        (("0.20", "", True), "ok", ""),
+        (("0.20", "offline", False), "ok", ""),
+    ],
+)
+def test_wandb(found, status, word):
+    check = doctor.check_wandb("project", *found)
+    assert (check.status, word in check.remedy) == (status, True)
+
+
+def test_a_key_for_wandb_is_in_the_environment_or_in_a_netrc_file(monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert not doctor.has_wandb_key()
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password made-up\n")
+    assert doctor.has_wandb_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "http://wandb.example:8080")
+    assert not doctor.has_wandb_key(), "of another server"
+    monkeypatch.setenv("WANDB_API_KEY", "made-up")
+    assert doctor.has_wandb_key()
+
+
+def test_a_cluster_is_reached_or_not(monkeypatch, tmp_path):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with pytest.raises(ValueError, match="no Ray was started on this machine"):
+        doctor.reach("auto")
+    with pytest.raises(ValueError, match="has no host and port: write HOST:6379"):
+        doctor.reach("somewhere")
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        assert doctor.reach(address) == f"{address} answers"
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(f"{address}\n")
+        assert doctor.reach("auto") == f"{address} answers"
+    with pytest.raises(ConnectionRefusedError):
+        doctor.reach(address)
+
+
+def test_an_own_loss_is_tried():
+    own = config("algorithm.loss.advantage=test_doctor:raising", "device=cpu")
+    check = doctor.attempt("own loss", "", lambda: doctor.try_loss(own))
+    assert (check.status, "tried on made-up numbers" in check.finding) == ("FAIL", True)
+    own = config("algorithm.loss.advantage=test_doctor:nowhere")
+    check = doctor.attempt("own loss", "", lambda: doctor.try_loss(own))
+    assert (check.status, "no function 'nowhere'" in check.finding) == ("FAIL", True)
+
+
+def test_what_a_run_does_not_use_has_no_row(monkeypatch):
+    monkeypatch.setattr(doctor, "check_package", lambda *_: doctor.Check("package", "ok", ""))
+    rows = {check.name for check in doctor.examine(config(), False)}
+    assert rows >= {"settings", "kv cache", "threads"}
+    assert rows.isdisjoint({"own loss", "adapters", "wandb", "cluster"})
+    words = ["lora.rank=4", "metrics.wandb=project", "cluster.address=auto", "algorithm.loss.advantage=nowhere:no"]
+    rows |= (more := {check.name for check in doctor.examine(config(*words), False)})
+    assert more >= {"own loss", "adapters", "wandb", "cluster"}
+    assert "threads" not in more, "of other machines"
+
+
+def test_the_number_of_rollout_actors_as_launch_run_takes_it(monkeypatch):
+    seen = []
+    monkeypatch.setattr(doctor, "examine", lambda config, _: seen.append(config) or [])
+    assert doctor.main(["--num-rollout-actors", "5"]) == 0
+    assert seen[0].rollout.num_actors == 5
+    assert doctor.main(["--num-rollout-actors", "5", "rollout.num_actors=4"]) == 2
 
 
 def test_an_error_keeps_its_own_remedy():

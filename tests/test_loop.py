@@ -6,11 +6,12 @@ import json
 import os
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import run
+from helpers import Sevens, run
 
 from asyncrl import config as configuration
 from asyncrl import job, loop, run_folder
@@ -388,6 +389,21 @@ def test_zero_variance_groups_are_replaced_not_lost(tmp_path):
     rows = [row for row in metrics.read(result.folder) if "buffer/dropped" in row]
     assert rows[-1]["buffer/dropped"] > 0
     assert all(row["reward/zero_variance"] == 0 for row in rows)
+
+
+class Same(Sevens):
+    """Scores every reply alike."""
+
+    async def play(self, prompt, generate):
+        return replace(await super().play(prompt, generate), reward=0.5)
+
+
+def test_rewards_that_teach_nothing_are_an_alarm_once(tmp_path, capsys):
+    words = ["env.path=test_loop:Same", "learner.groups_per_step=1", "rollout.max_new_tokens=1", "num_steps=12"]
+    run(job.train(small(tmp_path, *words)))
+    lines = capsys.readouterr().out.splitlines()
+    [alarm] = [number for number, line in enumerate(lines) if "every advantage was 0" in line]
+    assert lines[alarm - 1].startswith("step 10 ")
 
 
 def test_tokens_of_unknown_weights_end_the_run():

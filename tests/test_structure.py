@@ -21,8 +21,8 @@ HOMES = {
 
 # Each layer may import itself and the ones before it.
 LAYERS = [
-    {"types", "algo.method", "algo.own", "algo.presets", "tables", "config", "rules", "transport", "monitor.timeline"}
-    | {"sandbox.confine", "sandbox", "garbage", "threads", "imports"},
+    {"types", "algo.method", "algo.own", "algo.presets", "tables", "config", "rules", "unused", "transport"}
+    | {"monitor.timeline", "sandbox.confine", "sandbox", "garbage", "threads", "imports"},
     {
         "evaluation",
         "algo.advantage",
@@ -94,7 +94,7 @@ LAYERS = [
     {"loop"},
     {"runtime.exchange", "runtime.placement", "runtime.stacks", "runtime.parts", "runtime.local"}
     | {"runtime.actors", "runtime.remotes", "runtime.cluster"},
-    {"job", "run_folder", "runtime.preflight"},
+    {"job", "run_folder", "runtime.preflight", "runtime.machine"},
 ]
 
 

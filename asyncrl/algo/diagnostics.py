@@ -80,6 +80,9 @@ _K3_FRESH = 0.01
 _K3 = 0.05
 """Token KL of all tokens; the same limit that `buffer.max_staleness=auto` lowers the staleness at."""
 
+_FLAT_STEPS = 10
+"""Steps in a row without any advantage; a few happen to a batch of few groups."""
+
 
 @torch.no_grad()
 def diagnose(columns: Sequence[Columns], outcomes: Sequence[Outcome], entropy: float) -> dict[str, float]:
@@ -131,7 +134,18 @@ def alarms(metrics: Mapping[str, float], history: Sequence[Mapping[str, float]])
             f"mismatch/k3 is {k3:.4f}, above {_K3}: tokens are far off the policy; lower buffer.max_staleness or "
             "learner.learning_rate"
         )
+    recent_steps = [*history[-(_FLAT_STEPS - 1) :], metrics]
+    if len(recent_steps) == _FLAT_STEPS and all(map(_is_flat, recent_steps)):
+        found["policy/advantage_std"] = (
+            f"every advantage was 0 in {_FLAT_STEPS} steps in a row, so that rewards teach nothing: are all replies to "
+            "a prompt scored alike (reward/mean, and the samples in trajectories/)? Take easier or harder prompts, or "
+            "mend the reward"
+        )
     return found
+
+
+def _is_flat(metrics: Mapping[str, float]) -> bool:
+    return metrics["policy/advantage_mean"] == 0 == metrics["policy/advantage_std"]
 
 
 def _mismatch(columns: Columns, outcome: Outcome) -> dict[str, Tensor]:

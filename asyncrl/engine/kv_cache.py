@@ -47,6 +47,11 @@ class SlotCache:
         self._mask_starts = self.max_length * torch.arange(num_rows, device=self._device)
         self._slot_starts = self.max_length * torch.arange(num_rows * kv_heads, device=self._device).view(num_rows, -1)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the keys and values; the mask is a small part of that."""
+        return self._slots.nbytes
+
     def move(self, source: int, target: int) -> None:
         """Copies the row `source` over the row `target`."""
         self._slots[:, target] = self._slots[:, source]
@@ -172,11 +177,12 @@ def _check(model: Any, max_length: int) -> None:
     if window is not None and window < max_length:
         raise ValueError(
             f"max_length {max_length} exceeds the model's sliding attention window of {window}, which the embedded "
-            f"engine does not apply: set max_length to {window} or less"
+            f"engine does not apply: lower rollout.max_new_tokens, or the environment's prompts, to {window} in all"
         )
     limit = rope_limit(model)
     if limit is not None and limit < max_length:
         raise ValueError(
             f"max_length {max_length} exceeds {limit}, beyond which the model's rotary frequencies change with the "
-            f"length, also those of the keys that are cached: set max_length to {limit} or less"
+            "length, also those of the keys that are cached: lower rollout.max_new_tokens, or the environment's "
+            f"prompts, to {limit} in all"
         )

@@ -1,4 +1,5 @@
-"""The preflight's rules: what a run needs against what was found. `launch/doctor.py` finds it and prints the table.
+"""The preflight's rules: what a run needs against what was found. `machine.py` finds it, `launch/doctor.py` prints the
+table.
 
 Each check is a function of facts and returns one row. Needs of memory and disk are rough: they count parameters,
 optimizer and processes, not activations and caches. Nothing heavy is imported here, so that a package that is missing
@@ -172,32 +173,43 @@ def saved_gb(config: Config, parameters: int) -> float:
     return parameters * (4 if config.lora.rank else 12) / 1e9
 
 
-def check_host_memory(config: Config, has_gpus: bool, parameters: int, have_gb: float | None) -> Check:
-    """With every actor on this machine."""
+def check_host_memory(
+    config: Config, has_gpus: bool, parameters: int, have_gb: float | None, cache_gb: float = 0.0
+) -> Check:
+    """With every actor on this machine; `cache_gb` is of each embedded engine."""
     if have_gb is None:
         return Check("host memory", "warn", "unknown: there is no /proc/meminfo", "look with the system's own tools")
     on_gpu = config.device == "cuda" or (config.device == "auto" and has_gpus)
     learner, engine = model_gb(config, parameters)
-    models = learner + config.num_engines * engine
+    models = learner + config.num_engines * (engine + cache_gb * _share_of_rows(config))
+    models = max(models, cache_gb)  # asked for in one piece
     if on_gpu:  # several learner ranks, or LoRA, put a checkpoint together in it
         models = saved_gb(config, parameters) if config.learner.num_gpus > 1 or config.lora.rank else 0.0
     num_processes = config.num_engines + config.learner.num_gpus + 1
     need = STORE_GB + num_processes * PROCESS_GB[on_gpu] + models
-    return compare("host memory", need, have_gb, "lower rollout.num_actors, or take a smaller model")
+    knobs = "rollout.num_actors or rollout.max_running" if cache_gb and not on_gpu else "rollout.num_actors"
+    return compare("host memory", need, have_gb, f"lower {knobs}, or take a smaller model")
 
 
-def check_gpu_memory(config: Config, parameters: int, gpus: Sequence[Gpu]) -> Check:
-    """Of the fullest GPU, which the learner or an engine may get, or which all of them share."""
+def _share_of_rows(config: Config) -> float:
+    """Of an embedded engine's cache, what requests can fill at once: on a CPU the rest is never touched."""
+    admitted = (config.buffer.highest_staleness + 1) * config.learner.groups_per_step * config.rollout.group_size
+    return min(1.0, (admitted + config.eval.max_running) / config.rollout.max_running)
+
+
+def check_gpu_memory(config: Config, parameters: int, gpus: Sequence[Gpu], cache_gb: float = 0.0) -> Check:
+    """Of the fullest GPU, which the learner or an engine may get, or which all of them share; `cache_gb` as above."""
     if not gpus or config.device == "cpu":
         return Check("gpu memory", "ok", "no GPU is used")
     gpu = min(gpus, key=lambda gpu: gpu.free_gb)
     learner, engine = model_gb(config, parameters)
-    learner /= config.learner.num_gpus
+    learner, engine = learner / config.learner.num_gpus, engine + cache_gb
     shared = config.placement == "colocated"
     if config.rollout.engine == "sglang" and shared:  # it takes its share, whatever the model
         engine = max(engine, config.rollout.gpu_memory_utilization * gpu.total_gb)
     need = learner + config.num_engines * engine if shared else max(learner, engine)
-    return compare("gpu memory", need, gpu.free_gb, "lower rollout.gpu_memory_utilization, or take a smaller model")
+    knob = "gpu_memory_utilization" if config.rollout.engine == "sglang" else "max_running"
+    return compare("gpu memory", need, gpu.free_gb, f"lower rollout.{knob}, or take a smaller model")
 
 
 def check_disk(config: Config, parameters: int, free_gb: float) -> Check:
@@ -212,3 +224,37 @@ def check_ports(wanted: int, bind: Callable[[int], int]) -> Check:
     if found == wanted:
         return Check("ports", "ok", f"{wanted} free ports on 127.0.0.1")
     return Check("ports", "FAIL", f"{found} of {wanted} ports on 127.0.0.1", "see `ss -ltn` and `ulimit -n`")
+
+
+def check_settings(config: Config) -> Check:
+    """What `launch/run.py` warns of when it starts."""
+    from asyncrl.unused import warnings
+
+    if told := warnings(config):
+        return Check("settings", "warn", "\n".join(told), "see whether it is meant")
+    return Check("settings", "ok", "nothing to warn of")
+
+
+def check_threads(config: Config, cores: int) -> Check:
+    """Whether the learner's threads and the engines' have a core each; in one process all of them are the learner's."""
+    learner, engines = config.learner.num_gpus * config.learner.num_threads, 0
+    if config.runtime == "cluster":
+        engines = config.num_engines * config.rollout.num_threads
+    finding = f"{learner} of the learner and {engines} of engines on {cores} CPU cores"
+    if learner + engines <= cores:
+        return Check("threads", "ok", finding)
+    remedy = "lower rollout.num_actors, rollout.num_threads or learner.num_threads"
+    return Check("threads", "warn", f"{finding}: they slow each other down", remedy)
+
+
+def check_wandb(project: str, version: str | None, mode: str, has_key: bool) -> Check:
+    """Whether the package is there and can log in: `mode` is WANDB_MODE, and `has_key` whether a key was found."""
+    if version is None:
+        finding = f"metrics.wandb is {project!r} and the package is not installed"
+        return Check("wandb", "FAIL", finding, f"{_install('wandb')}, or leave metrics.wandb empty")
+    if mode in ("offline", "dryrun", "disabled"):
+        return Check("wandb", "ok", f"{version}, {mode}")
+    if has_key:
+        return Check("wandb", "ok", f"{version}, with a key")
+    finding = f"{version}, and no key: it asks for one, and without a terminal the run ends"
+    return Check("wandb", "warn", finding, "run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline")

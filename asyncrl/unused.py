@@ -1,0 +1,90 @@
+"""Settings that a run takes and that may not be what was meant: they change nothing in it, or keep it from learning.
+
+They are told and not refused. A file with a [critic] table may be run with a preset that has no critic, to compare the
+two, and a learning rate of 0 measures a system whose policy stays as it is. What cannot be meant is in `rules.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from asyncrl.config import Config, to_tree
+
+_NEEDS: list[tuple[str, Callable[[Config], bool], tuple[str, ...]]] = [
+    ("model.path tiny or tiny-bytes", lambda run: run.model.path in ("tiny", "tiny-bytes"), ("model.num_layers",)),
+    (
+        "warmup.num_steps above 0",
+        lambda run: run.warmup.num_steps > 0,
+        ("warmup.batch_size", "warmup.micro_batch_size", "warmup.learning_rate"),
+    ),
+    (
+        "rollout.engine sglang",
+        lambda run: run.rollout.engine == "sglang",
+        ("rollout.gpu_memory_utilization", "rollout.attention_backend"),
+    ),
+    (
+        "buffer.max_staleness above 0 and buffer.order window or freshest",
+        lambda run: run.buffer.order != "fifo" and run.buffer.highest_staleness > 0,
+        ("buffer.window",),
+    ),
+    ("buffer.max_staleness auto", lambda run: run.buffer.max_staleness == "auto", ("buffer.staleness_bounds",)),
+    ("learner.num_gpus above 1", lambda run: run.learner.num_gpus > 1, ("learner.reshard",)),
+    ("lora.rank above 0", lambda run: run.lora.rank > 0, ("lora.alpha", "lora.targets")),
+    ("a preset with center critic, such as ppo", lambda run: run.loss.needs_critic, ("critic",)),
+    (
+        "curriculum.by prompt or source",
+        lambda run: run.curriculum.by != "off",
+        ("curriculum.visits", "curriculum.bounds", "curriculum.skip"),
+    ),
+    ("eval.temperature above 0", lambda run: run.eval.temperature > 0, ("eval.top_p",)),
+    (
+        "runtime cluster",
+        lambda run: run.runtime == "cluster",
+        ("cluster", "rollout.num_threads", "rollout.start_timeout_s"),
+    ),
+    ("metrics.prometheus_port above 0", lambda run: run.metrics.prometheus_port > 0, ("metrics.prometheus_host",)),
+]
+"""What settings need to have an effect, whether a run has it, and which they are: single ones or a whole section. Those
+of a loss are refused by `algo/presets.py`."""
+
+
+def warnings(config: Config) -> list[str]:
+    """A sentence for each that is not what it is by default and changes nothing, or keeps the run from learning."""
+    return [*_without_effect(config), *_without_learning(config)]
+
+
+def _without_effect(config: Config) -> Iterator[str]:
+    now, default = to_tree(config), to_tree(Config())
+    for words, is_met, names in _NEEDS:
+        if is_met(config):
+            continue
+        changed = [name for name in _single(names, now) if _value(now, name) != _value(default, name)]
+        if changed:
+            told = ", ".join(f"{name}={_value(now, name)}" for name in changed)
+            yield f"no effect in this run of {told}: that needs {words}"
+
+
+def _without_learning(config: Config) -> Iterator[str]:
+    critic = config.critic
+    if config.learner.learning_rate == 0:
+        yield "learner.learning_rate is 0: the policy stays as it is, which is for measurements"
+    if config.loss.needs_critic and critic.learning_rate == 0:
+        yield "critic.learning_rate is 0: the critic stays as it is, and begins with a head that expects nothing"
+    if config.loss.needs_critic and critic.warmup_steps >= config.num_steps:
+        yield (
+            f"critic.warmup_steps is {critic.warmup_steps} and num_steps is {config.num_steps}: the critic learns "
+            "alone to the end, and the policy stays as it is; raise num_steps, or lower critic.warmup_steps"
+        )
+
+
+def _single(names: Iterable[str], tree: dict[str, Any]) -> list[str]:
+    """The settings that are named, one by one, and all of a section that is."""
+    return [part for name in names for part in ([f"{name}.{key}" for key in tree[name]] if name in tree else [name])]
+
+
+def _value(tree: dict[str, Any], name: str) -> Any:
+    value: Any = tree
+    for part in name.split("."):
+        value = value[part]
+    return value
