@@ -1,6 +1,7 @@
 """A run, seen afterwards and from outside: the page, the terminal view, sampled trajectories and the other sinks."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -8,16 +9,16 @@ import sys
 import types
 import urllib.error
 import urllib.request
+from dataclasses import replace
 
 import pandas
 import pytest
-from helpers import run
+from helpers import run, trajectory
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from asyncrl import config as configuration
 from asyncrl import job
-from asyncrl.algo.presets import resolve
 from asyncrl.monitor import metrics, samples, view
 from asyncrl.monitor.sinks import Prometheus, WeightsAndBiases
 from asyncrl.types import Group, Prompt
@@ -175,11 +176,20 @@ def double(rewards, _groups):
     return 2 * rewards
 
 
-def test_a_sample_has_the_advantage_that_a_function_of_the_user_gave_it():
-    """Of a group of one, for which the loss it replaces has none."""
-    loss = resolve("rloo_tis2", {"advantage": "test_report:double"})
-    alone = Group(Prompt(0, (1,), ""), (0.5,), (1,), 0, 0, {}, {}, None)
-    assert samples._advantages([alone], loss) == [[1.0]]
+@pytest.mark.parametrize(
+    ("word", "advantages"),
+    [
+        ("algorithm.loss.advantage=test_report:double", [2.0, 0.0]),
+        ("algorithm.mask_truncated=true", [0.5, 0.0]),
+        ("algorithm.overlong_tail=1", [math.nan, math.nan]),
+    ],
+)
+def test_a_sample_has_the_advantage_that_it_was_trained_with(tmp_path, word, advantages):
+    whole, cut = trajectory(1, 1, seed=0, reward=1.0), replace(trajectory(1, 1, seed=1), finish="length")
+    words = [word] if "mask" in word or "tail" in word else [word, "algorithm.loss.scale=none"]
+    drawn = samples.Samples(tmp_path, configuration.load(None, words), decode=str)
+    rows = run(drawn.draw(1, [Group(Prompt(0, (1,), ""), (1.0, 0.0), (1, 1), 0, 0, {}, {}, [whole, cut])]))
+    assert [row["advantage"] for row in rows] == pytest.approx(advantages, nan_ok=True)
 
 
 def test_numbers_are_written_with_seven_digits_however_small_and_counts_in_full(tmp_path):

@@ -146,9 +146,7 @@ class Metrics:
             self._sinks.append(Prometheus(settings.prometheus_host, settings.prometheus_port, METRICS))
         if config and settings.wandb:
             self._sinks.append(WeightsAndBiases(folder, config))
-        self._samples = (
-            Samples(folder, settings.sample_trajectories, config.loss, decode) if config and decode else None
-        )
+        self._samples = Samples(folder, config, decode) if config and decode else None
         self._terminal = open_terminal(folder, num_steps, first_step, quiet=quiet, watch=watch)
         self._began = time.time()
         self._history: deque[dict[str, float]] = deque(maxlen=100)

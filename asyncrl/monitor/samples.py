@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from asyncrl.algo.advantage import estimate
-from asyncrl.algo.presets import Loss
+from asyncrl.config import Config
 from asyncrl.types import Group, Trajectory, Version
 
 FOLDER = "trajectories"
@@ -26,9 +26,10 @@ Row = dict[str, Any]
 class Samples:
     """Draws and writes them. Up to `num_per_step` trajectories of one group a step, the group drawn at random."""
 
-    def __init__(self, folder: Path, num_per_step: int, loss: Loss, decode: Callable[[list[int]], str]) -> None:
+    def __init__(self, folder: Path, config: Config, decode: Callable[[list[int]], str]) -> None:
         self._folder = folder / FOLDER
-        self._num_per_step, self._loss, self._decode = num_per_step, loss, decode
+        self._num_per_step, self._decode = config.metrics.sample_trajectories, decode
+        self._loss, self._algorithm = config.loss, config.algorithm
         self._rows: dict[Version, list[Row]] = {}
 
     async def draw(self, version: Version, groups: Sequence[Group]) -> list[Row]:
@@ -41,7 +42,7 @@ class Samples:
         chosen = random.Random(version).randrange(len(groups))
         found = groups[chosen].trajectories
         trajectories: Sequence[Trajectory] = await found if inspect.isawaitable(found) else found
-        values = _advantages(groups, self._loss)[chosen]
+        values = self._advantages(groups)[chosen]
         rows = [
             self._row(version, groups[chosen], number, trajectory, values[number])
             for number, trajectory in enumerate(trajectories[: self._num_per_step])
@@ -66,6 +67,18 @@ class Samples:
         unfinished.replace(path)
         self._rows.clear()
 
+    def _advantages(self, groups: Sequence[Group]) -> list[list[float]]:
+        """Of every trajectory of the batch, as the learner computes them from rewards; nan where it takes a model, or
+        the length of each reply, of which the driver knows the sum."""
+        loss = self._loss
+        rewards = torch.tensor([reward for group in groups for reward in group.rewards], dtype=torch.float32)
+        index = torch.tensor([number for number, group in enumerate(groups) for _ in group.rewards])
+        values = estimate(rewards, index, loss)
+        if loss.needs_critic or loss.reward_kl or self._algorithm.overlong_tail:
+            values = torch.full_like(values, torch.nan)
+        flat = iter(values.tolist())
+        return [[next(flat) for _ in group.rewards] for group in groups]
+
     def _row(self, version: Version, group: Group, sample: int, trajectory: Trajectory, advantage: float) -> Row:
         token_ids = trajectory.token_ids.tolist()
         return {
@@ -73,7 +86,7 @@ class Samples:
             "prompt_id": group.prompt.id,
             "sample": sample,
             "reward": float(trajectory.reward),
-            "advantage": advantage,
+            "advantage": 0.0 if self._algorithm.mask_truncated and trajectory.finish == "length" else advantage,
             "finish": trajectory.finish,
             "target": group.prompt.target,
             "text": self._decode(token_ids),
@@ -84,17 +97,6 @@ class Samples:
             "versions": trajectory.versions.tolist(),
             "metrics": [{"name": name, "value": float(value)} for name, value in trajectory.metrics.items()],
         }
-
-
-def _advantages(groups: Sequence[Group], loss: Loss) -> list[list[float]]:
-    """Of every trajectory of the batch, as the learner computes them from rewards; nan if that takes a model."""
-    rewards = torch.tensor([reward for group in groups for reward in group.rewards], dtype=torch.float32)
-    index = torch.tensor([number for number, group in enumerate(groups) for _ in group.rewards])
-    values = estimate(rewards, index, loss)
-    if loss.needs_critic or loss.reward_kl:
-        values = torch.full_like(values, torch.nan)
-    flat = iter(values.tolist())
-    return [[next(flat) for _ in group.rewards] for group in groups]
 
 
 def _schema() -> Any:
