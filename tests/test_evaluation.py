@@ -103,6 +103,8 @@ class Engine:
 class First:
     """Pays for the prompt's first token."""
 
+    max_prompt_tokens = 2
+
     async def play(self, prompt, generate):
         from asyncrl.envs.base import single_turn
 
