@@ -175,10 +175,11 @@ def attention(config: Config, gpus: Sequence[Gpu]) -> str:
 
 def read_model(config: Config, models: list[tuple[int, Any]]) -> str:
     """Reads settings and tokenizer; appends the rough number of parameters, and the tokenizer, to `models`."""
-    from asyncrl.model import TINY, TINY_BYTES, build_tiny, load_tokenizer
+    from asyncrl.model import TINY, TINY_BYTES, build_tiny, check_model, load_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         path = config.model.path
+        check_model(path)
         if path in (TINY, TINY_BYTES):
             build_tiny(folder, name=path, num_layers=config.model.num_layers, seed=config.seed)
             path = folder
