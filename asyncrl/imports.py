@@ -27,17 +27,28 @@ def load_module(path: str, told: str, form: str) -> tuple[ModuleType, str]:
     errors speak of the path, `form` how it is written.
     """
     module_name, _, name = path.partition(":")
+    if module_name.endswith(".py") or "/" in module_name:
+        file = Path(module_name)
+        written = f"{file.stem}:{name or form.partition(':')[2]}"
+        raise ValueError(
+            f"{told} names a file: write {written!r}, and have the file's folder on PYTHONPATH "
+            f"(export PYTHONPATH={file.absolute().parent})"
+        )
     if not name:
         raise ValueError(f"{told} has no ':' with a name after it: write {form!r}")
     try:
         return importlib.import_module(module_name), name
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{told}: no module {error.name!r}; write {form!r}, and for a file of your own add its folder to PYTHONPATH"
-        ) from error
     except Exception as error:  # whatever the user's code raises
+        remedy = ""
+        if isinstance(error, ModuleNotFoundError):
+            if f"{module_name}.".startswith(f"{error.name}."):
+                raise ValueError(
+                    f"{told}: no module {error.name!r}; write {form!r}, and for a file of your own add its folder to "
+                    "PYTHONPATH"
+                ) from error
+            remedy = "; install what is missing, or add its folder to PYTHONPATH"
         failed = f"importing {module_name} failed{line_of(error)}"
-        raise ValueError(f"{told}: {failed}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{told}: {failed}: {type(error).__name__}: {error}{remedy}") from error
 
 
 def line_of(error: BaseException) -> str:
