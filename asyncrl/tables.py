@@ -9,7 +9,7 @@ import re
 import tomllib
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 import msgspec
 
@@ -103,6 +103,9 @@ def _name_of(kind: Any) -> str:
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Literal:
         return " or ".join(map(repr, parts))
+    if origin is Annotated:
+        meta = parts[1]
+        return _name_of(parts[0]) + (f" above {meta.gt}" if meta.ge is None else f" of at least {meta.ge}")
     if origin in (Union, UnionType):
         return " or ".join(_name_of(part) for part in parts if part is not NoneType)
     if origin is tuple and Ellipsis not in parts:
