@@ -30,10 +30,11 @@ class Parser(argparse.ArgumentParser):
     """Of a command line with `section.key=value` words: one that is written as a flag is told its form."""
 
     def error(self, message: str) -> NoReturn:
-        flag = re.search(r"--([a-z]\w*[._=]\S*)", message)  # flags of the commands have none of the three
+        flag = re.match(r"unrecognized arguments: .*?--([a-z][\w.-]*)(?:=(\S*))?", message)
         if flag:
-            name, _, value = flag[1].partition("=")
-            message = f"{message}: a setting is written without dashes, {name}={value or 'VALUE'}"
+            near = difflib.get_close_matches(f"--{flag[1]}", self._option_string_actions, n=1, cutoff=0.8)
+            setting = f"{flag[1].replace('-', '_')}={flag[2] or 'VALUE'}"
+            message += f": did you mean {near[0]}?" if near else f": a setting is written without dashes, {setting}"
         super().error(message)
 
 

@@ -28,6 +28,7 @@ from asyncrl import config as configuration
 from asyncrl import tables
 from asyncrl.config import Config
 from asyncrl.envs.faults import EnvFault
+from asyncrl.imports import LOCAL, runs_near
 
 if TYPE_CHECKING:
     from asyncrl.rollout import Attempts, Rollout
@@ -112,8 +113,11 @@ def check_model(name: str) -> None:
             f"{name} is neither a model (its config.json has model_type) nor a run (it has metrics.jsonl): name the "
             "folder of one, or an id of the hub"
         )
-    if not path.exists() and (name.startswith((".", os.sep)) or name.count(os.sep) > 1):
-        raise ValueError(f"there is no folder {name}: name that of a model or of a run, or an id of the hub")
+    if not path.exists() and (name.startswith(LOCAL) or name.count(os.sep) > 1):
+        raise ValueError(
+            f"there is no folder {name}, seen from {Path.cwd()}: name that of a model or of a run, or an id of the "
+            f"hub; {runs_near(path)}"
+        )
     model.check_model(name)
 
 

@@ -20,6 +20,7 @@ import uvloop
 from asyncrl import config as configuration
 from asyncrl import tables
 from asyncrl.config import Config
+from asyncrl.imports import check_run
 from asyncrl.threads import kept_handlers
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "largest_digit.toml"
@@ -96,13 +97,16 @@ def resolve(options: argparse.Namespace) -> Config:
     files = [word for word in options.words if "=" not in word]
     overrides = [word for word in options.words if "=" in word]
     if len(files) > 1:
-        raise ValueError(f"one configuration file at most, got {', '.join(files)}")
+        raise ValueError(
+            f"one configuration file at most, got {', '.join(files)}; a setting is one word, such as num_steps=10"
+        )
     if options.num_rollout_actors is not None:
         overrides.append(f"rollout.num_actors={options.num_rollout_actors}")
     if options.resume is None:
         return configuration.load(files[0] if files else DEFAULT, overrides)
     if files:
         raise ValueError("--resume takes its configuration from the run folder; give section.key=value words only")
+    check_run(options.resume)
     return configuration.load(options.resume / "config.json", overrides)
 
 

@@ -1,6 +1,7 @@
 """The configuration: every shipped file loads, and every rule says what is wrong and what to do."""
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -120,6 +121,42 @@ def test_words_may_stand_before_and_after_options():
     options = run.parse([str(FILES[0]), "seed=3", "--num-rollout-actors", "3", "num_steps=5"])
     config = run.resolve(options)
     assert (config.seed, config.rollout.num_actors, config.num_steps) == (3, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num-steps", "10"], "--num-steps: a setting is written without dashes, num_steps=VALUE"),
+        (["--learner.learning-rate=1e-3"], "written without dashes, learner.learning_rate=1e-3"),
+        (["--dryrun"], "--dryrun: did you mean --dry-run?"),
+        (["--resume"], "argument --resume: expected one argument"),
+    ],
+)
+def test_a_flag_that_does_not_exist_is_told_its_form(words, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run.parse(words)
+    assert capsys.readouterr().err.endswith(message + "\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["num_steps", "10"], "at most, got num_steps, 10; a setting is one word, such as num_steps=10"),
+        (
+            ["--resume", "old"],
+            "old is no run folder: it is not there, seen .*; the newest run in runs is runs/2$",
+        ),
+        (["--resume", "runs"], "runs is no run folder: it has no config.json; the newest run in runs is runs/2$"),
+        (["--resume", "other/1"], r"other/1 is no run folder: .*; the newest run in other is other/3$"),
+    ],
+)
+def test_what_is_neither_a_file_nor_a_run_is_told_what_is(words, message, tmp_path, monkeypatch, capsys):
+    for name in ("runs/1", "runs/2", "other/3"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "run.json").touch()
+    monkeypatch.chdir(tmp_path)
+    assert run.main(words) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 class Importing:

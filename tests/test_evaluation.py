@@ -188,8 +188,11 @@ def test_a_path_without_a_model_is_told_before_the_hub_is_asked(tmp_path, monkey
 
     for name in (tmp_path, "some.toml"):
         told(name, r"is neither a model \(its config.json has model_type\) nor a run")
-    for name in (tmp_path / "nothing", "./nothing", "models/some/nothing"):
-        told(name, "there is no folder .*nothing: name that of a model or of a run, or an id of the hub")
+    for name in (tmp_path / "nothing", "./nothing", "models/some/nothing", "runs/nothing"):
+        told(name, "there is no folder .*nothing, seen .*: name that of a model or of a run, or an id of the hub; runs")
+    (tmp_path / "runs" / "some").mkdir(parents=True)
+    (tmp_path / "runs" / "some" / "run.json").touch()
+    told("runs/nothing", "there is no folder runs/nothing, .*; the newest run in runs is runs/some$")
     told("tinyy", "did you mean model.path=tiny,")
     assert evaluate.resolve(evaluate.parse(["some/model"])).model.path == "some/model"
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
