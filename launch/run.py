@@ -68,8 +68,8 @@ def start(config: Config, options: argparse.Namespace) -> int:
 
 
 def interrupted(number: signal.Signals) -> int:
-    """Says so, in one line. Returns the exit code by which shells know the signal."""
-    print("interrupted: what was done since the last checkpoint is in the journal alone", file=sys.stderr)
+    """Says so, after a run that had its folder said how to go on. Returns the exit code that shells know it by."""
+    print(f"interrupted: {number.name}", file=sys.stderr)
     return 128 + number
 
 

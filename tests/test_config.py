@@ -89,8 +89,13 @@ def test_a_resolved_config_reads_back_the_same():
         (["algorithm.loss.entropi_bonus=1"], "entropy_bonus"),
         (
             ["algorithm.preset=reinforce"],
-            "buffer.max_staleness is 1.*'reinforce' has no importance correction.*allow_uncorrected=true",
+            "staleness is 1.*'reinforce' has no importance correction.*uncorrected=true, or train with buffer.max_stal",
         ),
+        (
+            ["algorithm.preset=reinforce", "buffer.max_staleness=0", "buffer.reuse=2"],
+            "buffer.reuse is 2 .*, or train with buffer.reuse=1$",
+        ),
+        (["algorithm.preset=reinforce", "buffer.reuse=2"], "train with buffer.max_staleness=0 and buffer.reuse=1$"),
         (
             ["algorithm.preset=reinforce", "buffer.max_staleness=0", "rollout.top_p=0.9"],
             "truncated sampling needs a corrected loss: rollout.top_p is 0.9",
@@ -179,6 +184,27 @@ def test_a_signal_at_the_start_ends_it_in_one_line(monkeypatch, capsys, number, 
     assert told.startswith("interrupted: ")
     assert told.count("\n") == 1
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_ctrl_c_ends_what_never_waits_and_leaves_no_run(monkeypatch, tmp_path, capsys):
+    went_on = []
+
+    def warm_up(*_arguments, **_options):
+        signal.raise_signal(signal.SIGINT)
+        went_on.append("with the warm-up")
+
+    monkeypatch.setattr("asyncrl.job.load_task", warm_up)
+    assert run.main(["runtime=local", f"run_dir={tmp_path / 'runs'}"]) == 130
+    assert not went_on
+    assert capsys.readouterr().err == "interrupted: SIGINT\n"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_is_interrupted_says_how_to_go_on(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt), run_folder.error_kept(tmp_path):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err.endswith(f"launch/run.py --resume {tmp_path}\n")
+    assert not (tmp_path / "error.txt").exists()
 
 
 def test_mistakes_that_several_tasks_were_told_are_one_line(monkeypatch, capsys):
