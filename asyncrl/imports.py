@@ -16,7 +16,7 @@ _NOT_THE_USERS = (
     *(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")),
     str(Path(__file__).parent),
 )
-_LOCAL = ("models/", "data/", "runs/", "./", "../", "/")
+LOCAL = ("models/", "data/", "runs/", "./", "../", "/")
 """What paths of this machine begin with; anything else may be an id of the hub."""
 
 
@@ -27,17 +27,28 @@ def load_module(path: str, told: str, form: str) -> tuple[ModuleType, str]:
     errors speak of the path, `form` how it is written.
     """
     module_name, _, name = path.partition(":")
+    if module_name.endswith(".py") or "/" in module_name:
+        file = Path(module_name)
+        written = f"{file.stem}:{name or form.partition(':')[2]}"
+        raise ValueError(
+            f"{told} names a file: write {written!r}, and have the file's folder on PYTHONPATH "
+            f"(export PYTHONPATH={file.absolute().parent})"
+        )
     if not name:
         raise ValueError(f"{told} has no ':' with a name after it: write {form!r}")
     try:
         return importlib.import_module(module_name), name
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{told}: no module {error.name!r}; write {form!r}, and for a file of your own add its folder to PYTHONPATH"
-        ) from error
     except Exception as error:  # whatever the user's code raises
+        remedy = ""
+        if isinstance(error, ModuleNotFoundError):
+            if f"{module_name}.".startswith(f"{error.name}."):
+                raise ValueError(
+                    f"{told}: no module {error.name!r}; write {form!r}, and for a file of your own add its folder to "
+                    "PYTHONPATH"
+                ) from error
+            remedy = "; install what is missing, or add its folder to PYTHONPATH"
         failed = f"importing {module_name} failed{line_of(error)}"
-        raise ValueError(f"{told}: {failed}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{told}: {failed}: {type(error).__name__}: {error}{remedy}") from error
 
 
 def line_of(error: BaseException) -> str:
@@ -55,11 +66,26 @@ def check_folder(path: str | Path, script: str, knob: str) -> None:
     takes a minute where there is no network. `script` makes such folders, `knob` names them."""
     if str(path).startswith("~"):
         raise ValueError(f"{knob} is {str(path)!r}, and nobody expands ~ there: write the folder in full")
-    if str(path).startswith(_LOCAL) and not Path(path).exists():
+    if str(path).startswith(LOCAL) and not Path(path).exists():
         raise ValueError(
             f"there is no folder {str(path)!r}, seen from {Path.cwd()}: make it, for example with `{interpreter()} "
             f"{script}`, or name another in {knob}"
         )
+
+
+def check_run(folder: Path) -> None:
+    """Raises `ValueError` unless `folder` is that of a run, naming some that are."""
+    if not (folder / "config.json").is_file():
+        why = "it has no config.json" if folder.exists() else f"it is not there, seen from {Path.cwd()}"
+        raise ValueError(f"{folder} is no run folder: {why}; {runs_near(folder)}")
+
+
+def runs_near(folder: Path) -> str:
+    """The newest run folders in `folder`, beside it or where runs go by default, as an advice."""
+    for parent in (folder, folder.parent, Path("runs")):
+        if runs := sorted(file.parent for file in parent.glob("*/run.json")):
+            return f"the newest run in {parent} is {runs[-1]}"
+    return "runs make their folders in run_dir ('runs' by default)"
 
 
 def interpreter() -> str:

@@ -84,7 +84,8 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
     shows a view of the run where there is a terminal."""
     runtime = load_runtime(config)
     changes = run_folder.differences(resume, config) if resume else []  # before a warm-up is made for nothing
-    task = load_task(config, quiet=quiet)
+    with _ctrl_c_at_once():
+        task = load_task(config, quiet=quiet)
     folder = (resume or run_folder.create(config, task.baselines)).absolute()
     buffer = make_buffer(config)
 
@@ -325,6 +326,15 @@ def report(result: Result, num_steps: int) -> str:
     if result.version < num_steps:
         lines.append(f"go on with: {interpreter()} launch/run.py --resume {result.folder}")
     return "\n".join(lines)
+
+
+@contextmanager
+def _ctrl_c_at_once() -> Iterator[None]:
+    """Ctrl-C interrupts what never waits, such as a warm-up; asyncio would end the task where it waits next."""
+    with kept_handlers(signal.SIGINT) as before:
+        if before:  # in the main thread
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
 
 
 @contextmanager

@@ -6,6 +6,7 @@ and a tokenizer of 25 single characters, or of bytes, saved as an ordinary folde
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,37 @@ def build_tiny(
     tokenizer.save_pretrained(folder)
 
 
+def check_model(path: str | Path) -> None:
+    """Raises `ValueError` for a path that holds no model, or is nearly the name of a built-in one, before the hub is
+    asked, which takes a minute where there is no network."""
+    check_folder(path, *_MADE_BY)
+    if Path(path).exists():
+        if str(path) not in (TINY, TINY_BYTES) and not holds_model(Path(path)):
+            raise ValueError(
+                f"{str(path)!r} holds no model, which is a folder whose config.json has a model_type"
+                f"{_contents(path)}: name one in model.path"
+            )
+        return
+    near = difflib.get_close_matches(str(path).lower(), (TINY, TINY_BYTES), n=1, cutoff=0.8)
+    if near and near != [str(path)]:
+        raise ValueError(f"there is no model {str(path)!r}: did you mean model.path={near[0]}, which is built in?")
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether this is the folder of a model, or of adapters to one."""
+    settings = folder / "config.json"
+    described = settings.is_file() and '"model_type"' in settings.read_text()
+    return described or (folder / "adapter_config.json").is_file()
+
+
+def _contents(path: str | Path) -> str:
+    """What a folder holds, as part of a sentence; nothing for a name of the hub."""
+    if not Path(path).is_dir():
+        return ""
+    names = sorted(file.name for file in Path(path).iterdir())
+    return f" (it has {', '.join(names[:10]) or 'no files'}{', ...' if len(names) > 10 else ''})"
+
+
 def load_model(
     path: str | Path, dtype: torch.dtype, device: str | torch.device, attention: str = "sdpa"
 ) -> PreTrainedModel:
@@ -107,7 +139,7 @@ def load_model(
     """
     _quiet()
     try:
-        check_folder(path, *_MADE_BY)
+        check_model(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError) as error:
         raise ValueError(f"no model could be loaded from {str(path)!r}: {error}") from error
@@ -123,7 +155,7 @@ def empty_model(path: str | Path, attention: str = "sdpa") -> PreTrainedModel:
     """
     _quiet()
     try:
-        check_folder(path, *_MADE_BY)
+        check_model(path)
         config = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
@@ -245,9 +277,14 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     reader = PreTrainedTokenizerFast if (Path(path) / "tokenizer.json").is_file() else AutoTokenizer
     try:
         check_folder(path, *_MADE_BY)
-        return reader.from_pretrained(path)
+        tokenizer = reader.from_pretrained(path)
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what some classes make of no files at all
+            raise ValueError("no file has a vocabulary")
     except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer could be loaded from {str(path)!r}: {error}") from error
+        held = _contents(path)
+        belongs = f"{held}, where the files of the model's tokenizer belong, too" if held else ""
+        raise ValueError(f"no tokenizer could be loaded from {str(path)!r}{belongs}: {error}") from error
+    return tokenizer
 
 
 def import_gguf(file: Path, folder: Path, dtype: torch.dtype) -> None:

@@ -40,11 +40,13 @@ def _check_correction(config: Config) -> None:
     loss, rollout, buffer = config.loss, config.rollout, config.buffer
     if not loss.is_corrected and not config.algorithm.allow_uncorrected:
         remedy = "choose a corrected preset such as async_default, or set algorithm.allow_uncorrected=true"
-        if buffer.highest_staleness > 0 or buffer.reuse > 1:
+        on_policy = ["buffer.max_staleness=0"] if buffer.highest_staleness > 0 else []
+        on_policy += ["buffer.reuse=1"] if buffer.reuse > 1 else []
+        if on_policy:
             raise ValueError(
                 f"off-policy training needs a corrected loss: buffer.max_staleness is {buffer.max_staleness}, "
                 f"buffer.reuse is {buffer.reuse} and preset {config.algorithm.preset!r} has no importance correction; "
-                f"{remedy}, or train with buffer.max_staleness=0"
+                f"{remedy}, or train with {' and '.join(on_policy)}"
             )
         if rollout.top_p < 1 or rollout.top_k > 0:
             raise ValueError(

@@ -15,6 +15,7 @@ runs/20261122-193000-largest-digit/
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import shutil
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl.config import Config, to_tree
+from asyncrl.imports import interpreter
 from asyncrl.model import TINY, TINY_BYTES
 
 _CONFIG = "config.json"
@@ -115,7 +117,7 @@ def keep(folder: Path, config: Config, step: int) -> None:
 
 @contextmanager
 def error_kept(folder: Path) -> Iterator[None]:
-    """What ends a run is told in a line or two; where it came from is kept in the folder."""
+    """What ends a run is told in a line or two; where an error came from is kept in the folder."""
     path = folder / "error.txt"
     path.unlink(missing_ok=True)  # of an earlier life
     try:
@@ -124,6 +126,13 @@ def error_kept(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # the disk may be what is full
             path.write_text("".join(traceback.format_exception(error)))
             print(f"the run ended with an error, and where it came from is in {path}", file=sys.stderr)
+        raise
+    except (KeyboardInterrupt, SystemExit, asyncio.CancelledError):
+        print(
+            "what was done since the last checkpoint is in the journal alone; go on with: "
+            f"{interpreter()} launch/run.py --resume {folder}",
+            file=sys.stderr,
+        )
         raise
 
 

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 import msgspec
 
@@ -31,10 +31,11 @@ class Parser(argparse.ArgumentParser):
     """Of a command line with `section.key=value` words: one that is written as a flag is told its form."""
 
     def error(self, message: str) -> NoReturn:
-        flag = re.search(r"--([a-z]\w*[._=]\S*)", message)  # flags of the commands have none of the three
+        flag = re.match(r"unrecognized arguments: .*?--([a-z][\w.-]*)(?:=(\S*))?", message)
         if flag:
-            name, _, value = flag[1].partition("=")
-            message = f"{message}: a setting is written without dashes, {name}={value or 'VALUE'}"
+            near = difflib.get_close_matches(f"--{flag[1]}", self._option_string_actions, n=1, cutoff=0.8)
+            setting = f"{flag[1].replace('-', '_')}={flag[2] or 'VALUE'}"
+            message += f": did you mean {near[0]}?" if near else f": a setting is written without dashes, {setting}"
         super().error(message)
 
 
@@ -45,7 +46,9 @@ def split(words: Sequence[str], num_actors: int | None = None) -> tuple[str | No
     """
     files, overrides = [word for word in words if "=" not in word], [word for word in words if "=" in word]
     if len(files) > 1:
-        raise ValueError(f"one configuration file at most, got {', '.join(files)}")
+        raise ValueError(
+            f"one configuration file at most, got {', '.join(files)}; a setting is one word, such as num_steps=10"
+        )
     if num_actors is not None:
         same = f"rollout.num_actors={num_actors}"
         for word in overrides:
@@ -123,6 +126,9 @@ def _name_of(kind: Any) -> str:
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Literal:
         return " or ".join(map(repr, parts))
+    if origin is Annotated:
+        meta = parts[1]
+        return _name_of(parts[0]) + (f" above {meta.gt}" if meta.ge is None else f" of at least {meta.ge}")
     if origin in (Union, UnionType):
         return " or ".join(_name_of(part) for part in parts if part is not NoneType)
     if origin is tuple and Ellipsis not in parts:

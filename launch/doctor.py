@@ -194,9 +194,10 @@ def try_loss(config: Config) -> str:
 def read_model(config: Config, scratch: str, models: list[tuple[str, int, Any]]) -> str:
     """Reads settings and tokenizer, of a model made in code from the empty folder `scratch`; appends to `models` where
     they are, the rough number of parameters and the tokenizer."""
-    from asyncrl.model import TINY, TINY_BYTES, build_tiny, load_tokenizer
+    from asyncrl.model import TINY, TINY_BYTES, build_tiny, check_model, load_tokenizer
 
     path = config.model.path
+    check_model(path)
     if path in (TINY, TINY_BYTES):
         build_tiny(scratch, name=path, num_layers=config.model.num_layers, seed=config.seed)
         path = scratch

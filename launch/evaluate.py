@@ -28,6 +28,7 @@ from asyncrl import config as configuration
 from asyncrl import tables
 from asyncrl.config import Config
 from asyncrl.envs.faults import EnvFault
+from asyncrl.imports import LOCAL, runs_near
 
 if TYPE_CHECKING:
     from asyncrl.rollout import Attempts, Rollout
@@ -102,19 +103,22 @@ def resolve(options: argparse.Namespace) -> Config:
 
 def check_model(name: str) -> None:
     """Raises `ValueError` for a path that holds no model, before the hub is asked for a model of that name."""
-    from asyncrl.model import TINY, TINY_BYTES
+    from asyncrl import model
 
     path = Path(name)
-    if name in (TINY, TINY_BYTES) or (path / "adapter_config.json").is_file():
+    if name in (model.TINY, model.TINY_BYTES):
         return
-    settings = path / "config.json"
-    if path.exists() and not (settings.is_file() and '"model_type"' in settings.read_text()):
+    if path.exists() and not model.holds_model(path):
         raise ValueError(
             f"{name} is neither a model (its config.json has model_type) nor a run (it has metrics.jsonl): name the "
             "folder of one, or an id of the hub"
         )
-    if not path.exists() and (name.startswith((".", os.sep)) or name.count(os.sep) > 1):
-        raise ValueError(f"there is no folder {name}: name that of a model or of a run, or an id of the hub")
+    if not path.exists() and (name.startswith(LOCAL) or name.count(os.sep) > 1):
+        raise ValueError(
+            f"there is no folder {name}, seen from {Path.cwd()}: name that of a model or of a run, or an id of the "
+            f"hub; {runs_near(path)}"
+        )
+    model.check_model(name)
 
 
 async def evaluate(config: Config, numbers: Sequence[int]) -> list[dict[str, Any]]:

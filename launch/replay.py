@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from asyncrl import config as configuration
 from asyncrl import run_folder, tables
 from asyncrl.config import Config
+from asyncrl.imports import check_run
 from asyncrl.recovery import checkpoint, groups, journal
 from asyncrl.recovery.accounts import Batch, Generated, Resumed, Started, Synced
 from asyncrl.runtime.parts import LearnerPart
@@ -161,6 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def report(folder: Path, checkpoints: Path, words: Sequence[str]) -> bool:
     """Prints what differs, or that nothing does; whether anything did."""
+    check_run(folder)
     differs = False
     _, last, changed = find_settings(folder)
     if last is not None:

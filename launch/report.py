@@ -20,6 +20,7 @@ from typing import Any
 
 from asyncrl import config as configuration
 from asyncrl import run_folder
+from asyncrl.imports import check_run
 from asyncrl.monitor import metrics, samples, timeline
 from asyncrl.monitor.blame import blame, takes_turns, warmed_up
 from asyncrl.monitor.sinks import flat
@@ -68,8 +69,7 @@ def parse_window(text: str) -> tuple[int, int]:
 
 def collect(folder: Path, window: tuple[int, int] | None = None) -> dict[str, Any]:
     """Everything that the page shows, as plain values; what a run does not have is empty."""
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} is no run folder: it has no config.json")
+    check_run(folder)
     rows: list[Row] = metrics.read(folder) if (folder / "metrics.jsonl").exists() else []
     steps = newest([row for row in rows if "reward/mean" in row])
     config = read_json(folder / "config.json")

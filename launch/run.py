@@ -20,6 +20,7 @@ import uvloop
 from asyncrl import config as configuration
 from asyncrl import tables, unused
 from asyncrl.config import Config
+from asyncrl.imports import check_run
 from asyncrl.threads import kept_handlers
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "largest_digit.toml"
@@ -69,8 +70,8 @@ def start(config: Config, options: argparse.Namespace) -> int:
 
 
 def interrupted(number: signal.Signals) -> int:
-    """Says so, in one line. Returns the exit code by which shells know the signal."""
-    print("interrupted: what was done since the last checkpoint is in the journal alone", file=sys.stderr)
+    """Says so, after a run that had its folder said how to go on. Returns the exit code that shells know it by."""
+    print(f"interrupted: {number.name}", file=sys.stderr)
     return 128 + number
 
 
@@ -100,6 +101,7 @@ def resolve(options: argparse.Namespace) -> Config:
         return configuration.load(file or DEFAULT, overrides)
     if file is not None:
         raise ValueError("--resume takes its configuration from the run folder; give section.key=value words only")
+    check_run(options.resume)
     return configuration.load(options.resume / "config.json", overrides)
 
 

@@ -91,8 +91,13 @@ def test_a_resolved_config_reads_back_the_same():
         (["algorithm.loss.entropi_bonus=1"], "entropy_bonus"),
         (
             ["algorithm.preset=reinforce"],
-            "buffer.max_staleness is 1.*'reinforce' has no importance correction.*allow_uncorrected=true",
+            "staleness is 1.*'reinforce' has no importance correction.*uncorrected=true, or train with buffer.max_stal",
         ),
+        (
+            ["algorithm.preset=reinforce", "buffer.max_staleness=0", "buffer.reuse=2"],
+            "buffer.reuse is 2 .*, or train with buffer.reuse=1$",
+        ),
+        (["algorithm.preset=reinforce", "buffer.reuse=2"], "train with buffer.max_staleness=0 and buffer.reuse=1$"),
         (
             ["algorithm.preset=reinforce", "buffer.max_staleness=0", "rollout.top_p=0.9"],
             "truncated sampling needs a corrected loss: rollout.top_p is 0.9",
@@ -188,6 +193,42 @@ def test_warnings_go_beside_what_is_printed(capsys):
     assert printed.err.startswith("warning: learner.learning_rate is 0")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num-steps", "10"], "--num-steps: a setting is written without dashes, num_steps=VALUE"),
+        (["--learner.learning-rate=1e-3"], "written without dashes, learner.learning_rate=1e-3"),
+        (["--dryrun"], "--dryrun: did you mean --dry-run?"),
+        (["--resume"], "argument --resume: expected one argument"),
+    ],
+)
+def test_a_flag_that_does_not_exist_is_told_its_form(words, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run.parse(words)
+    assert capsys.readouterr().err.endswith(message + "\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["num_steps", "10"], "at most, got num_steps, 10; a setting is one word, such as num_steps=10"),
+        (
+            ["--resume", "old"],
+            "old is no run folder: it is not there, seen .*; the newest run in runs is runs/2$",
+        ),
+        (["--resume", "runs"], "runs is no run folder: it has no config.json; the newest run in runs is runs/2$"),
+        (["--resume", "other/1"], r"other/1 is no run folder: .*; the newest run in other is other/3$"),
+    ],
+)
+def test_what_is_neither_a_file_nor_a_run_is_told_what_is(words, message, tmp_path, monkeypatch, capsys):
+    for name in ("runs/1", "runs/2", "other/3"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "run.json").touch()
+    monkeypatch.chdir(tmp_path)
+    assert run.main(words) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
 class Importing:
     """A module that a signal meets while it is being imported."""
 
@@ -208,6 +249,27 @@ def test_a_signal_at_the_start_ends_it_in_one_line(monkeypatch, capsys, number, 
     assert told.startswith("interrupted: ")
     assert told.count("\n") == 1
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_ctrl_c_ends_what_never_waits_and_leaves_no_run(monkeypatch, tmp_path, capsys):
+    went_on = []
+
+    def warm_up(*_arguments, **_options):
+        signal.raise_signal(signal.SIGINT)
+        went_on.append("with the warm-up")
+
+    monkeypatch.setattr("asyncrl.job.load_task", warm_up)
+    assert run.main(["runtime=local", f"run_dir={tmp_path / 'runs'}"]) == 130
+    assert not went_on
+    assert capsys.readouterr().err == "interrupted: SIGINT\n"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_is_interrupted_says_how_to_go_on(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt), run_folder.error_kept(tmp_path):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err.endswith(f"launch/run.py --resume {tmp_path}\n")
+    assert not (tmp_path / "error.txt").exists()
 
 
 def test_mistakes_that_several_tasks_were_told_are_one_line(monkeypatch, capsys):

@@ -144,6 +144,8 @@ def test_a_target_that_is_a_number_is_text_and_its_column_stays(tmp_path, given,
         ({"weights": [1, 2]}, "weights has 2 entries for 1 reward function"),
         ({"max_prompt_tokens": 20}, r"prompt longer than 20 tokens: it has \d+ tokens: raise env.args.max_prompt_tok"),
         ({"heldout": "test"}, "is one file, which has no split 'test'"),
+        ({"source": "nowhere.csv"}, r"from \.jsonl .* and \.parquet files, got 'nowhere.csv': .*from_csv\('nowhere"),
+        ({"source": __file__}, r"from \.jsonl .* and \.parquet files, got .*test_dataset\.py': convert it$"),
         ({"source": "nowhere.jsonl"}, "there is no data file 'nowhere.jsonl'"),
         (
             {"source": "data/nowhere"},
@@ -164,7 +166,11 @@ def test_a_mistake_in_the_settings_is_named(tmp_path, args, message):
         ("", "has no rows in split 'train'"),
         ('{"question": "a"}\nbroken\n', "line 2 is no JSON"),
         ("[1, 2]\n", "line 1: a row is an object with columns"),
-        ('{"question": null}\n{"question": "a"}\n', "row 0: unusable row: nothing in column 'question'"),
+        ('{"question": null}\n{"question": "a"}\n', "row 0: unusable row: nothing in column 'question'; or set"),
+        (
+            '{"question": "a"}\n{"quesiton": "b", "answer": 1}\n',
+            "row 1: unusable row: nothing in column 'question', which it lacks; it has quesiton, answer; or set",
+        ),
         (
             '{"question": 4}\n',
             "row 0: unusable row: 4 in column 'question', where a text or a list of messages belongs",

@@ -118,6 +118,8 @@ def test_the_largest_of_three_counts_as_the_last_number_of_a_reply_that_ended():
     [
         ("asyncrl.envs.nothing:X", "no module 'asyncrl.envs.nothing'"),
         ("asyncrl.envs.digits:Nothing", "has no 'Nothing'"),
+        ("some/mine.py", r"'some/mine\.py' names a file: write 'mine:Name', .*export PYTHONPATH=/.*/some\)"),
+        ("mine.py:Env", r"'mine\.py:Env' names a file: write 'mine:Env'"),
         ("asyncrl.envs.digits", "has no ':' with a name after it: write 'package.module:Name'"),
     ],
 )
@@ -131,6 +133,14 @@ def test_a_module_that_fails_says_where(tokenizer, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=r"importing broken_env failed, .*broken_env\.py line 3: JSONDecodeError: "):
         load_env("broken_env:Env", tokenizer, {})
+
+
+def test_a_module_that_a_module_lacks_is_not_said_to_be_the_environment(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "needy_env.py").write_text("import json\nimport not_installed\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    told = r"importing needy_env failed, .*needy_env\.py line 2: .* named 'not_installed'; install what is missing"
+    with pytest.raises(ValueError, match=told):
+        load_env("needy_env:Env", tokenizer, {})
 
 
 def test_a_text_that_the_tokenizer_cannot_take_is_told_so(tokenizer):

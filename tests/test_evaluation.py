@@ -103,6 +103,8 @@ class Engine:
 class First:
     """Pays for the prompt's first token."""
 
+    max_prompt_tokens = 2
+
     async def play(self, prompt, generate):
         from asyncrl.envs.base import single_turn
 
@@ -186,8 +188,12 @@ def test_a_path_without_a_model_is_told_before_the_hub_is_asked(tmp_path, monkey
 
     for name in (tmp_path, "some.toml"):
         told(name, r"is neither a model \(its config.json has model_type\) nor a run")
-    for name in (tmp_path / "nothing", "./nothing", "models/some/nothing"):
-        told(name, "there is no folder .*nothing: name that of a model or of a run, or an id of the hub")
+    for name in (tmp_path / "nothing", "./nothing", "models/some/nothing", "runs/nothing"):
+        told(name, "there is no folder .*nothing, seen .*: name that of a model or of a run, or an id of the hub; runs")
+    (tmp_path / "runs" / "some").mkdir(parents=True)
+    (tmp_path / "runs" / "some" / "run.json").touch()
+    told("runs/nothing", "there is no folder runs/nothing, .*; the newest run in runs is runs/some$")
+    told("tinyy", "did you mean model.path=tiny,")
     assert evaluate.resolve(evaluate.parse(["some/model"])).model.path == "some/model"
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     assert evaluate.resolve(evaluate.parse([str(tmp_path)])).model.path == str(tmp_path)

@@ -33,6 +33,8 @@ class Engine:
 
 
 class Env:
+    max_prompt_tokens = 2
+
     def __init__(self, after):
         self.after = after
 
@@ -88,8 +90,41 @@ def test_each_fault_has_its_kind(after, kind, text):
     assert pickle.loads(pickle.dumps(caught.value)).kind == kind, "it travels between processes"
 
 
+@pytest.mark.parametrize(
+    ("context", "text"),
+    [
+        ("s12=", r"generate takes the token ids .* got 's12=' \(str\): tokenizer.encode\(text"),
+        ([[1, 2]], r"generate takes .* got '\[\[1, 2\]\]' \(list\)"),
+        ([], r"generate takes .* got '\[\]' \(list\)"),
+        ({"input_ids": [1]}, r"generate takes .* \(dict\)"),
+        ([1, 2, 3], r"a context of 3 tokens and max_prompt_tokens of the environment is 2, .*args.max_context_tokens"),
+    ],
+)
+def test_a_context_that_no_engine_takes_is_the_environments_fault_on_its_line(context, text):
+    class Wrong(Env):
+        async def play(self, _prompt, generate):
+            await generate(context)
+
+    rollout = Rollout(Engine(), Wrong(good), Sampling(4), group_size=1, seed=0)
+    with pytest.raises(EnvFault, match=f"Wrong raised .*{text}.*test_faults\\.py line \\d+, on prompt 4") as caught:
+        run(rollout.run(PROMPT))
+    assert caught.value.kind == "env exception"
+
+
+@pytest.mark.parametrize("kind", [tuple, list, np.array])
+def test_a_context_may_be_any_sequence_of_integers(kind):
+    class Own(Env):
+        async def play(self, _prompt, generate):
+            await generate(kind([1, 2]))
+            return GOOD
+
+    assert run(Rollout(Engine(), Own(good), Sampling(4), group_size=1, seed=0).run(PROMPT)).lengths == (3,)
+
+
 def test_an_attempt_that_is_spoilt_is_made_again_alone_with_the_samples_that_it_had():
     class Flaky:
+        max_prompt_tokens = 2
+
         def __init__(self, times):
             self.left, self.seeds = times, []
 

@@ -560,6 +560,23 @@ def own_constant(columns):
     return columns.advantages.sum()
 
 
+def own_vector(columns):
+    return columns.normalizers * columns.logprobs
+
+
+def own_nothing(columns):
+    del columns
+
+
+def own_nan(columns):
+    return (columns.logprobs * math.nan).sum()
+
+
+def own_root(columns):
+    """Finite, and its slope is not where the policies are equal."""
+    return (columns.normalizers * (columns.logprobs - columns.behavior_logprobs).square().sqrt()).sum()
+
+
 def test_a_loss_of_the_user_is_a_loss_like_any_other():
     columns = make_columns(make_data())
     loss = resolve(f"{__name__}:own_tis2", {"center": "loo"})
@@ -574,7 +591,9 @@ def test_a_loss_of_the_user_is_a_loss_like_any_other():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("own_constant", "must return a scalar tensor that depends on columns.logprobs"),
+        ("own_constant", "a scalar tensor that depends on columns.logprobs, got shape [] without a gradient"),
+        ("own_vector", "must return a scalar tensor that depends on columns.logprobs, got shape ["),
+        ("own_nothing", "must return a scalar tensor that depends on columns.logprobs, got None"),
         ("own_los", "has no function 'own_los'"),
     ],
 )
@@ -600,6 +619,8 @@ def own_of_four(rewards, groups):
         (Loss(advantage=f"{__name__}:own_of_four"), 2, r":own_of_four', tried on made-up numbers: .*test_loss.py line"),
         (Loss(function=f"{__name__}:own_kl"), 2, r":own_kl', tried .*TypeError"),
         (Loss(function=f"{__name__}:own_kl", reward_kl=0.1), 2, None),
+        (Loss(function=f"{__name__}:own_nan"), 2, r":own_nan', tried .* slopes .* \(32 of 32\) that are not finite"),
+        (Loss(function=f"{__name__}:own_root"), 2, r":own_root', tried .* slopes .* \(32 of 32\) that are not finite"),
     ],
 )
 def test_functions_of_the_user_are_tried_before_a_run_begins(loss, size, message):

@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from asyncrl.config import Config, ModelConfig
 from asyncrl.model import build_tiny, empty_model, load_model, load_tokenizer, stop_token_ids
+from asyncrl.training.warmup import prepare
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,33 @@ def test_stop_tokens_are_those_of_the_folder_and_of_the_tokenizer(folder, tokeni
 def test_an_unreadable_path_is_named(tmp_path, read):
     with pytest.raises(ValueError, match=f"could be loaded from '{tmp_path}'"):
         read(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_is_told_with_what_it_has(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')  # of which a tokenizer without words is made
+    with pytest.raises(ValueError, match=r"it has config\.json\), where the files .* tokenizer belong.*no file has"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.timeout(10)  # the hub is not asked
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("tinyy", "no model 'tinyy': did you mean model.path=tiny,"),
+        ("Tiny_Bytes", "no model 'Tiny_Bytes': did you mean model.path=tiny-bytes,"),
+        (
+            "here",
+            r"'here' holds no model, .* config\.json has a model_type \(it has config.json, run.json\): name",
+        ),
+    ],
+)
+def test_what_is_no_model_is_told_before_the_hub_is_asked(path, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    for name in ("config.json", "run.json"):  # as of a run
+        (tmp_path / "here" / name).write_text('{"seed": 0}')
+    with pytest.raises(ValueError, match=told):
+        prepare(Config(model=ModelConfig(path=path)))
 
 
 @pytest.mark.timeout(10)  # the hub is not asked

@@ -32,6 +32,8 @@ class Interrupting(Engine):
 
 
 class Echo:
+    max_prompt_tokens = 2
+
     async def play(self, prompt, generate):
         from asyncrl.envs.base import single_turn
 

@@ -74,7 +74,7 @@ def test_turns_need_a_chat_template():
         ("", "has no rows"),
         ("{", "line 1 is no JSON"),
         ("[1]", "a row is an object with columns"),
-        ('{"question": "?"}', "lacks the column 'answer'; it has question"),
+        ('{"question": "?"}', r"row 0 of .*jsonl: a row lacks the column 'answer'; it has question: rename"),
     ],
 )
 def test_bad_data_is_refused_by_name(tokenizer, tmp_path, content, message):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +113,8 @@ def policy_loss(columns: Columns, loss: Loss, m2_bound: float | None = None) -> 
 def try_own(loss: Loss, num_groups: int, group_size: int) -> None:
     """Calls the functions of the user once, on a made-up batch of such a size, with two tokens a trajectory.
 
-    Raises `ValueError` for whatever they raise: better here than after the actors' start.
+    Raises `ValueError` for whatever they raise, and for a loss or slopes that are not finite: better here than after
+    the actors' start.
     """
     groups = torch.arange(num_groups).repeat_interleave(group_size)
     path = loss.advantage
@@ -121,9 +123,15 @@ def try_own(loss: Loss, num_groups: int, group_size: int) -> None:
             estimate((torch.arange(len(groups)) * 7 % 5 < 2).float(), groups, loss)
         path = loss.function
         if loss.function:
-            policy_loss(_made_up(loss, len(groups)), loss)
+            total, outcome = policy_loss(_made_up(loss, len(groups)), loss)
     except Exception as error:
         raise ValueError(f"{path!r}, tried on made-up numbers: {error!r}{line_of(error)}") from error
+    if loss.function and (not total.isfinite() or outcome.nonfinite.any()):
+        raise ValueError(
+            f"{path!r}, tried on made-up numbers of lag 0 and ratio 1, as of fresh tokens, gave a loss or slopes by "
+            f"logprobs ({int(outcome.nonfinite.sum())} of {len(outcome.nonfinite)}) that are not finite: keep what it "
+            "divides by, or takes a logarithm or root of, away from 0"
+        )
 
 
 def _made_up(loss: Loss, num_sequences: int) -> Columns:
@@ -151,7 +159,12 @@ def _own_loss(columns: Columns, loss: Loss) -> tuple[Tensor, Outcome]:
         leaf = columns.logprobs.detach().requires_grad_()
         total = own.load(loss.function)(replace(columns, logprobs=leaf))
         if not isinstance(total, Tensor) or total.dim() or not total.requires_grad:
-            raise ValueError(f"{loss.function!r} must return a scalar tensor that depends on columns.logprobs")
+            got: Any = total
+            if isinstance(total, Tensor):
+                got = f"shape {list(total.shape)}{'' if total.requires_grad else ' without a gradient'}"
+            raise ValueError(
+                f"{loss.function!r} must return a scalar tensor that depends on columns.logprobs, got {got}"
+            )
         (slope,) = torch.autograd.grad(total, leaf)
     counts = columns.normalizers != 0
     slope = torch.where(counts, slope, 0.0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from asyncrl import tables
 from asyncrl.algo.method import Loss
 
 _PPO: dict[str, Any] = {"scale": "group_std", "policy_weight": "token", "trust": "ratio"}
@@ -133,11 +134,11 @@ def resolve(name: str, overrides: Mapping[str, Any]) -> Loss:
     result breaks a rule of `Loss`, or an override would have no effect.
     """
     if ":" not in name and name not in PRESETS:
-        raise ValueError(f'unknown loss "{name}"{_nearest(name, PRESETS)}; there are: {", ".join(sorted(PRESETS))}')
-    for key in overrides:
-        if key not in Loss.__struct_fields__:
-            fields = Loss.__struct_fields__
-            raise ValueError(f'unknown loss field "{key}"{_nearest(key, fields)}; there are: {", ".join(fields)}')
+        raise ValueError(
+            f'unknown loss "{name}"{_nearest(name, PRESETS)}; there are: {", ".join(sorted(PRESETS))}; one of your own '
+            "is written 'package.module:function'"
+        )
+    tables.check(dict(overrides), Loss, "algorithm.loss.")
     base = PRESETS[name] if name in PRESETS else Loss(function=name)
     try:
         loss = msgspec.convert({**msgspec.structs.asdict(base), **overrides}, Loss)

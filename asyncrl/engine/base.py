@@ -20,6 +20,10 @@ CHECKPOINT = "checkpoint"
 """Stands for the digest of the weights that an engine started with, until the first update."""
 
 
+LENGTH_IN_A_RUN = "the environment's max_prompt_tokens plus rollout.max_new_tokens"
+"""What an engine's `max_length` is there: errors name what one can set."""
+
+
 class EngineDied(RuntimeError):
     """A process behind an engine has ended: nothing that is asked of it will ever be answered."""
 

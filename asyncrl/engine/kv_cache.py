@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asyncrl.engine.base import LENGTH_IN_A_RUN
 from asyncrl.model import attention_of, rope_limit
 
 _PREFILL_TOKENS = 1 << 14  # Padded tokens in one prefill forward; bounds its memory.
@@ -177,12 +178,11 @@ def _check(model: Any, max_length: int) -> None:
     if window is not None and window < max_length:
         raise ValueError(
             f"max_length {max_length} exceeds the model's sliding attention window of {window}, which the embedded "
-            f"engine does not apply: lower rollout.max_new_tokens, or the environment's prompts, to {window} in all"
+            f"engine does not apply: bring it to {window} or less, in a run {LENGTH_IN_A_RUN}"
         )
     limit = rope_limit(model)
     if limit is not None and limit < max_length:
         raise ValueError(
             f"max_length {max_length} exceeds {limit}, beyond which the model's rotary frequencies change with the "
-            "length, also those of the keys that are cached: lower rollout.max_new_tokens, or the environment's "
-            f"prompts, to {limit} in all"
+            f"length, also those of the keys that are cached: bring it to {limit} or less, in a run {LENGTH_IN_A_RUN}"
         )

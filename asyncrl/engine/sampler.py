@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from asyncrl.engine.base import LENGTH_IN_A_RUN
 from asyncrl.types import Sampling
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -36,11 +37,15 @@ def check_request(token_ids: Sequence[int], sampling: Sampling, vocabulary: int,
     """Raises `ValueError` for a prompt or settings that an engine with this vocabulary and length cannot run."""
     check(sampling)
     if not token_ids or min(token_ids) < 0 or max(token_ids) >= vocabulary:
-        raise ValueError(f"a prompt needs tokens, all in 0..{vocabulary - 1}, got {list(token_ids)}")
+        wrong = [token for token in token_ids if not 0 <= token < vocabulary]
+        raise ValueError(
+            f"a prompt needs tokens, all in 0..{vocabulary - 1}, got {f'{wrong[0]} among them' if wrong else 'none'}: "
+            "make them with the model's own tokenizer"
+        )
     if len(token_ids) + sampling.max_new_tokens > max_length:
         raise ValueError(
             f"a prompt of {len(token_ids)} tokens and max_new_tokens {sampling.max_new_tokens} do not fit the engine's "
-            f"max_length {max_length}: raise max_length, or shorten the prompt or max_new_tokens"
+            f"max_length {max_length}, in a run {LENGTH_IN_A_RUN}: raise one of these, or shorten the prompt"
         )
 
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from asyncrl.engine import sampler, sglang_launch, sglang_scheduler
-from asyncrl.engine.base import CHECKPOINT, OnUpdate
+from asyncrl.engine.base import CHECKPOINT, LENGTH_IN_A_RUN, OnUpdate
 from asyncrl.engine.sglang_calls import Calls
 from asyncrl.engine.sglang_results import VERSIONS_KEY
 from asyncrl.transport import Rendezvous
@@ -243,7 +243,8 @@ class SGLangEngine:
             await self.close()
             raise ValueError(
                 f"max_length must be at most {longest}, which the model's context and the cache leave for one request, "
-                f"got {self._max_length}: shorten it, or raise gpu_memory_utilization or engine_args.max_total_tokens"
+                f"got {self._max_length}: lower {LENGTH_IN_A_RUN}, or raise rollout.gpu_memory_utilization or "
+                "rollout.engine_args.max_total_tokens"
             )
 
     async def _request(self, request_id: str, token_ids: Sequence[int], sampling: Sampling, seed: int) -> Any:

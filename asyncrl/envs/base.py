@@ -53,7 +53,7 @@ class Env(Protocol):
     """
 
     max_prompt_tokens: int
-    """No prompt is longer: it sizes the engine's cache and the learner's rows."""
+    """No prompt is longer, nor a context of a later turn: it sizes the engine's cache and the learner's rows."""
 
     def prompts(self, split: Split, seed: int) -> Iterator[Prompt]:
         """Deterministic: the n-th prompt of a seed has id n and is always the same.

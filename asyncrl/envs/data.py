@@ -13,6 +13,8 @@ Row: TypeAlias = dict[str, Any]
 """One example: column name -> value."""
 
 _ENDINGS = (".jsonl", ".parquet")
+_NOT_READ = (".csv", ".tsv", ".json", ".txt", ".arrow", ".gz", ".zip", ".xlsx")
+"""Endings of files that people have data in, and that no id of the hub has."""
 
 
 def read_rows(source: str, split: str, name: str | None = None) -> list[Row]:
@@ -28,6 +30,7 @@ def read_rows(source: str, split: str, name: str | None = None) -> list[Row]:
     elif path.is_dir():
         rows = _read_file(_file_of(path, split))
     else:
+        _check_kind(path)
         check_folder(source, "launch/prepare_gsm8k.py", "env.args")
         rows = _read_hub(source, split, name)
     if not rows:
@@ -41,6 +44,20 @@ def check_columns(rows: Sequence[Row], columns: Sequence[str], where: str) -> No
     for column in columns:
         if column not in known:
             raise ValueError(f"{where} has no column {column!r}: name one that it has, which are {', '.join(known)}")
+
+
+def _check_kind(path: Path) -> None:
+    """Raises `ValueError` for a file of another kind, before the hub is asked for a data set of that name."""
+    if not path.is_file() and path.suffix.lower() not in _NOT_READ:
+        return
+    example = ""
+    if (kind := path.suffix.lower()[1:]) in ("csv", "json"):
+        made = str(path.with_suffix(".jsonl"))
+        example = f", for example with datasets.Dataset.from_{kind}({str(path)!r}).to_json({made!r})"
+    raise ValueError(
+        f"data are read from .jsonl (a JSON object a line, whose keys are the columns) and .parquet files, got "
+        f"{str(path)!r}: convert it{example}"
+    )
 
 
 def _file_of(folder: Path, split: str) -> Path:

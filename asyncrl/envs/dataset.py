@@ -142,7 +142,8 @@ class DatasetEnv:
         """The row as it is used. Raises `ValueError` for one that cannot be."""
         missing = [column for column in self.columns if row.get(column) is None]
         if missing:
-            raise ValueError(f"nothing in column {missing[0]!r}")
+            there = "" if missing[0] in row else f", which it lacks; it has {', '.join(row)}"
+            raise ValueError(f"nothing in column {missing[0]!r}{there}")
         if not isinstance(prompt := row[self._prompt], str | list):
             raise ValueError(f"{prompt!r} in column {self._prompt!r}, where a text or a list of messages belongs")
         return row

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import operator
 import time
 import types
 from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
@@ -93,6 +94,7 @@ async def attempt(env: Env, prompt: Prompt, generate: Generate, patience: Patien
 
     async def counted(token_ids: Sequence[int]) -> Completion:
         nonlocal num_sampled
+        _check_context(token_ids, env.max_prompt_tokens)
         completion = await generate(token_ids)
         num_sampled += len(completion.token_ids)
         return completion
@@ -119,6 +121,24 @@ async def attempt(env: Env, prompt: Prompt, generate: Generate, patience: Patien
         if not isinstance(value, Real) or not math.isfinite(value):
             raise _fault("garbage", env, prompt, f"gave {name} {value!r}, not a finite number")
     return replace(trajectory, reward=float(trajectory.reward))
+
+
+def _check_context(token_ids: Sequence[int], most: int) -> None:
+    """Raises, in the environment's own call, for a context that no engine could take; its first token tells the kind of
+    all."""
+    try:
+        operator.index(token_ids[0])
+    except (TypeError, IndexError, KeyError) as error:
+        raise TypeError(
+            f"generate takes the token ids of the context, a list of at least one integer, got {str(token_ids)[:60]!r} "
+            f"({type(token_ids).__name__}): tokenizer.encode(text, add_special_tokens=False) makes a list of a text"
+        ) from error
+    if len(token_ids) > most:
+        raise ValueError(
+            f"generate got a context of {len(token_ids)} tokens and max_prompt_tokens of the environment is {most}, "
+            "which bounds the context of every turn: raise it (env.args.max_context_tokens in a MultiTurn), or end the "
+            "attempt before, with finish 'length'"
+        )
 
 
 async def _played(env: Env, prompt: Prompt, generate: Generate) -> Trajectory:

@@ -58,8 +58,12 @@ class MultiTurn:
         self._max_turns = max_turns
         self._tokenizer, self._chat = tokenizer, ChatFormat(tokenizer, "chat")
         self._rows = {str(number): row for number, row in enumerate(read_rows(str(data), "train"))}
-        self._prompts = {name: tuple(self._chat.encode(self.opening(row))) for name, row in self._rows.items()}
-        for name, token_ids in self._prompts.items():
+        self._prompts: dict[str, tuple[int, ...]] = {}
+        for name, row in self._rows.items():
+            try:
+                self._prompts[name] = token_ids = tuple(self._chat.encode(self.opening(row)))
+            except ValueError as error:
+                raise ValueError(f"row {name} of {data}: {error}") from error
             if len(token_ids) > max_context_tokens:
                 raise ValueError(
                     f"row {name} of {data} has a prompt of {len(token_ids)} tokens, env.args.max_context_tokens is "
@@ -170,7 +174,7 @@ class Transcript:
 def field(row: Row, name: str) -> Any:
     """Column `name` of a row. Raises `ValueError` that names the columns there are, and for one with nothing in it."""
     if name not in row:
-        raise ValueError(f"a row lacks the column {name!r}; it has {', '.join(sorted(row))}")
+        raise ValueError(f"a row lacks the column {name!r}; it has {', '.join(sorted(row))}: rename one, or add it")
     if row[name] is None or row[name] == "":
         raise ValueError(f"a row has nothing in the column {name!r}: remove it, or correct the data: {str(row)[:200]}")
     return row[name]

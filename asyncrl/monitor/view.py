@@ -16,6 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from asyncrl.imports import check_run
 from asyncrl.monitor.blame import blame, takes_turns, told, warmed_up
 
 Row = dict[str, Any]
@@ -75,8 +76,7 @@ class View:
     """The screen of one run folder. Raises `ValueError` for a folder that is none."""
 
     def __init__(self, folder: Path) -> None:
-        if not (folder / "config.json").exists():
-            raise ValueError(f"{folder} is no run folder: it has no config.json")
+        check_run(folder)
         self._name = folder.resolve().name
         self._settings, self._path = folder / "config.json", folder / "metrics.jsonl"
         self._rows = Follower(self._path)

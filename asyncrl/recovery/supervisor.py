@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from asyncrl.handles import RolloutHandle
+from asyncrl.imports import check_run
 from asyncrl.pool import RolloutPool
 from asyncrl.recovery import journal
 
@@ -34,8 +35,7 @@ class Control(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def request(folder: Path, num_rollout_actors: int) -> None:
     """Asks the run of this folder for another number of rollout actors. Raises `ValueError` if it cannot be."""
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} is no run folder: it has no config.json")
+    check_run(folder)
     if num_rollout_actors < 1:
         raise ValueError(f"a run needs at least 1 rollout actor, got {num_rollout_actors}")
     if not journal.in_use(folder / "journal.bin"):

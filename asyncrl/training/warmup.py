@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from asyncrl.config import Config
 from asyncrl.envs.base import Env, load_env
-from asyncrl.imports import check_folder
-from asyncrl.model import TINY, TINY_BYTES, build_tiny, load_model, load_tokenizer
+from asyncrl.model import TINY, TINY_BYTES, build_tiny, check_model, load_model, load_tokenizer
 
 
 def prepare(config: Config, *, quiet: bool = False) -> Path:
@@ -27,7 +26,7 @@ def prepare(config: Config, *, quiet: bool = False) -> Path:
     `model.path` names; a folder that exists is complete. A model of the hub is known by its id, an environment by its
     path and arguments: where what they name has changed, remove `run_dir`/cache.
     """
-    check_folder(config.model.path, "launch/prepare_model.py", "model.path")
+    check_model(config.model.path)
     if config.model.path not in (TINY, TINY_BYTES) and config.warmup.num_steps == 0:
         return Path(config.model.path)
     state = _state_of(Path(config.model.path))
