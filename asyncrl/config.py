@@ -13,13 +13,17 @@ import msgspec
 from asyncrl import tables
 from asyncrl.algo import presets
 
+TINY, TINY_BYTES = "tiny", "tiny-bytes"
+BUILT_IN = (TINY, TINY_BYTES)
+"""Models that are made in code."""
+
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Values that cannot change after loading; unknown keys are refused."""
 
 
 class ModelConfig(_Section, frozen=True, kw_only=True):
-    path: str = "tiny"
+    path: str = TINY
     """A Hugging Face id, a local folder, or a Qwen2-architecture model made in code with random weights: "tiny", or
     "tiny-bytes", which reads any text."""
     num_layers: int = 2

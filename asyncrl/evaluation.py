@@ -11,15 +11,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from asyncrl.types import Group, Version
+from asyncrl.types import Failure, Group, Version
 
 _Z = 1.959964
 """Of the normal distribution at 95 %."""
 _NUM_RESAMPLES = 2000
 
 
-def summarize(groups: Sequence[Group], version: Version, pass_reward: float) -> dict[str, float]:
+def summarize(
+    groups: Sequence[Group], version: Version, pass_reward: float, unscored: Sequence[Sequence[Failure]] = ()
+) -> dict[str, float]:
     """The metrics `eval/...` of groups with n attempts each; an attempt passes with a reward of at least `pass_reward`.
+    `unscored` are the failures of each prompt that is left out.
 
     pass@k is there for k = 1, 2, 4, ... up to n, and for n.
     """
@@ -31,7 +34,8 @@ def summarize(groups: Sequence[Group], version: Version, pass_reward: float) -> 
         "eval/high": high,
         "eval/mean_length": _mean([length for group in groups for length in group.lengths]),
         "eval/truncated": _mean([group.metrics.get("truncated", 0.0) for group in groups]),
-        "eval/failures": float(sum(len(group.failures) for group in groups)),
+        "eval/failures": float(sum(map(len, [*(group.failures for group in groups), *unscored]))),
+        "eval/unscored": float(len(unscored)),
         "eval/mixed_versions": _mean([float((group.oldest, group.newest) != (version, version)) for group in groups]),
     }
     for k in ks(min(len(group.rewards) for group in groups)):

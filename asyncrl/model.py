@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from asyncrl.config import BUILT_IN, TINY, TINY_BYTES
 from asyncrl.imports import check_folder
 
 try:
@@ -42,8 +43,6 @@ _FEWER_KEYS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _VARLEN_OP
 _VARLEN = "segments"
 """The name under which the library knows `_varlen_attention`."""
 
-TINY = "tiny"
-TINY_BYTES = "tiny-bytes"
 """The model names that stand for `build_tiny`: its tokenizer has 25 characters, or any byte and a chat template."""
 
 _MADE_BY = ("launch/prepare_model.py", "model.path")
@@ -104,14 +103,14 @@ def check_model(path: str | Path) -> None:
     asked, which takes a minute where there is no network."""
     check_folder(path, *_MADE_BY)
     if Path(path).exists():
-        if str(path) not in (TINY, TINY_BYTES) and not holds_model(Path(path)):
+        if str(path) not in BUILT_IN and not holds_model(Path(path)):
             raise ValueError(
                 f"{str(path)!r} holds no model, which is a folder whose config.json has a model_type"
-                f"{_contents(path)}: name one in model.path"
+                f"{_contents(path)}: name one that does"
             )
         return
-    near = difflib.get_close_matches(str(path).lower(), (TINY, TINY_BYTES), n=1, cutoff=0.8)
-    if near and near != [str(path)]:
+    near = difflib.get_close_matches(str(path).lower(), BUILT_IN, n=1, cutoff=0.85)
+    if near and near != [str(path)] and "/" not in str(path):
         raise ValueError(f"there is no model {str(path)!r}: did you mean model.path={near[0]}, which is built in?")
 
 

@@ -111,9 +111,7 @@ class RolloutPool:
                 self._count(failures)
                 num_failed += len(failures)
                 tried.add(actor)
-                # The environment's own attempts were all made there: only an environment elsewhere may do better.
-                alone = isinstance(error, EnvFault) and tried.issuperset(self._load)
-                if attempt == self._max_attempts or alone:
+                if attempt == self._max_attempts or (isinstance(error, EnvFault) and not self._others_than(tried)):
                     raise RolloutFailed(
                         f"{num_failed} attempts of prompt {prompt.id} failed, the last on {actor.name}: {error!r}; "
                         "rollout.max_attempts bounds the attempts"
@@ -267,11 +265,15 @@ class RolloutPool:
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
 
+    def _others_than(self, tried: set[RolloutHandle]) -> bool:
+        """Whether there is an environment, or may be soon, that did not yet use up its attempts at a prompt."""
+        return bool(self._joining) or not tried.issuperset(self._load) or not self._load
+
     def _count(self, failures: Sequence[Failure]) -> None:
         for failure in failures:
             if not self.failures[failure.kind]:
                 first_line = next(iter(failure.text.splitlines()), failure.kind)
-                self.say(f"alarm: {first_line}; it is tried again, and more of this kind are counted")
+                self.say(f"alarm: {first_line}; such attempts are made again, within limits, and counted")
             self.failures[failure.kind] += 1
 
     async def _evaluate_on(self, actor: RolloutHandle, prompts: Sequence[Prompt]) -> list[Group | EnvFault]:

@@ -127,6 +127,7 @@ class Rollout:
             try:
                 played = await _all([play(prompt, sample, failures) for sample in samples])
             except EnvFault as fault:
+                fault.failures = tuple(failures)
                 return fault
             return replace(make_group(prompt, played, failures), trajectories=None)
 
@@ -218,14 +219,13 @@ def _joined(parts: Sequence[Completion]) -> Completion:
     )
 
 
-def all_scored(played: Sequence[Group | EnvFault]) -> list[Group]:
-    """The groups of an evaluation that is worth nothing without any of them. Raises the first fault."""
-    groups = []
-    for group in played:
-        if isinstance(group, EnvFault):
-            raise group
-        groups.append(group)
-    return groups
+def scored(played: Sequence[Group | EnvFault]) -> tuple[list[Group], list[EnvFault]]:
+    """The groups of an evaluation, and the faults in place of others. Raises the first one if there is no group."""
+    groups = [group for group in played if isinstance(group, Group)]
+    faults = [fault for fault in played if isinstance(fault, EnvFault)]
+    if faults and not groups:
+        raise faults[0]
+    return groups, faults
 
 
 def sample_seed(run_seed: int, prompt_id: int, sample: int, turn: int) -> int:

@@ -28,9 +28,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from asyncrl.config import Config, to_tree
+from asyncrl.config import BUILT_IN, Config, to_tree
 from asyncrl.imports import interpreter
-from asyncrl.model import TINY, TINY_BYTES
 
 _CONFIG = "config.json"
 
@@ -99,7 +98,7 @@ def _makes_base(config: Config) -> tuple[str, ...]:
     names = ["warmup.num_steps "]
     if config.warmup.num_steps:
         names += ["warmup.", "env.path ", "env.args", "seed "]
-    elif config.model.path in (TINY, TINY_BYTES):
+    elif config.model.path in BUILT_IN:
         names += ["seed "]
     return tuple(names)
 

@@ -19,6 +19,7 @@ from asyncrl.recovery.guard import StepGuard
 from asyncrl.recovery.prompts import PromptQueue
 from asyncrl.recovery.supervisor import Supervisor
 from asyncrl.recovery.watchdog import Watchdog
+from asyncrl.rollout import scored
 from asyncrl.staleness import StalenessControl
 from asyncrl.types import Group, Prompt
 
@@ -119,14 +120,12 @@ async def evaluate(system: System) -> None:
         timeline = system.metrics.timeline
         with timeline.span("evaluation", "evaluation", version=version), system.watchdog.wait("evaluate", told):
             played = await _held_out(system)
-        groups = [group for group in played if isinstance(group, Group)]
-        if faults := [fault for fault in played if isinstance(fault, EnvFault)]:
-            if not groups:
-                raise faults[0]
+        groups, faults = scored(played)
+        if faults:
             told = f"{len(faults)} of {len(played)} held-out prompts could not be scored and are left out"
             system.metrics.say(f"alarm: evaluation of version {version}: {told}; the first: {faults[0]}")
-        row = summarize(groups, version, system.config.eval.pass_reward)
-        system.metrics.evaluation(version, row | {"eval/unscored": float(len(faults))})
+        row = summarize(groups, version, system.config.eval.pass_reward, [fault.failures for fault in faults])
+        system.metrics.evaluation(version, row)
 
 
 async def _held_out(system: System) -> list[Group | EnvFault]:

@@ -1,4 +1,5 @@
-"""Settings that a run takes and that may not be what was meant: they change nothing in it, or keep it from learning.
+"""Settings that a run takes and that may not be what was meant: they change nothing in it, keep it from learning,
+or end what is only slow.
 
 They are told and not refused. A file with a [critic] table may be run with a preset that has no critic, to compare the
 two, and a learning rate of 0 measures a system whose policy stays as it is. What cannot be meant is in `rules.py`.
@@ -9,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from asyncrl.config import Config, to_tree
+from asyncrl.config import BUILT_IN, Config, to_tree
 
 _NEEDS: list[tuple[str, Callable[[Config], bool], tuple[str, ...]]] = [
-    ("model.path tiny or tiny-bytes", lambda run: run.model.path in ("tiny", "tiny-bytes"), ("model.num_layers",)),
+    (f"model.path {' or '.join(BUILT_IN)}", lambda run: run.model.path in BUILT_IN, ("model.num_layers",)),
     (
         "warmup.num_steps above 0",
         lambda run: run.warmup.num_steps > 0,
@@ -50,8 +51,8 @@ of a loss are refused by `algo/presets.py`."""
 
 
 def warnings(config: Config) -> list[str]:
-    """A sentence for each that is not what it is by default and changes nothing, or keeps the run from learning."""
-    return [*_without_effect(config), *_without_learning(config)]
+    """A sentence for each that is not what it is by default and changes nothing, or does what is seldom wanted."""
+    return [*_without_effect(config), *_without_learning(config), *_without_patience(config)]
 
 
 def _without_effect(config: Config) -> Iterator[str]:
@@ -75,6 +76,16 @@ def _without_learning(config: Config) -> Iterator[str]:
         yield (
             f"critic.warmup_steps is {critic.warmup_steps} and num_steps is {config.num_steps}: the critic learns "
             "alone to the end, and the policy stays as it is; raise num_steps, or lower critic.warmup_steps"
+        )
+
+
+def _without_patience(config: Config) -> Iterator[str]:
+    action, timeout_s = config.watchdog.action, config.watchdog.timeout_s
+    slow_s = config.rollout.max_attempts * config.env.timeout_s
+    if action != "warn" and timeout_s <= slow_s:
+        yield (
+            f"watchdog.timeout_s is {timeout_s:g} s with action {action}, and a slow scorer may rightly take longer: "
+            f"rollout.max_attempts x env.timeout_s is {slow_s:g} s, beside generation"
         )
 
 

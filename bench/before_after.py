@@ -142,8 +142,10 @@ def _difference(before: dict[str, Any], after: dict[str, Any]) -> str:
     """Raises `ValueError` unless both were evaluated on the same prompts."""
     if (before["env_args"], before["num_prompts"]) != (after["env_args"], after["num_prompts"]):
         raise ValueError("before and after were evaluated on other prompts: remove the files of one of them")
-    first, last = ([sum(one["rewards"]) / len(one["rewards"]) for one in each["prompts"]] for each in (before, after))
-    changes = [new - old for old, new in zip(first, last, strict=True)]
+    first, last = (
+        {one["id"]: sum(one["rewards"]) / len(one["rewards"]) for one in each["prompts"]} for each in (before, after)
+    )
+    changes = [last[id_] - first[id_] for id_ in first.keys() & last.keys()]  # the rest could not be scored
     low, high = (2 * end - 1 for end in interval([(1 + change) / 2 for change in changes]))  # as rewards from 0 to 1
     return f"{sum(changes) / len(changes):+.3f} ({low:+.3f} to {high:+.3f})"
 

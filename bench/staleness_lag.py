@@ -27,7 +27,7 @@ from asyncrl.config import Config
 from asyncrl.engine.embedded import EmbeddedEngine
 from asyncrl.envs.base import load_env
 from asyncrl.model import load_model, load_tokenizer, stop_token_ids
-from asyncrl.rollout import Attempts, Rollout, all_scored
+from asyncrl.rollout import Attempts, Rollout, scored
 from asyncrl.training.learner import Learner, row_length
 from asyncrl.training.warmup import prepare
 from asyncrl.types import Sampling, Trajectory, Version
@@ -138,7 +138,9 @@ class Lab:
     async def accuracy(self) -> float:
         """Held-out reward of the weights that the engine has, greedy and without noise."""
         self._noise.active = False
-        groups = all_scored(await self._rollout.evaluate(self._heldout))
+        groups, faults = scored(await self._rollout.evaluate(self._heldout))
+        if faults:
+            raise faults[0]
         self._noise.active = True
         return statistics.fmean(reward for group in groups for reward in group.rewards)
 

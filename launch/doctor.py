@@ -194,11 +194,12 @@ def try_loss(config: Config) -> str:
 def read_model(config: Config, scratch: str, models: list[tuple[str, int, Any]]) -> str:
     """Reads settings and tokenizer, of a model made in code from the empty folder `scratch`; appends to `models` where
     they are, the rough number of parameters and the tokenizer."""
-    from asyncrl.model import TINY, TINY_BYTES, build_tiny, check_model, load_tokenizer
+    from asyncrl.config import BUILT_IN
+    from asyncrl.model import build_tiny, check_model, load_tokenizer
 
     path = config.model.path
     check_model(path)
-    if path in (TINY, TINY_BYTES):
+    if path in BUILT_IN:
         build_tiny(scratch, name=path, num_layers=config.model.num_layers, seed=config.seed)
         path = scratch
     try:

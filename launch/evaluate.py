@@ -79,34 +79,30 @@ def resolve(options: argparse.Namespace) -> Config:
     """The configuration that the command line asks for, with the weights to evaluate as `model.path`."""
     from asyncrl.recovery import checkpoint
 
-    files: list[Any] = [word for word in options.words if "=" not in word]
-    words = [word for word in options.words if "=" in word]
-    run = Path(options.model)
-    model = options.model
+    file: str | Path | None
+    file, words = tables.split(options.words)
+    run, model = Path(options.model), options.model
     if (run / "metrics.jsonl").exists():
-        model = str(checkpoint.latest(run / "checkpoints"))
-        files.insert(0, run / "config.json")
+        if file:
+            raise ValueError(f"{run} is a run, which brings its own configuration, and {file} is given: leave one out")
+        file, model = run / "config.json", str(checkpoint.latest(run / "checkpoints"))
     else:
-        check_model(model)
-    if len(files) > 1:
-        raise ValueError(f"one configuration file at most, got {', '.join(map(str, files))}; a run brings its own")
+        check_named(model)
     asked = [f"env.path={options.env}"] if options.env else []
     if options.n:
         most = max(options.n)
         asked += [f"eval.num_samples={most}", f"eval.temperature={1.0 if most > 1 else 0.0}"]
-    if not files:
+    if file is None:
         asked.append(f"rollout.max_new_tokens={_MAX_NEW_TOKENS}")
-    return configuration.load(
-        files[0] if files else None, [f"model.path={model}", "warmup.num_steps=0", *asked, *words]
-    )
+    return configuration.load(file, [f"model.path={model}", "warmup.num_steps=0", *asked, *words])
 
 
-def check_model(name: str) -> None:
+def check_named(name: str) -> None:
     """Raises `ValueError` for a path that holds no model, before the hub is asked for a model of that name."""
     from asyncrl import model
 
     path = Path(name)
-    if name in (model.TINY, model.TINY_BYTES):
+    if name in configuration.BUILT_IN:
         return
     if path.exists() and not model.holds_model(path):
         raise ValueError(
@@ -148,10 +144,10 @@ async def evaluate(config: Config, numbers: Sequence[int]) -> list[dict[str, Any
 
 async def _play(config: Config, rollout: Rollout, prompts: list[Prompt], attempts: Attempts) -> dict[str, Any]:
     from asyncrl.evaluation import summarize
-    from asyncrl.rollout import all_scored
+    from asyncrl.rollout import scored
 
     begin = time.monotonic()
-    groups = all_scored(await rollout.evaluate(prompts, attempts))
+    groups, faults = scored(await rollout.evaluate(prompts, attempts))
     seconds = time.monotonic() - begin
     return {
         "model": config.model.path,
@@ -162,7 +158,8 @@ async def _play(config: Config, rollout: Rollout, prompts: list[Prompt], attempt
         "temperature": attempts.sampling.temperature,
         "tokens_per_s": sum(length for group in groups for length in group.lengths) / seconds,
         "total_s": seconds,
-        "metrics": summarize(groups, 0, config.eval.pass_reward),
+        "metrics": summarize(groups, 0, config.eval.pass_reward, [fault.failures for fault in faults]),
+        "first_fault": str(faults[0]) if faults else None,
         "prompts": [{"id": group.prompt.id, "rewards": group.rewards} for group in groups],
     }
 
@@ -192,6 +189,8 @@ def report(result: dict[str, Any]) -> str:
     lines += [f"skipped rows of the data: {count}, {reason}" for reason, count in result["skipped_rows"].items()]
     if failures := metrics["eval/failures"]:
         lines.append(f"failures     {failures:.0f} attempts were spoilt by the environment and made again")
+    if unscored := metrics["eval/unscored"]:
+        lines.append(f"left out     {unscored:.0f} prompts without a score; the first: {result['first_fault']}")
     lines.append(f"truncated    {metrics['eval/truncated']:.4f}")
     if metrics["eval/truncated"] == 1:
         lines[-1] += "  every attempt ran out of tokens: raise rollout.max_new_tokens"

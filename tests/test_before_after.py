@@ -57,12 +57,17 @@ def test_each_stage_is_done_once_and_the_table_has_both(tmp_path, monkeypatch, c
 
 
 def test_differences_are_of_the_same_prompts():
-    before = {"env_args": {}, "num_prompts": 100, "prompts": [{"rewards": [1, 1]}, {"rewards": [0, 1]}] * 50}
-    after = before | {"prompts": [{"rewards": [0, 1]}, {"rewards": [0, 1]}] * 50}
+    def prompts(*rewards):
+        return [{"id": number, "rewards": rewards[number % len(rewards)]} for number in range(100)]
+
+    before = {"env_args": {}, "num_prompts": 100, "prompts": prompts([1, 1], [0, 1])}
+    after = before | {"prompts": prompts([0, 1])}
     # 50 changes of -0.5 and 50 of 0: mean -0.25, standard error 0.025.
     assert before_after._difference(before, after) == "-0.250 (-0.298 to -0.200)"
     assert before_after._difference(after, before) == "+0.250 (+0.200 to +0.298)"
     assert before_after._difference(before, before) == "+0.000 (-0.192 to +0.192)"
+    unscored = after | {"prompts": after["prompts"][1:]}
+    assert before_after._difference(before, unscored).startswith("-0.247 "), "49 of 99: pairs are of one prompt"
     with pytest.raises(ValueError, match="other prompts"):
         before_after._difference(before, after | {"env_args": {"heldout": "test"}})
 

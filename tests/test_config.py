@@ -160,6 +160,10 @@ def test_no_shipped_config_is_warned_of(path):
         (["runtime=local", "rollout.num_threads=4"], "rollout.num_threads=4: that needs runtime cluster"),
         (["metrics.prometheus_host=0.0.0.0"], "that needs metrics.prometheus_port"),
         (["learner.learning_rate=0"], "learner.learning_rate is 0: the policy stays as it is"),
+        (
+            ["watchdog.action=stop", "watchdog.timeout_s=900"],
+            "max_attempts x env.timeout_s is 900 s, beside generation",
+        ),
         ([*PPO, "critic.learning_rate=0"], "critic.learning_rate is 0: the critic stays as it is"),
         (
             [*PPO, "critic.warmup_steps=7", "num_steps=7"],

@@ -144,7 +144,7 @@ def test_a_target_that_is_a_number_is_text_and_its_column_stays(tmp_path, given,
         ({"weights": [1, 2]}, "weights has 2 entries for 1 reward function"),
         ({"max_prompt_tokens": 20}, r"prompt longer than 20 tokens: it has \d+ tokens: raise env.args.max_prompt_tok"),
         ({"heldout": "test"}, "is one file, which has no split 'test'"),
-        ({"source": "nowhere.csv"}, r"from \.jsonl .* and \.parquet files, got 'nowhere.csv': .*from_csv\('nowhere"),
+        ({"source": "nowhere.csv"}, r"there is no file 'nowhere.csv', seen from .*\.jsonl and \.parquet are read"),
         ({"source": __file__}, r"from \.jsonl .* and \.parquet files, got .*test_dataset\.py': convert it$"),
         ({"source": "nowhere.jsonl"}, "there is no data file 'nowhere.jsonl'"),
         (
@@ -158,6 +158,12 @@ def test_a_target_that_is_a_number_is_text_and_its_column_stays(tmp_path, given,
 def test_a_mistake_in_the_settings_is_named(tmp_path, args, message):
     with pytest.raises(ValueError, match=message):
         list(itertools.islice(make(tmp_path / "data.jsonl", **args).prompts("train", 0), 1))
+
+
+def test_data_of_another_kind_are_told_how_to_convert_them(tmp_path):
+    (tmp_path / "d.csv").write_text("question,answer\n1,2\n")
+    with pytest.raises(ValueError, match=r"from \.jsonl .* and \.parquet files, .*from_csv\('.*d.csv'\)\.to_json"):
+        next(DatasetEnv(TextTokenizer(), str(tmp_path / "d.csv"), level_reward).prompts("train", 0))
 
 
 @pytest.mark.parametrize(

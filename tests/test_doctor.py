@@ -229,7 +229,7 @@ def test_the_cache_finds_prompts_that_are_too_long_for_the_model(folder, tmp_pat
     (windowed / "config.json").write_text(json.dumps(settings))
     check = doctor.attempt("kv cache", "", lambda: doctor.size_cache(config(), windowed, 7, []))
     assert (check.status, "window of 8" in check.finding) == ("FAIL", True)
-    assert check.remedy.startswith("lower rollout.max_new_tokens")
+    assert check.remedy.startswith("lower the environment's max_prompt_tokens plus rollout.max_new_tokens to 8")
 
 
 def test_memory_counts_the_caches():

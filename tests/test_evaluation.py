@@ -262,8 +262,9 @@ def test_an_attempt_that_the_environment_spoils_is_made_again(tmp_path, capsys):
     assert results[0]["prompts"] == results[1]["prompts"], "the same completions"
     assert "failures     2 attempts were spoilt by the environment and made again" in capsys.readouterr().out
     flaky = ["--env", "test_evaluation:Flaky"]
-    assert evaluate.main([*words, *flaky, "rollout.max_attempts=2"]) == 2
-    told = capsys.readouterr().err
+    assert evaluate.main([*words, *flaky, "rollout.max_attempts=2"]) == 0
+    told = capsys.readouterr().out
+    assert "left out     1 prompts without a score; the first: Flaky raised" in told
     assert re.search(r"Flaky raised ValueError\('once more'\), \S*test_evaluation.py line \d+, on prompt", told)
 
 

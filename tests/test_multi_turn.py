@@ -12,13 +12,14 @@ import pytest
 import torch
 from helpers import run
 
+from asyncrl.config import TINY_BYTES
 from asyncrl.engine.embedded import EmbeddedEngine
 from asyncrl.envs.base import load_env
 from asyncrl.envs.code import UnitTest, matches, read_tests
 from asyncrl.envs.data import read_rows
 from asyncrl.envs.multi_turn import SHIPPED
 from asyncrl.envs.tools import ToolError, calculator, same_answer
-from asyncrl.model import TINY_BYTES, build_tiny, load_model, load_tokenizer
+from asyncrl.model import build_tiny, load_model, load_tokenizer
 from asyncrl.rollout import Rollout
 from asyncrl.types import Completion, Sampling
 

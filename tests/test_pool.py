@@ -145,7 +145,7 @@ def test_a_failure_is_tried_on_the_other_actor_and_counted():
             assert (await pool.run(prompt)).prompt == prompt
         assert sound.played == [prompt.id for prompt in PROMPTS]
         assert pool.failures == {"KeyError": len(broken.played)}
-        assert said == ["alarm: 'x'; it is tried again, and more of this kind are counted"]
+        assert said == ["alarm: 'x'; such attempts are made again, within limits, and counted"]
 
     run(body())
 
@@ -161,7 +161,7 @@ def test_attempts_that_an_actor_made_again_are_counted_and_told_once():
         for prompt in PROMPTS[:3]:
             await pool.run(prompt)
         assert pool.failures == {"env timeout": 6}
-        assert said == ["alarm: slow on 0; it is tried again, and more of this kind are counted"]
+        assert said == ["alarm: slow on 0; such attempts are made again, within limits, and counted"]
 
     run(body())
 
@@ -179,6 +179,10 @@ def test_an_environment_that_used_up_its_attempts_is_tried_elsewhere_and_nowhere
         with pytest.raises(RolloutFailed, match=r"4 attempts of prompt 1 failed, the last on .*no judge"):
             await pool.run(PROMPTS[1])
         assert broken.played.count(1) == sound.played.count(1) == 1
+        pool.add(Actor("arriving"))
+        with pytest.raises(RolloutFailed, match=r"6 attempts of prompt 2 failed"):
+            await pool.run(PROMPTS[2])
+        assert broken.played.count(2) + sound.played.count(2) == 3, "there may be a sound one soon"
 
     run(body())
 

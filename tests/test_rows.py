@@ -5,8 +5,9 @@ import json
 import pytest
 from helpers import TextTokenizer
 
+from asyncrl.config import TINY_BYTES
 from asyncrl.envs.base import load_env
-from asyncrl.model import TINY_BYTES, build_tiny, load_tokenizer
+from asyncrl.model import build_tiny, load_tokenizer
 
 TASKS = {name: f"asyncrl.envs.{name}" for name in ("tools:ToolUse", "sql:TextToSQL", "code:CodeTask", "swe:RepairTask")}
 

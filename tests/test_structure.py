@@ -38,6 +38,7 @@ LAYERS = [
         "monitor.samples",
         "monitor.sinks",
         "monitor.view",
+        "run_folder",
         "staleness",
         "recovery.accounts",
         "recovery.journal",
@@ -94,7 +95,7 @@ LAYERS = [
     {"loop"},
     {"runtime.exchange", "runtime.placement", "runtime.stacks", "runtime.parts", "runtime.local"}
     | {"runtime.actors", "runtime.remotes", "runtime.cluster"},
-    {"job", "run_folder", "runtime.preflight", "runtime.machine"},
+    {"job", "runtime.preflight", "runtime.machine"},
 ]
 
 

@@ -161,6 +161,13 @@ def text_of(renderable):
     return console.export_text()
 
 
+def test_the_advice_is_of_the_steps_of_this_configuration():
+    config = configuration.to_tree(configuration.load(None, ["num_steps=9"]))
+    rows = [ROW | {"version": version} for version in range(1, 9)]
+    assert "the learner waited 50%" in text_of(view.screen("run", config, rows))
+    assert "the learner waited" not in text_of(view.screen("run", config, rows, begin=4)), "too few since"
+
+
 def test_a_run_that_went_silent_is_said_to_have(tmp_path):
     config = configuration.to_tree(configuration.load(None, ["num_steps=9"]))
     assert "no step for" not in text_of(view.screen("run", config, [ROW], silent_s=59))

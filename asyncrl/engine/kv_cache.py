@@ -178,11 +178,11 @@ def _check(model: Any, max_length: int) -> None:
     if window is not None and window < max_length:
         raise ValueError(
             f"max_length {max_length} exceeds the model's sliding attention window of {window}, which the embedded "
-            f"engine does not apply: bring it to {window} or less, in a run {LENGTH_IN_A_RUN}"
+            f"engine does not apply: lower {LENGTH_IN_A_RUN} to {window} in all"
         )
     limit = rope_limit(model)
     if limit is not None and limit < max_length:
         raise ValueError(
             f"max_length {max_length} exceeds {limit}, beyond which the model's rotary frequencies change with the "
-            f"length, also those of the keys that are cached: bring it to {limit} or less, in a run {LENGTH_IN_A_RUN}"
+            f"length, also those of the keys that are cached: lower {LENGTH_IN_A_RUN} to {limit} in all"
         )

@@ -14,7 +14,7 @@ Row: TypeAlias = dict[str, Any]
 
 _ENDINGS = (".jsonl", ".parquet")
 _NOT_READ = (".csv", ".tsv", ".json", ".txt", ".arrow", ".gz", ".zip", ".xlsx")
-"""Endings of files that people have data in, and that no id of the hub has."""
+"""Endings of files that people have data in: one that is not there is no id of the hub, either."""
 
 
 def read_rows(source: str, split: str, name: str | None = None) -> list[Row]:
@@ -48,7 +48,9 @@ def check_columns(rows: Sequence[Row], columns: Sequence[str], where: str) -> No
 
 def _check_kind(path: Path) -> None:
     """Raises `ValueError` for a file of another kind, before the hub is asked for a data set of that name."""
-    if not path.is_file() and path.suffix.lower() not in _NOT_READ:
+    if not path.is_file():
+        if path.suffix.lower() in _NOT_READ:
+            raise ValueError(f"there is no file {str(path)!r}, seen from {Path.cwd()}; .jsonl and .parquet are read")
         return
     example = ""
     if (kind := path.suffix.lower()[1:]) in ("csv", "json"):

@@ -137,7 +137,7 @@ def blame(rows: Sequence[Mapping[str, float]], *, turns: bool = False) -> Blame 
         f"{busier}, worked {works[busier] * step_s:.3g} s"
     )
     held = sum(row.get("rollout/held", 0.0) * row["wait/window_s"] for row in rows) / total_s
-    remedy = _against_turns(int(rows[-1]["buffer/staleness"]), turns)
+    remedy = _against_turns(int(rows[-1].get("buffer/staleness", 1)), turns)
     return Blame(shares, num_actors, balanced, _advice(shares, num_actors, balanced, held, remedy), bound)
 
 

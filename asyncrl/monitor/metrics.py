@@ -36,7 +36,7 @@ METRICS: dict[str, str] = {
     "eval/pass@1": "share of prompts solved by one attempt; likewise pass@k, without bias, for k = 2, 4, ... up to n",
     "eval/mean_length": "sampled tokens of a held-out attempt, mean",
     "eval/truncated": "share of held-out attempts that ran out of tokens",
-    "eval/failures": "held-out attempts that the environment spoilt and that were made again",
+    "eval/failures": "held-out attempts that the environment spoilt",
     "eval/unscored": "held-out prompts left out, as the environment spoilt every try of one of their attempts",
     "eval/mixed_versions": "share of held-out prompts with tokens of another version than the one it is logged under",
     "completion/mean_length": "sampled tokens a trajectory, mean",
@@ -113,7 +113,7 @@ def page() -> str:
         "Logged at every learner step unless said otherwise, to `metrics.jsonl` and TensorBoard.",
         "",
     ]
-    rows = [f"| `{name}` | {text} |" for name, text in (METRICS | ONLY_WITH).items()]
+    rows = [f"| `{name}` | {text.replace('|', chr(92) + '|')} |" for name, text in (METRICS | ONLY_WITH).items()]
     lines += ["| metric | meaning |", "|---|---|", *rows]
     return "\n".join(lines) + "\n"
 

@@ -16,6 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from asyncrl import run_folder
 from asyncrl.imports import check_run
 from asyncrl.monitor.blame import blame, takes_turns, told, warmed_up
 
@@ -88,7 +89,8 @@ class View:
 
     def render(self) -> RenderableType:
         """The whole screen, as the run's files are now."""
-        return screen(self._name, self._config(), self._rows.read(), self._silent_s())
+        begin, _ = run_folder.stretches(self._path.parent)[-1]
+        return screen(self._name, self._config(), self._rows.read(), self._silent_s(), begin)
 
     def _config(self) -> dict[str, Any]:
         """As it is now: a resume changes it on its way."""
@@ -103,12 +105,15 @@ def newest_version(rows: Sequence[Row]) -> int:
     return max((row["version"] for row in rows if "reward/mean" in row), default=0)
 
 
-def screen(name: str, config: dict[str, Any], rows: Sequence[Row], silent_s: float = 0.0) -> RenderableType:
-    """`silent_s`: seconds since the run last wrote a row."""
+def screen(
+    name: str, config: dict[str, Any], rows: Sequence[Row], silent_s: float = 0.0, begin: int = 0
+) -> RenderableType:
+    """`silent_s`: seconds since the run last wrote a row. `begin`: the step that it has this configuration from."""
     steps = [row for row in rows if "reward/mean" in row]
     parts: list[RenderableType] = [progress(config, steps)]
     if steps:
-        found = blame(warmed_up(steps)[-_SENTENCE:], turns=takes_turns(config))
+        recent = warmed_up([row for row in steps if row["version"] > begin])[-_SENTENCE:]
+        found = blame(recent, turns=takes_turns(config))
         parts += [Text(), curves(rows), Text(), waits(steps[-_RECENT:])]
         parts += [Text(found.sentence, style="yellow")] if found else []
         parts += silence(silent_s, steps) if newest_version(steps) < config["num_steps"] else []

@@ -77,9 +77,9 @@ def has_wandb_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    for file in (os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"):
+    for file in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
         with contextlib.suppress(OSError, netrc.NetrcParseError):
-            if file and netrc.netrc(str(file)).authenticators(host):
+            if file and netrc.netrc(os.path.expanduser(file)).authenticators(host):
                 return True
     return False
 

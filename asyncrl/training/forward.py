@@ -19,7 +19,7 @@ from asyncrl.training.critic import Critic
 from asyncrl.training.head import Head
 from asyncrl.training.lora import Adapters
 from asyncrl.training.packing import MicroBatch
-from asyncrl.training.scoring import Scorer, check_model, check_rope, recompute_activations
+from asyncrl.training.scoring import Scorer, check_packable, check_rope, recompute_activations
 from asyncrl.training.sharding import Ranks, held_bytes, shard
 
 Score: TypeAlias = Callable[[MicroBatch], tuple[Tensor, Tensor]]
@@ -71,8 +71,8 @@ class Forward:
 
     def _ready(self, model: nn.Module, wanted: str, *, has_values: bool) -> str:
         """Checks a model, lowers `longest` to what it bears, and gives it an attention for packed rows, which it
-        returns. `wanted` as in `use_attention`, `has_values` as in `check_model`."""
-        window = check_model(model, bfloat16=self._bfloat16, has_values=has_values)
+        returns. `wanted` as in `use_attention`, `has_values` as in `check_packable`."""
+        window = check_packable(model, bfloat16=self._bfloat16, has_values=has_values)
         check_rope(model, self._row_tokens)
         attention = use_attention(model, wanted, self._device, bfloat16=self._bfloat16)
         if window is not None and attention == "sdpa":

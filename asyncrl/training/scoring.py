@@ -47,7 +47,7 @@ _CLOSE = {False: 0.05, True: 0.5}  # log-probs of the same head in other arithme
 
 
 @torch.no_grad()
-def check_model(model: Any, *, bfloat16: bool, has_values: bool) -> int | None:
+def check_packable(model: Any, *, bfloat16: bool, has_values: bool) -> int | None:
     """The longest trajectory that a dense mask is right for, None if any is: the model's sliding attention window.
 
     Raises `ValueError` for a model that `Scorer` would score wrongly: layers that carry a state from one trajectory of
@@ -77,7 +77,7 @@ def check_model(model: Any, *, bfloat16: bool, has_values: bool) -> int | None:
 
 
 def check_lengths(window: int, groups: Sequence[Sequence[Trajectory]]) -> None:
-    """Raises `ValueError` for a trajectory that a dense mask is wrong for; `window` as `check_model` returned it."""
+    """Raises `ValueError` for a trajectory that a dense mask is wrong for; `window` as `check_packable` returned it."""
     longest = max(len(trajectory.token_ids) for group in groups for trajectory in group)
     if longest > window:
         raise ValueError(

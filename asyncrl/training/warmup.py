@@ -14,9 +14,9 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from asyncrl.config import Config
+from asyncrl.config import BUILT_IN, Config
 from asyncrl.envs.base import Env, load_env
-from asyncrl.model import TINY, TINY_BYTES, build_tiny, check_model, load_model, load_tokenizer
+from asyncrl.model import build_tiny, check_model, load_model, load_tokenizer
 
 
 def prepare(config: Config, *, quiet: bool = False) -> Path:
@@ -27,7 +27,7 @@ def prepare(config: Config, *, quiet: bool = False) -> Path:
     path and arguments: where what they name has changed, remove `run_dir`/cache.
     """
     check_model(config.model.path)
-    if config.model.path not in (TINY, TINY_BYTES) and config.warmup.num_steps == 0:
+    if config.model.path not in BUILT_IN and config.warmup.num_steps == 0:
         return Path(config.model.path)
     state = _state_of(Path(config.model.path))
     depends_on = msgspec.json.encode(
@@ -52,7 +52,7 @@ def prepare(config: Config, *, quiet: bool = False) -> Path:
 
 def _make(folder: Path, config: Config, *, quiet: bool) -> None:
     source = Path(config.model.path)
-    if config.model.path in (TINY, TINY_BYTES):
+    if config.model.path in BUILT_IN:
         source = folder
         build_tiny(folder, name=config.model.path, num_layers=config.model.num_layers, seed=config.seed)
     if config.warmup.num_steps:
