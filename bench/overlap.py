@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from asyncrl import config as configuration
-from asyncrl import job
+from asyncrl import job, tables
 from asyncrl.buffer import Buffer
 from asyncrl.config import Config
 from asyncrl.envs.base import load_env
@@ -71,10 +72,12 @@ async def measure(config: Config, skip: int) -> dict[str, float]:
                 pool, prompts, learner.version, job.make_buffer(config), num_batches=num_batches, skip=skip
             )
         rows = [row for row in metrics.read(Path(folder)) if "time/total_s" in row][skip:]
-    system = len(rows) * batch / sum(row["time/total_s"] for row in rows)
+    steps_s = [row["time/total_s"] for row in rows]
+    system = len(rows) * batch / sum(steps_s)
     idle = {name: sum(row[name] for row in rows) / len(rows) for name in ("rollout/idle", "learner/idle", *PAUSE)}
     generation = max(first_generation, second_generation)
-    return {"generation": generation, "training": training, "system": system, **idle}
+    steps = {"median_s": statistics.median(steps_s), "longest_s": max(steps_s)}
+    return {"generation": generation, "training": training, "system": system, **idle, **steps}
 
 
 async def generate(
@@ -122,9 +125,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--skip", type=int, default=5, help="steps that warm up and do not count")
     options = parser.parse_intermixed_args()
-    files = [word for word in options.words if "=" not in word] or [str(ROOT / "configs" / "largest_digit.toml")]
-    words = [word for word in options.words if "=" in word]
-    config = configuration.load(files[0], [*words, *OFF, f"num_steps={options.steps}"])
+    file, words = tables.split(options.words)
+    file = file or str(ROOT / "configs" / "largest_digit.toml")
+    config = configuration.load(file, [*words, *OFF, f"num_steps={options.steps}"])
     result = asyncio.run(measure(config, options.skip))
     ideal = min(result["generation"], result["training"])
     print(
@@ -136,9 +139,10 @@ def main() -> None:
     print(
         f"in the system: rollout actors idle {result['rollout/idle']:.1%}, learner idle {result['learner/idle']:.1%}, "
         f"generation paused {pause:.1f} ms an update, of which {settling:.1f} until nothing of the old weights ran and "
-        f"{receiving:.1f} for the new ones"
+        f"{receiving:.1f} for the new ones; a step took {result['median_s']:.3f} s, median, and at most "
+        f"{result['longest_s']:.3f} s"
     )
-    print(json.dumps({"config": Path(files[0]).stem, "words": words, **result, "ratio": result["system"] / ideal}))
+    print(json.dumps({"config": Path(file).stem, "words": words, **result, "ratio": result["system"] / ideal}))
 
 
 if __name__ == "__main__":
