@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _YOUNG = 10_000
 """Objects made and not yet freed that start a collection of the youngest; Python's own number is 700 or 2,000."""
@@ -18,3 +20,15 @@ def settle() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(_YOUNG, 10, 10)
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """The same for as long as this lasts, in a process that is not ours alone, such as a notebook's."""
+    before = gc.get_threshold()
+    settle()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*before)

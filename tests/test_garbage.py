@@ -24,3 +24,25 @@ assert later() is None, "what comes later is collected without being asked"
 
 def test_only_what_comes_after_settling_is_collected():
     subprocess.run([sys.executable, "-c", SCRIPT], check=True)
+
+
+BORROWED = (
+    SCRIPT.split("forgotten")[0]
+    + """
+before = gc.get_threshold()
+inside = Node()
+gone = weakref.ref(inside)
+with garbage.settled():
+    assert gc.get_threshold() != before and gc.get_freeze_count() > 0
+    del inside
+    gc.collect()
+    assert gone() is not None, "what was there is left alone"
+assert gc.get_threshold() == before and gc.get_freeze_count() == 0
+gc.collect()
+assert gone() is None, "and collected as ever afterwards"
+"""
+)
+
+
+def test_a_process_that_is_not_ours_alone_gets_its_collector_back():
+    subprocess.run([sys.executable, "-c", BORROWED], check=True)

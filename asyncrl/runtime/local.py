@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from asyncrl import garbage
 from asyncrl.config import Config
 from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.rollout import Rollout
@@ -84,6 +85,7 @@ async def open_actors(
     learner = LocalLearner(LearnerPart(config, folder, resume, plan(config, num_gpus=0)))
     rollouts = [await start_rollout(config, folder, store, number) for number in range(config.num_engines)]
     try:
-        yield learner, rollouts
+        with garbage.settled():
+            yield learner, rollouts
     finally:
         await asyncio.gather(*(rollout.close() for rollout in rollouts))
