@@ -27,7 +27,7 @@ def test_only_what_comes_after_settling_is_collected():
 
 
 BORROWED = (
-    SCRIPT.split("forgotten")[0]
+    SCRIPT.split("forgotten", maxsplit=1)[0]
     + """
 before = gc.get_threshold()
 inside = Node()
