@@ -34,8 +34,8 @@ import numpy as np
 import ray
 import uvloop
 
+from asyncrl import assembly
 from asyncrl import config as configuration
-from asyncrl import job
 from asyncrl.algo.diagnostics import METRICS as DIAGNOSTICS
 from asyncrl.config import Config
 from asyncrl.loop import run
@@ -207,9 +207,9 @@ async def measure(num_actors: int, options: argparse.Namespace) -> dict[str, Any
         RemoteRollout(f"rollout {n}", Member(hosts[n % len(hosts)], n), {"num_ranks": 1}) for n in range(num_actors)
     ]
     with tempfile.TemporaryDirectory() as name, CpuClock(Path(name), config) as clock:
-        folder, buffer = Path(name), job.make_buffer(config)
+        folder, buffer = Path(name), assembly.make_buffer(config)
         journal = Journal(folder / "journal.bin", reuse=buffer.reuse, max_lag=buffer.max_lag)
-        system = job.make_system(
+        system = assembly.make_system(
             config,
             folder,
             initial="",

@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from asyncrl import assembly, job
 from asyncrl import config as configuration
-from asyncrl import job
 from asyncrl.envs.base import Generate
 from asyncrl.envs.digits import SortDigits
 from asyncrl.recovery import groups
@@ -80,7 +80,7 @@ def live(words: Sequence[str], resume: Path | None, fault: Fault | None, audit: 
         config = configuration.load(resume / "config.json" if resume else None, [] if resume else list(words))
         book = Audit(audit)
         book.note("life")
-        job.load_runtime(config)  # before anything imports Ray
+        assembly.load_runtime(config)  # before anything imports Ray
         watch(config.runtime, book)
         if fault is not None:
             inject(fault, config.runtime, book)

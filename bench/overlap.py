@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from asyncrl import assembly, tables
 from asyncrl import config as configuration
-from asyncrl import job, tables
 from asyncrl.buffer import Buffer
 from asyncrl.config import Config
 from asyncrl.envs.base import load_env
@@ -48,11 +48,11 @@ async def measure(config: Config, skip: int) -> dict[str, float]:
     prompts = PromptQueue(env.prompts("train", config.seed))
     batch, num_batches = config.learner.groups_per_step, config.num_steps + skip
     with tempfile.TemporaryDirectory() as folder:
-        async with job.load_runtime(config).open_actors(config, initial, None) as (learner, actors):
+        async with assembly.load_runtime(config).open_actors(config, initial, None) as (learner, actors):
             pool = RolloutPool(actors, config.rollout.max_attempts)
             await pool.update_weights(learner)
             batches, first_generation = await generate(
-                pool, prompts, learner.version, job.make_buffer(config), num_batches=num_batches, skip=skip
+                pool, prompts, learner.version, assembly.make_buffer(config), num_batches=num_batches, skip=skip
             )
             training = await train(learner, batches, skip)
             del batches
@@ -60,16 +60,16 @@ async def measure(config: Config, skip: int) -> dict[str, float]:
             config = configuration.from_tree(configuration.to_tree(config) | {"num_steps": first + config.num_steps})
             with Metrics(Path(folder), config.num_steps, first_step=first, quiet=True) as sink:
                 checkpoints = Path(folder) / "checkpoints"
-                buffer = job.make_buffer(config)
+                buffer = assembly.make_buffer(config)
                 guard, last = StepGuard(Path(folder), 0), {config.num_steps}
-                watchdog = job.make_watchdog(config, Path(folder), learner, pool, print)
+                watchdog = assembly.make_watchdog(config, Path(folder), learner, pool, print)
                 await run(
                     System(
                         config, prompts, [], pool, learner, buffer, sink, checkpoints, guard, watchdog, evaluated=last
                     )
                 )
             _, second_generation = await generate(
-                pool, prompts, learner.version, job.make_buffer(config), num_batches=num_batches, skip=skip
+                pool, prompts, learner.version, assembly.make_buffer(config), num_batches=num_batches, skip=skip
             )
         rows = [row for row in metrics.read(Path(folder)) if "time/total_s" in row][skip:]
     steps_s = [row["time/total_s"] for row in rows]

@@ -14,8 +14,8 @@ import pytest
 import ray
 from helpers import is_loopback, listening, run, session_of
 
+from asyncrl import assembly, job
 from asyncrl import config as configuration
-from asyncrl import job
 from asyncrl.config import Config, LearnerConfig, RolloutConfig
 from asyncrl.engine.base import EngineDied
 from asyncrl.envs.base import load_env
@@ -96,7 +96,7 @@ def test_four_learner_ranks_four_rollout_actors_and_an_evaluator(tmp_path):
     result = run(job.train(config, quiet=True), seconds=280)
     rows = [row for row in metrics.read(result.folder) if "lag/max" in row]
     assert [row["rollout/num_actors"] for row in rows] == [4] * 4
-    assert max(row["lag/max"] for row in rows) <= job.make_buffer(config).max_lag
+    assert max(row["lag/max"] for row in rows) <= assembly.make_buffer(config).max_lag
     evaluated = [row["eval/mixed_versions"] for row in metrics.read(result.folder) if "eval/accuracy" in row]
     assert evaluated
     assert max(evaluated) == 0, "the evaluator holds its version"

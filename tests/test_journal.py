@@ -15,7 +15,7 @@ from helpers import run, trajectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncrl import job
+from asyncrl import assembly
 from asyncrl.buffer import Buffer
 from asyncrl.loop import check_digests
 from asyncrl.recovery import groups as files
@@ -366,7 +366,7 @@ def test_a_finished_group_that_the_settings_of_now_do_not_take_is_played_again(t
     prompt, _ = queue.issue()
     queue.generated(files.write(tmp_path / "groups", make_group(prompt, [trajectory(1, 2, seed=0)])))
     queue.journal.close()
-    takes = partial(job.fits, group_size, row_tokens)
+    takes = partial(assembly.fits, group_size, row_tokens)
     again = PromptQueue(prompts(), Journal(tmp_path / "journal.bin"), tmp_path / "groups", fits=takes)
     assert again.restore({}, groups_per_step=1, window=1) == used
     prompt, finished = again.issue()

@@ -13,8 +13,8 @@ import pytest
 import torch
 from helpers import Sevens, run
 
+from asyncrl import assembly, job, loop, run_folder
 from asyncrl import config as configuration
-from asyncrl import job, loop, run_folder
 from asyncrl.envs.base import load_env
 from asyncrl.handles import ActorDied
 from asyncrl.loop import check_digests
@@ -116,7 +116,7 @@ def test_weights_change_under_requests_and_the_bound_holds(tmp_path):
     result = run(job.train(config, quiet=True))
     rows = [row for row in metrics.read(result.folder) if "lag/max" in row]
     assert [row["version"] for row in rows] == list(range(1, 13))
-    bound = job.make_buffer(config).max_lag
+    bound = assembly.make_buffer(config).max_lag
     assert 0 < max(row["lag/max"] for row in rows) <= bound == 3
     assert max(row["completion/mixed_versions"] for row in rows) > 0
     assert max(row["lag/span"] for row in rows) > 0

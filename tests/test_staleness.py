@@ -3,8 +3,8 @@
 import pytest
 from helpers import run
 
+from asyncrl import assembly, job
 from asyncrl import config as configuration
-from asyncrl import job
 from asyncrl.monitor import metrics, timeline
 from asyncrl.staleness import PATIENCE, StalenessControl
 
@@ -68,7 +68,7 @@ def test_a_run_moves_its_staleness_and_keeps_the_bound(tmp_path):
     # Without a change of weights every sample is the policy's own, and at staleness 0 the learner waits for each batch.
     assert rows[0]["buffer/staleness"] == 0
     assert rows[PATIENCE]["buffer/staleness"] == 1
-    assert max(row["lag/max"] for row in rows) <= job.make_buffer(config).max_lag
+    assert max(row["lag/max"] for row in rows) <= assembly.make_buffer(config).max_lag
     worth = [row["rollout/tokens_per_s"] * row["ess/token"] for row in rows]
     assert [row["rollout/effective_tokens_per_s"] for row in rows] == pytest.approx(worth, rel=1e-4)
     assert max(worth) > 0

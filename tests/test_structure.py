@@ -95,7 +95,8 @@ LAYERS = [
     {"loop"},
     {"runtime.exchange", "runtime.placement", "runtime.stacks", "runtime.parts", "runtime.local"}
     | {"runtime.actors", "runtime.remotes", "runtime.cluster"},
-    {"job", "runtime.preflight", "runtime.machine"},
+    {"assembly", "runtime.preflight", "runtime.machine"},
+    {"job"},
 ]
 
 

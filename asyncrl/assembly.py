@@ -1,0 +1,147 @@
+"""The parts of a run, made from its configuration and put together."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+from asyncrl.buffer import Buffer
+from asyncrl.config import Config
+from asyncrl.envs.base import Env, checked_prompts
+from asyncrl.handles import LearnerHandle, RolloutHandle
+from asyncrl.monitor.metrics import Metrics
+from asyncrl.pool import RolloutPool
+from asyncrl.recovery.curriculum import Curriculum
+from asyncrl.recovery.guard import StepGuard
+from asyncrl.recovery.journal import Journal
+from asyncrl.recovery.prompts import PromptQueue
+from asyncrl.recovery.supervisor import Supervisor
+from asyncrl.recovery.watchdog import Watchdog
+from asyncrl.staleness import StalenessControl
+from asyncrl.system import System
+from asyncrl.training.learner import row_length
+from asyncrl.types import Group, Prompt
+
+
+def make_prompts(config: Config, env: Env, heldout: Sequence[Prompt], journal: Journal, folder: Path) -> PromptQueue:
+    """The run's prompts, of which there is a next one."""
+    prompts = PromptQueue(
+        checked_prompts(env, "train", config.seed, heldout),
+        journal,
+        folder / "groups",
+        keep_groups=config.journal.keep_groups,
+        curriculum=make_curriculum(config),
+        pass_reward=config.eval.pass_reward,
+        fits=partial(fits, config.rollout.group_size, row_length(config, env.max_prompt_tokens)),
+    )
+    prompts.try_source()
+    return prompts
+
+
+def try_prompts(config: Config, env: Env) -> None:
+    """Issues a run's first prompt to nobody. Raises `ValueError` if there is none, or the curriculum refuses it."""
+    PromptQueue(checked_prompts(env, "train", config.seed), curriculum=make_curriculum(config)).issue()
+
+
+def make_curriculum(config: Config) -> Curriculum | None:
+    return None if config.curriculum.by == "off" else Curriculum(config.curriculum, config.seed)
+
+
+def make_system(
+    config: Config,
+    folder: Path,
+    *,
+    initial: str,
+    prompts: PromptQueue,
+    heldout: Sequence[Prompt],
+    learner: LearnerHandle,
+    actors: Sequence[RolloutHandle],
+    buffer: Buffer,
+    metrics: Metrics,
+) -> System:
+    """The parts of a run put together, around actors that were started."""
+    runtime = load_runtime(config)
+    training, evaluating = actors[: config.rollout.num_actors], actors[config.rollout.num_actors :]
+    for number, actor in enumerate(evaluating):
+        actor.name = f"evaluator {number}"
+    pool = RolloutPool(training, config.rollout.max_attempts, metrics.timeline)
+    pool.say = metrics.say
+    evaluators = RolloutPool(evaluating, config.rollout.max_attempts, metrics.timeline)
+    pool.watchdog = watchdog = make_watchdog(config, folder, learner, pool, metrics.say, evaluators=evaluators)
+    supervisor = Supervisor(
+        pool,
+        partial(runtime.start_rollout, config, initial, folder / "groups"),
+        folder,
+        target=config.rollout.num_actors,
+        first_number=len(actors),
+        max_replacements=config.rollout.max_replacements,
+        say=metrics.say,
+        check_number=partial(runtime.check_number, config),
+    )
+    guard = StepGuard(folder, config.learner.max_skipped_steps)
+    system = System(
+        config, prompts, heldout, pool, learner, buffer, metrics, folder / "checkpoints", guard, watchdog, supervisor
+    )
+    if evaluating:
+        system.evaluators = evaluators
+    if config.buffer.max_staleness == "auto":
+        system.control = StalenessControl(*config.buffer.staleness_bounds)
+        buffer.allow(system.control.staleness)
+    return system
+
+
+def load_runtime(config: Config) -> ModuleType:
+    """The module that starts the actors; Ray is imported only where it is used.
+
+    A Ray of the run's own stays on loopback. Ray knows that for other systems only, and by a variable that it reads
+    when it is imported: too late if something else did so already.
+    """
+    if config.runtime == "local":
+        from asyncrl.runtime import local
+
+        return local
+    if config.cluster.address is None and "ray" not in sys.modules:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    from asyncrl.runtime import cluster
+
+    return cluster
+
+
+def make_buffer(config: Config) -> Buffer:
+    return Buffer(
+        config.learner.groups_per_step,
+        config.buffer.highest_staleness,
+        order=config.buffer.order,
+        window=config.buffer.window or config.learner.groups_per_step,
+        reuse=config.buffer.reuse,
+    )
+
+
+def make_watchdog(
+    config: Config,
+    folder: Path,
+    learner: LearnerHandle,
+    pool: RolloutPool,
+    say: Callable[[str], None],
+    *,
+    evaluators: RolloutPool | None = None,
+) -> Watchdog:
+    runtime = load_runtime(config)
+    return Watchdog(
+        folder,
+        timeout_s=config.watchdog.timeout_s,
+        action=config.watchdog.action,
+        say=say,
+        stacks=lambda: runtime.stacks(learner, [*pool.actors, *(evaluators.actors if evaluators else ())]),
+        kill=runtime.kill,
+    )
+
+
+def fits(group_size: int, row_tokens: int, group: Group) -> bool:
+    """Whether the learner takes a group that was made before a stop, perhaps under other settings."""
+    longest = max(len(trajectory.token_ids) for trajectory in group.trajectories)
+    return len(group.rewards) == group_size and longest <= row_tokens
