@@ -15,7 +15,7 @@ from asyncrl.algo import presets
 
 TINY, TINY_BYTES = "tiny", "tiny-bytes"
 BUILT_IN = (TINY, TINY_BYTES)
-"""Models that are made in code."""
+"""Models that are made in code (`tiny.py`)."""
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

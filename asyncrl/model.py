@@ -1,8 +1,4 @@
-"""Hugging Face models and tokenizers: the only file that imports `transformers`.
-
-It loads what a folder holds, and it makes the tiny models that run everywhere: a Qwen2 architecture with random weights
-and a tokenizer of 25 single characters, or of bytes, saved as an ordinary folder that any other loader can read too.
-"""
+"""Hugging Face models and tokenizers: what a folder holds, loaded and made ready for packed rows."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -23,12 +19,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from asyncrl.config import BUILT_IN, TINY, TINY_BYTES
+from asyncrl.config import BUILT_IN
 from asyncrl.imports import check_folder
 
 try:
@@ -43,59 +37,7 @@ _FEWER_KEYS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _VARLEN_OP
 _VARLEN = "segments"
 """The name under which the library knows `_varlen_attention`."""
 
-"""The model names that stand for `build_tiny`: its tokenizer has 25 characters, or any byte and a chat template."""
-
 _MADE_BY = ("launch/prepare_model.py", "model.path")
-
-_PAD, _EOS = "<pad>", "<eos>"
-_VOCABULARY = (_PAD, _EOS, *"0123456789", *"=+-*,:", " ", *"msarcg")
-_CHAT = (
-    "{% for message in messages %}{{ message.role + ':' + message.content + '<eos>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-)
-
-
-def build_tiny(
-    folder: str | Path,
-    *,
-    name: str = TINY,
-    num_layers: int = 2,
-    hidden_size: int = 128,
-    intermediate_size: int = 384,
-    num_heads: int = 4,
-    num_kv_heads: int = 2,
-    init_std: float = 0.05,
-    vocab_size: int | None = None,
-    seed: int,
-) -> None:
-    """Writes a random float32 model and its tokenizer to `folder`; 0.40 M parameters with the defaults.
-
-    `vocab_size` above the tokenizer's is for measurements. The same arguments give the same weights. The caller's
-    random state is left as it was.
-    """
-    _quiet()
-    tokenizer = _byte_tokenizer() if name == TINY_BYTES else _character_tokenizer()
-    config = Qwen2Config(
-        vocab_size=vocab_size or len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_kv_heads,
-        max_position_embeddings=4096,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        initializer_range=init_std,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config).float()
-    # Only the generation settings name the pad token: in the model's own it would pin that embedding to zero.
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def check_model(path: str | Path) -> None:
@@ -136,7 +78,7 @@ def load_model(
 
     `attention` is a Hugging Face attention implementation. Raises `ValueError` when no model can be read from `path`.
     """
-    _quiet()
+    quiet()
     try:
         check_model(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
@@ -152,7 +94,7 @@ def empty_model(path: str | Path, attention: str = "sdpa") -> PreTrainedModel:
 
     Nothing is read or written, so it takes no memory until someone does. Raises `ValueError` as `load_model` does.
     """
-    _quiet()
+    quiet()
     try:
         check_model(path)
         config = AutoConfig.from_pretrained(path)
@@ -272,7 +214,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     A folder's own `tokenizer.json` is read as it stands: `AutoTokenizer` picks a class by the model's architecture, and
     some of those rebuild the file as byte pairs without bytes, which drop the characters that they do not know.
     """
-    _quiet()
+    quiet()
     reader = PreTrainedTokenizerFast if (Path(path) / "tokenizer.json").is_file() else AutoTokenizer
     try:
         check_folder(path, *_MADE_BY)
@@ -291,7 +233,7 @@ def import_gguf(file: Path, folder: Path, dtype: torch.dtype) -> None:
 
     Raises `ValueError` when the file cannot be read, `ImportError` where `gguf` or `accelerate` is missing.
     """
-    _quiet()
+    quiet()
     if not file.is_file():
         raise ValueError(f"there is no file {str(file)!r}")
     extra = {}
@@ -333,37 +275,6 @@ def stop_token_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> tupl
     return tuple(sorted(found))
 
 
-def _character_tokenizer() -> PreTrainedTokenizerFast:
-    # A word-level vocabulary without an unknown token refuses characters that it lacks; others would drop them.
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(_VOCABULARY)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=_PAD,
-        eos_token=_EOS,
-        # Never used, but other readers of the folder would add one of their own as token 25.
-        unk_token=_PAD,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte of UTF-8, so that any text can be read and written."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([_PAD, _EOS, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=_PAD,
-        eos_token=_EOS,
-        chat_template=_CHAT,
-        clean_up_tokenization_spaces=False,
-    )
-
-
 def _remove_dropout(model: nn.Module) -> None:
     """Dropout in training would make the learner's log-probs differ from the engine's."""
     for module in model.modules():
@@ -373,6 +284,7 @@ def _remove_dropout(model: nn.Module) -> None:
             vars(module)["attention_dropout"] = 0.0
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """Nothing of the library's warnings and progress bars."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from asyncrl.engine.embedded import EmbeddedEngine
-from asyncrl.model import build_tiny, load_model
+from asyncrl.model import load_model
+from asyncrl.tiny import build_tiny
 from asyncrl.types import Sampling
 
 MAX_LENGTH = 160

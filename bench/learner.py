@@ -35,7 +35,8 @@ import torch
 
 from asyncrl import config as configuration
 from asyncrl.config import Config
-from asyncrl.model import build_tiny, empty_model, load_model
+from asyncrl.model import empty_model, load_model
+from asyncrl.tiny import build_tiny
 from asyncrl.training.learner import Learner
 from asyncrl.training.sharding import Ranks, join_ranks
 from asyncrl.transport import Rendezvous, open_rendezvous

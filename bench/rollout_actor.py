@@ -27,10 +27,10 @@ from weight_sync import SHAPES, write_config
 
 from asyncrl import config as configuration
 from asyncrl.envs.base import Generate, Split, Tokenizer, single_turn
-from asyncrl.model import build_tiny
 from asyncrl.runtime.actors import RolloutActor
 from asyncrl.runtime.placement import Placement
 from asyncrl.runtime.remotes import RemoteRollout
+from asyncrl.tiny import build_tiny
 from asyncrl.types import Prompt, Trajectory
 
 PROMPT_TOKENS = 64

@@ -195,7 +195,8 @@ def read_model(config: Config, scratch: str, models: list[tuple[str, int, Any]])
     """Reads settings and tokenizer, of a model made in code from the empty folder `scratch`; appends to `models` where
     they are, the rough number of parameters and the tokenizer."""
     from asyncrl.config import BUILT_IN
-    from asyncrl.model import build_tiny, check_model, load_tokenizer
+    from asyncrl.model import check_model, load_tokenizer
+    from asyncrl.tiny import build_tiny
 
     path = config.model.path
     check_model(path)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import uvloop
 
+from asyncrl import cautions, tables
 from asyncrl import config as configuration
-from asyncrl import tables, unused
 from asyncrl.config import Config
 from asyncrl.imports import check_run
 from asyncrl.threads import kept_handlers
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for line in unused.warnings(config):
+    for line in cautions.warnings(config):
         print(f"warning: {line}", file=sys.stderr)
     if options.dry_run:
         print(json.dumps(configuration.to_tree(config), indent=2))

@@ -26,7 +26,8 @@ from staleness_stats import Grid, Times, holm, p_value
 from staleness_target import Bound
 
 from asyncrl import config as configuration
-from asyncrl.model import build_tiny, load_model
+from asyncrl.model import load_model
+from asyncrl.tiny import build_tiny
 
 
 def test_holm_steps_down_from_the_smallest():

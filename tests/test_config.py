@@ -11,8 +11,8 @@ import msgspec
 import numpy as np
 import pytest
 
+from asyncrl import cautions, run_folder
 from asyncrl import config as configuration
-from asyncrl import run_folder, unused
 from asyncrl.config import Config
 from launch import run
 
@@ -139,7 +139,7 @@ def test_the_short_form_and_its_setting_agree():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_no_shipped_config_is_warned_of(path):
-    assert unused.warnings(configuration.load(path)) == []
+    assert cautions.warnings(configuration.load(path)) == []
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_no_shipped_config_is_warned_of(path):
     ],
 )
 def test_a_setting_that_does_nothing_is_warned_of(words, told):
-    [line] = unused.warnings(configuration.load(None, words))
+    [line] = cautions.warnings(configuration.load(None, words))
     assert re.search(told, line), line
 
 
@@ -187,7 +187,7 @@ def test_a_setting_that_does_nothing_is_warned_of(words, told):
     ],
 )
 def test_a_setting_that_is_used_is_not(words):
-    assert unused.warnings(configuration.load(None, words)) == []
+    assert cautions.warnings(configuration.load(None, words)) == []
 
 
 def test_warnings_go_beside_what_is_printed(capsys):

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 from asyncrl.engine import kv_cache
 from asyncrl.engine.embedded import EmbeddedEngine
 from asyncrl.engine.sampler import sample, uniforms
-from asyncrl.model import build_tiny, load_model
+from asyncrl.model import load_model
+from asyncrl.tiny import build_tiny
 from asyncrl.transport import BroadcastGroup, open_rendezvous
 from asyncrl.types import Completion, Sampling
 from asyncrl.weights import Bucket, Outgoing, digest_of, make_buckets

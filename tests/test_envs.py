@@ -8,7 +8,8 @@ from helpers import TextTokenizer, attempt, run
 
 from asyncrl.envs.base import checked_prompts, heldout_prompts, load_env, no_skill
 from asyncrl.envs.chat import ChatFormat
-from asyncrl.model import build_tiny, load_tokenizer
+from asyncrl.model import load_tokenizer
+from asyncrl.tiny import build_tiny
 from asyncrl.types import Completion, Prompt
 
 TASKS = ["asyncrl.envs.digits:LargestDigit", "asyncrl.envs.digits:SortDigits"]

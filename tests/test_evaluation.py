@@ -15,9 +15,9 @@ from asyncrl.envs.dataset import DatasetEnv
 from asyncrl.envs.digits import LargestDigit, split_of
 from asyncrl.evaluation import interval, ks, pass_at_k, summarize
 from asyncrl.handles import ActorDied
-from asyncrl.model import build_tiny
 from asyncrl.monitor import metrics
 from asyncrl.rollout import Attempts, Rollout, make_group
+from asyncrl.tiny import build_tiny
 from asyncrl.types import Completion, Prompt, Sampling
 from launch import evaluate
 

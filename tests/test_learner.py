@@ -19,8 +19,9 @@ from asyncrl import model as model_file
 from asyncrl.algo.presets import PRESETS
 from asyncrl.engine.embedded import EmbeddedEngine
 from asyncrl.envs.base import load_env
-from asyncrl.model import build_tiny, load_model, load_tokenizer, stop_token_ids
+from asyncrl.model import load_model, load_tokenizer, stop_token_ids
 from asyncrl.rollout import Rollout
+from asyncrl.tiny import build_tiny
 from asyncrl.training.learner import Learner
 from asyncrl.training.packing import pack
 from asyncrl.training.utilization import FlopCounter

@@ -15,13 +15,14 @@ from asyncrl import config as configuration
 from asyncrl import job
 from asyncrl.engine.embedded import EmbeddedEngine
 from asyncrl.envs.base import load_env
-from asyncrl.model import build_tiny, load_model, load_tokenizer, stop_token_ids
+from asyncrl.model import load_model, load_tokenizer, stop_token_ids
 from asyncrl.monitor import metrics
 from asyncrl.recovery import checkpoint
 from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.rollout import Rollout
 from asyncrl.runtime.parts import LearnerPart
 from asyncrl.runtime.placement import plan
+from asyncrl.tiny import build_tiny
 from asyncrl.training.learner import Learner
 from asyncrl.training.packing import pack
 from asyncrl.training.utilization import FlopCounter

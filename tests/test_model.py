@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncrl.config import Config, ModelConfig
-from asyncrl.model import build_tiny, empty_model, load_model, load_tokenizer, stop_token_ids
+from asyncrl.model import empty_model, load_model, load_tokenizer, stop_token_ids
+from asyncrl.tiny import build_tiny
 from asyncrl.training.warmup import prepare
 
 

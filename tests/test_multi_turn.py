@@ -19,8 +19,9 @@ from asyncrl.envs.code import UnitTest, matches, read_tests
 from asyncrl.envs.data import read_rows
 from asyncrl.envs.multi_turn import SHIPPED
 from asyncrl.envs.tools import ToolError, calculator, same_answer
-from asyncrl.model import build_tiny, load_model, load_tokenizer
+from asyncrl.model import load_model, load_tokenizer
 from asyncrl.rollout import Rollout
+from asyncrl.tiny import build_tiny
 from asyncrl.types import Completion, Sampling
 
 TASKS = {name: f"asyncrl.envs.{name}" for name in ("tools:ToolUse", "sql:TextToSQL", "code:CodeTask", "swe:RepairTask")}

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from asyncrl import config as configuration
-from asyncrl.model import build_tiny
 from asyncrl.runtime.parts import check_machine, check_targets
 from asyncrl.runtime.placement import Placement, check_resources, check_room, plan
+from asyncrl.tiny import build_tiny
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,7 +7,8 @@ from helpers import TextTokenizer
 
 from asyncrl.config import TINY_BYTES
 from asyncrl.envs.base import load_env
-from asyncrl.model import build_tiny, load_tokenizer
+from asyncrl.model import load_tokenizer
+from asyncrl.tiny import build_tiny
 
 TASKS = {name: f"asyncrl.envs.{name}" for name in ("tools:ToolUse", "sql:TextToSQL", "code:CodeTask", "swe:RepairTask")}
 

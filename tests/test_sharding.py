@@ -15,11 +15,12 @@ from torch import distributed
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from asyncrl import config as configuration
-from asyncrl.model import build_tiny, empty_model, load_model
+from asyncrl.model import empty_model, load_model
 from asyncrl.recovery import checkpoint
 from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.runtime.parts import LearnerPart
 from asyncrl.runtime.placement import plan
+from asyncrl.tiny import build_tiny
 from asyncrl.training.learner import Learner
 from asyncrl.training.sharding import Ranks, join_ranks
 from asyncrl.transport import BroadcastGroup, open_rendezvous

@@ -14,14 +14,14 @@ FILES = sorted((ROOT / "asyncrl").rglob("*.py"))
 
 HOMES = {
     "ray": {"runtime/actors.py", "runtime/cluster.py", "runtime/remotes.py"},
-    "transformers": {"model.py"},
+    "transformers": {"model.py", "tiny.py"},
     "tensorboard": {"monitor/sinks.py"},
     "peft": {"training/lora.py"},
 }
 
 # Each layer may import itself and the ones before it.
 LAYERS = [
-    {"types", "algo.method", "algo.own", "algo.presets", "tables", "config", "rules", "unused", "transport"}
+    {"types", "algo.method", "algo.own", "algo.presets", "tables", "config", "rules", "cautions", "transport"}
     | {"monitor.timeline", "sandbox.confine", "sandbox", "garbage", "threads", "imports"},
     {
         "evaluation",
@@ -33,6 +33,7 @@ LAYERS = [
         "training.sharding",
         "weights",
         "model",
+        "tiny",
         "envs.base",
         "monitor.blame",
         "monitor.samples",

@@ -5,7 +5,8 @@ import torch
 
 from asyncrl import config as configuration
 from asyncrl.envs.base import load_env
-from asyncrl.model import build_tiny, load_model, load_tokenizer
+from asyncrl.model import load_model, load_tokenizer
+from asyncrl.tiny import build_tiny
 from asyncrl.training.warmup import prepare, warm_up
 
 WORDS = ["env.path=asyncrl.envs.digits:SortDigits", "warmup.batch_size=12", "warmup.learning_rate=1e-3"]

@@ -100,7 +100,7 @@ class Watchdog:
                 await self._act(overdue)
 
     def _say_early(self) -> None:
-        """Most people watch a first run for minutes, and the bound is for hours: a play that hangs should show."""
+        """A first run is watched for minutes, and the bound is half an hour: a play that hangs should show."""
         starving = [wait for wait in self._waits.values() if wait.stage == "take"]
         if self._said_early or not starving or starving[0].taken_s < _EARLY * self._timeout_s:
             return

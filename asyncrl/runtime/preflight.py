@@ -228,7 +228,7 @@ def check_ports(wanted: int, bind: Callable[[int], int]) -> Check:
 
 def check_settings(config: Config) -> Check:
     """What `launch/run.py` warns of when it starts."""
-    from asyncrl.unused import warnings
+    from asyncrl.cautions import warnings
 
     if told := warnings(config):
         return Check("settings", "warn", "\n".join(told), "see whether it is meant")

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from asyncrl.config import BUILT_IN, Config
 from asyncrl.envs.base import Env, load_env
-from asyncrl.model import build_tiny, check_model, load_model, load_tokenizer
+from asyncrl.model import check_model, load_model, load_tokenizer
+from asyncrl.tiny import build_tiny
 
 
 def prepare(config: Config, *, quiet: bool = False) -> Path:

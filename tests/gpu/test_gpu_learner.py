@@ -10,7 +10,8 @@ import torch
 from helpers import trajectory
 
 from asyncrl import config as configuration
-from asyncrl.model import build_tiny, load_model
+from asyncrl.model import load_model
+from asyncrl.tiny import build_tiny
 from asyncrl.training.learner import Learner
 from asyncrl.training.packing import MicroBatch, pack
 

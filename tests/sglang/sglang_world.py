@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from asyncrl.model import build_tiny, load_model
+from asyncrl.model import load_model
+from asyncrl.tiny import build_tiny
 from asyncrl.types import Sampling
 from asyncrl.weights import LORA_A, LORA_B
 

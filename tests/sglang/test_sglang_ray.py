@@ -68,7 +68,7 @@ class RolloutActor:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from asyncrl.model import build_tiny
+    from asyncrl.tiny import build_tiny
 
     path = tmp_path_factory.mktemp("tiny")
     build_tiny(path, init_std=0.1, seed=3)
