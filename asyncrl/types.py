@@ -26,6 +26,15 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 Bools: TypeAlias = npt.NDArray[np.bool_]
 
 
+_COLUMNS = {
+    "token_ids": ("iu", "integers"),
+    "mask": ("b", "booleans"),
+    "logprobs": ("f", "floats"),
+    "versions": ("iu", "integers"),
+}
+"""Of a trajectory: the kinds of numpy's types that a column may have, and what they are called."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One draw from an environment.
@@ -85,6 +94,15 @@ class Trajectory:
     metrics: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, (kinds, words) in _COLUMNS.items():
+            column = getattr(self, name)
+            if not isinstance(column, np.ndarray) or column.ndim != 1 or column.dtype.kind not in kinds:
+                got = (
+                    f"one of {column.dtype} and shape {column.shape}"
+                    if isinstance(column, np.ndarray)
+                    else type(column)
+                )
+                raise RuntimeError(f"{name} of a trajectory is a one-dimensional numpy array of {words}, got {got}")
         lengths = {len(self.token_ids), len(self.mask), len(self.logprobs), len(self.versions)}
         if len(lengths) != 1:
             raise RuntimeError(f"the columns of a trajectory differ in length: {sorted(lengths)}")

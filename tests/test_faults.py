@@ -162,6 +162,27 @@ def test_an_attempt_that_is_spoilt_is_made_again_alone_with_the_samples_that_it_
     assert len(fault.failures) == 12
 
 
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"token_ids": [1, 2, 3, 4, 5]}, "token_ids of a trajectory is .* array of integers, got <class 'list'>"),
+        ({"mask": np.array([0, 0, 1, 1, 1])}, "mask of .* booleans, got one of int64 and shape"),
+        ({"logprobs": np.zeros((5, 1), np.float32)}, r"logprobs of .* floats, got one of float32 and shape \(5, 1\)"),
+        ({"versions": np.zeros(4, np.int32)}, "columns of a trajectory differ in length"),
+        ({"mask": np.zeros(5, np.bool_)}, "holds at least one sampled token"),
+    ],
+)
+def test_a_trajectory_whose_columns_are_not_what_they_should_be_is_a_fault(column, message):
+    """A mask of integers would pick tokens 0 and 1 over and over."""
+
+    async def makes():
+        return replace(GOOD, **column)
+
+    with pytest.raises(EnvFault, match=message) as caught:
+        play(makes)
+    assert caught.value.kind == "env exception"
+
+
 def test_generation_does_not_count_against_the_time_limit():
     group = play(good, Engine(delay_s=0.5), timeout_s=0.2)
     assert group.rewards == (0.5,)
