@@ -184,3 +184,15 @@ def test_sigterm_saves_no_process_or_open_port_is_left_and_the_run_goes_on(tmp_p
     assert result.version == saved.version + 2
     versions = [row["version"] for row in metrics.read(folder) if "reward/mean" in row]
     assert versions == list(range(1, result.version + 1))
+
+
+def test_of_rays_token_only_that_there_is_none_is_a_line(caplog, monkeypatch):
+    """By Ray's own words, so that a release that changes them shows."""
+    from ray._private.authentication import authentication_token_setup as tokens
+
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: None)
+    cluster._start_ray(Config())
+    tokens._warn_token_auth_enabled()
+    assert not caplog.messages
+    tokens._warn_token_auth_disabled()
+    assert "Token authentication is disabled" in caplog.text

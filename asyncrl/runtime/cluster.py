@@ -29,6 +29,7 @@ from asyncrl.threads import kept_handlers
 
 _Started = TypeVar("_Started")
 _STORE_BYTES = 512 * 2**20
+_TOKENS = "ray._private.authentication.authentication_token_setup"
 _MAX_CONCURRENCY = 100_000  # prompts wait in the engine, not in front of the actor
 
 
@@ -150,9 +151,15 @@ def kill(rollout: RemoteRollout) -> None:
     ray.kill(rollout.actor)
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Ray warns at each start that it is protected by a token; that it is not would be worth a line."""
+    return "is enabled" not in record.getMessage()
+
+
 def _start_ray(config: Config) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    logging.getLogger(_TOKENS).addFilter(_is_news)
     own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
     with kept_handlers(signal.SIGTERM):  # Ray puts its own there, which prints its stack
         ray.init(
