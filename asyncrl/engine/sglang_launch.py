@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import dataclasses
 import difflib
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -230,7 +231,7 @@ def launch(arguments: Mapping[str, Any]) -> Any:
             # Token ids go straight from the scheduler to this process; the detokenizer would only take memory.
             return [], []
 
-    others = set(multiprocessing.active_children())
+    others, contexts = set(multiprocessing.active_children()), open_contexts()
     with tempfile.TemporaryDirectory() as folder:
         os.environ[sglang_scheduler.START_ERRORS] = folder  # which its processes inherit
         try:
@@ -239,6 +240,9 @@ def launch(arguments: Mapping[str, Any]) -> Any:
                 engine.tokenizer_manager.auto_create_handle_loop()
         except BaseException as error:
             end_processes(set(multiprocessing.active_children()) - others)
+            for context in open_contexts():
+                if not any(context is other for other in contexts):
+                    context.destroy(linger=0)  # as `close_sockets`: there is no engine that has them
             for told in Path(folder).iterdir():
                 name, _, text = told.read_text().partition(": ")
                 if name == "ValueError":  # of a setting
@@ -278,6 +282,13 @@ def close_sockets(engine: Any) -> None:
     manager = engine.tokenizer_manager
     for socket in (manager.recv_from_detokenizer, manager.send_to_scheduler, engine.send_to_rpc):
         socket.context.destroy(linger=0)
+
+
+def open_contexts() -> list[Any]:
+    """What owns sockets to other processes, of all engines here and of one that did not come to be."""
+    import zmq
+
+    return [one for one in gc.get_objects() if issubclass(type(one), zmq.Context) and not one.closed]
 
 
 def end_processes(processes: Iterable[BaseProcess]) -> None:

@@ -18,6 +18,7 @@ from sglang_learner import buckets_of
 from sglang_world import Run, World, adapted, start
 
 from asyncrl.engine.base import EngineDied
+from asyncrl.engine.sglang_launch import open_contexts
 from asyncrl.types import Completion, Sampling
 
 pytestmark = pytest.mark.timeout(120)
@@ -427,8 +428,10 @@ def test_an_engine_that_cannot_start_says_so(world, run):
 def test_a_scheduler_that_cannot_start_says_why(world, run, tmp_path):
     folder = shutil.copytree(world.folder, tmp_path / "model")
     (folder / "model.safetensors").write_bytes(b"no weights")
+    before = open_contexts()
     with pytest.raises(RuntimeError, match=r"SGLang could not start: SafetensorError: .*header"):
         run(start(folder, max_length=64), 120)
+    assert len(open_contexts()) == len(before), "the collector would wait for what is left, for ever"
     settings = folder / "config.json"
     settings.write_text(settings.read_text().replace('"silu"', '"tanh"'))
     with pytest.raises(ValueError, match=r"SGLang could not start: Unsupported activation: tanh"):
