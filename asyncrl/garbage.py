@@ -18,17 +18,22 @@ def settle() -> None:
     never freed any more; everything else is, as before.
     """
     gc.collect()
-    gc.freeze()
-    gc.set_threshold(_YOUNG, 10, 10)
+    _leave_alone()
 
 
 @contextmanager
 def settled() -> Iterator[None]:
-    """The same for as long as this lasts, in a process that is not ours alone, such as a notebook's."""
+    """The same for as long as this lasts, in a process that is not ours alone, such as a notebook's. Garbage is not
+    looked for before: what there is stays until the end."""
     before = gc.get_threshold()
-    settle()
+    _leave_alone()
     try:
         yield
     finally:
         gc.unfreeze()
         gc.set_threshold(*before)
+
+
+def _leave_alone() -> None:
+    gc.freeze()
+    gc.set_threshold(_YOUNG, 10, 10)
