@@ -1,5 +1,5 @@
-"""The rollout actors of a run, as the driver sees them: who gets the next prompt, what happens to failures, and the
-weight update that reaches all of them or ends the run.
+"""The rollout actors of a run, as the driver sees them: who gets the next prompt, what happens to failures, and who is
+there for the weight update, which reaches all of them or ends the run (`update_group.py`).
 
 Failures are counted by kind. An attempt that the environment spoils is made again by its actor, which tells with the
 group; a prompt whose rollout raises is tried on another actor, and raises `RolloutFailed` once its attempts are used
@@ -13,19 +13,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from asyncrl.envs.faults import EnvFault
 from asyncrl.handles import ActorDied, Publisher, RolloutHandle
 from asyncrl.monitor.timeline import Timeline
 from asyncrl.recovery.watchdog import Watchdog
-from asyncrl.rollout import UpdateReport
-from asyncrl.threads import in_thread
-from asyncrl.transport import Rendezvous, abandon
 from asyncrl.types import Failure, Group, Prompt, Version
+from asyncrl.update_group import Reports, UpdateGroup, measure
 
 
 class RolloutFailed(RuntimeError):
@@ -54,10 +51,8 @@ class RolloutPool:
         self._last: RolloutHandle | None = None  # that a prompt went to
         self._expects_more = False
         self._max_attempts = max_attempts
-        self._grouped = False
-        self._members: list[RolloutHandle] = []  # of the broadcast group
-        self._where: Rendezvous
-        self._reports: dict[RolloutHandle, UpdateReport] = {}
+        self._group: UpdateGroup | None = None  # until somebody comes or goes
+        self._reports: Reports = {}
         self.failures: Counter[str] = Counter()
         self.published: dict[Version, str] = {}
         """Digest of every version that was ever live."""
@@ -75,7 +70,7 @@ class RolloutPool:
     def add(self, actor: RolloutHandle) -> None:
         """The actor takes part from the next weight update on."""
         self._joining.append(actor)
-        self._grouped = False
+        self._group = None
         self._arrived.set()
 
     def retire(self) -> RolloutHandle:
@@ -85,7 +80,7 @@ class RolloutPool:
             self._joining.remove(actor)
         self._load.pop(actor, None)
         self._leaving.add(actor)
-        self._grouped = False
+        self._group = None
         self._close_if_left(actor)
         return actor
 
@@ -159,47 +154,26 @@ class RolloutPool:
         """
         while True:
             await self._wait_while(lambda: not self._load and not self._joining)
-            if not self._grouped:
+            group = self._group
+            if group is None:
                 await self._form_group(learner)
                 continue  # somebody may have come or gone meanwhile
-            actors = list(self._members)
             begin = time.monotonic()
-            with self._calling(*actors):
-                await learner.prepare()  # before any engine pauses
-                updates = (self._update(actor, learner) for actor in actors)
-                results: list[Any] = await asyncio.gather(learner.broadcast(), *updates, return_exceptions=True)
-            sent, reports = results[0], results[1:]
-            if self._handle_deaths(actors, reports):
+            with self._calling(*group.actors):
+                sent, results = await group.update(learner)
+            if self._handle_deaths(group.actors, results):
                 continue
             if isinstance(sent, BaseException):
                 raise sent
-            self._check(actors, reports, sent, learner.version)
-            self._admit_joined(actors)
-            return self._measure(actors, reports, time.monotonic() - begin)
+            reports = group.check(sent, results, learner.version)
+            self.published[learner.version] = sent
+            self._admit_joined(group.actors)
+            found = {"sync/total_s": time.monotonic() - begin, **measure(reports, self._reports)}
+            self._reports |= reports
+            return found | {"rollout/failures": float(sum(self.failures.values()))}
 
     async def close(self) -> None:
         await asyncio.gather(*(actor.close() for actor in self.actors), return_exceptions=True)
-
-    async def _update(self, actor: RolloutHandle, learner: Publisher) -> UpdateReport:
-        async with self._announced(actor):
-            with self._timeline.span(actor.name, "update", version=learner.version) as facts:
-                report = await actor.update_weights(learner.buckets, learner.version)
-                facts |= {"pause_s": report.pause_s, "settle_s": report.settle_s, "receive_s": report.receive_s}
-            return report
-
-    async def _join(self, actor: RolloutHandle, rank: int) -> None:
-        async with self._announced(actor):
-            with self._timeline.span(actor.name, "join"):
-                await actor.join(self._where, rank)
-
-    @asynccontextmanager
-    async def _announced(self, actor: RolloutHandle) -> AsyncIterator[None]:
-        """The others of the broadcast group hear of a death: they wait, and only some transports notice it."""
-        try:
-            yield
-        except ActorDied:
-            await in_thread(partial(abandon, self._where, f"{actor.name} died"))
-            raise
 
     def _admit_joined(self, actors: list[RolloutHandle]) -> None:
         for actor in [actor for actor in self._joining if actor in actors]:
@@ -288,7 +262,7 @@ class RolloutPool:
         self._leaving.add(actor)
         self._close_if_left(actor)
         self.failures["actor died"] += 1
-        self._grouped = False
+        self._group = None
         if not self._load and not self._expects_more:
             raise AllActorsDied(f"the last rollout actor, {actor.name}, died: {error}") from error
 
@@ -299,54 +273,10 @@ class RolloutPool:
         return bool(dead)
 
     async def _form_group(self, learner: Publisher) -> None:
-        self._members = actors = [*self._load, *self._joining]
-        self._grouped = True  # unless somebody comes or goes from here on
-        with self._calling(*actors):
-            self._where = await learner.rendezvous(1 + sum(actor.num_ranks for actor in actors))
-            joins, rank = [], 1
-            for actor in actors:
-                joins.append(self._join(actor, rank))
-                rank += actor.num_ranks
-            joined = await asyncio.gather(learner.join(), *joins, return_exceptions=True)
-        if self._handle_deaths(actors, joined[1:]):
-            return
-        for name, result in zip(["the learner", *(actor.name for actor in actors)], joined, strict=True):
-            if isinstance(result, BaseException):
-                raise RuntimeError(f"{name} could not join the weight broadcast: {result}") from result
-
-    def _check(self, actors: list[RolloutHandle], reports: list[Any], sent: str, version: Version) -> None:
-        for actor, report in zip(actors, reports, strict=True):
-            if isinstance(report, BaseException):
-                raise RuntimeError(f"{actor.name} failed to take weights version {version}: {report}") from report
-            if report.digest != sent:
-                raise RuntimeError(
-                    f"{actor.name} holds other weights than were sent for version {version}: digest {report.digest}, "
-                    f"sent {sent}"
-                )
-        self.published[version] = sent
-
-    def _measure(self, actors: list[RolloutHandle], reports: list[UpdateReport], sync_s: float) -> dict[str, float]:
-        """What the engines' time since the update before went into, and what this update cost."""
-        busy, held, span, tokens = 0.0, 0.0, 0.0, 0
-        slowest = max(reports, key=lambda report: report.pause_s)
-        for actor, report in zip(actors, reports, strict=True):
-            before = self._reports.get(actor)
-            busy += report.busy_s - (before.busy_s if before else 0.0)
-            held += report.held_s - (before.held_s if before else 0.0)
-            span += report.now_s - (before.now_s if before else 0.0)
-            tokens += report.num_tokens - (before.num_tokens if before else 0)
-            self._reports[actor] = report
-        return {
-            "sync/total_s": sync_s,
-            "sync/pause_s": slowest.pause_s,
-            "sync/settle_s": slowest.settle_s,
-            "sync/receive_s": slowest.receive_s,
-            "rollout/idle": max(0.0, 1 - busy / max(span, 1e-9)),
-            "rollout/held": held / max(span, 1e-9),
-            "rollout/num_tokens": float(tokens),
-            "rollout/num_actors": float(len(actors)),
-            "rollout/failures": float(sum(self.failures.values())),
-        }
+        self._group = group = UpdateGroup([*self._load, *self._joining], self._timeline)
+        with self._calling(*group.actors):
+            joined = await group.form(learner)
+        self._handle_deaths(group.actors, joined)
 
 
 def _failures(error: Exception) -> list[Failure]:

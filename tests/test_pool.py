@@ -10,7 +10,7 @@ from helpers import run, trajectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncrl import pool as pools
+from asyncrl import update_group
 from asyncrl.envs.faults import EnvFault
 from asyncrl.handles import ActorDied
 from asyncrl.pool import AllActorsDied, RolloutFailed, RolloutPool
@@ -28,7 +28,7 @@ PROMPTS = [Prompt(number, (1, 2), "") for number in range(8)]
 def abandoned(monkeypatch):
     """Why broadcast groups were abandoned, in order."""
     reasons = []
-    monkeypatch.setattr(pools, "abandon", lambda _where, reason: reasons.append(reason))
+    monkeypatch.setattr(update_group, "abandon", lambda _where, reason: reasons.append(reason))
     return reasons
 
 
@@ -455,7 +455,8 @@ def test_nothing_of_the_dead_is_kept_and_their_processes_are_ended():
         assert [group.prompt for group in await asyncio.gather(*plays)] == PROMPTS
         await dying.closed.wait()
         held = [value for value in vars(pool).values() if isinstance(value, dict | set | list)]
-        assert not any(dying in value for value in held if value is not pool._members)
+        assert not any(dying in value for value in held)
+        assert pool._group is None
         assert pool.failures == {"actor died": 1}
 
     run(body())

@@ -99,7 +99,11 @@ def test_the_environment_is_empty(monkeypatch):
     assert eval(attempt("import os; print(dict(os.environ))").stdout).keys() <= {"LC_CTYPE"}  # the interpreter's own
 
 
-@pytest.mark.parametrize("path", [f"/proc/{os.getpid()}/environ", __file__, "/etc/passwd", "/proc/self/maps"])
+@pytest.mark.parametrize(
+    "path",
+    [f"/proc/{os.getpid()}/environ", __file__, "/etc/passwd", "/proc/self/maps"],
+    ids=["environment of the parent", "this file", "users", "own memory"],
+)
 def test_other_files_cannot_be_read(path):
     outcome = attempt(f"print(open({path!r}).read())")
     assert "PermissionError" in outcome.stderr

@@ -85,6 +85,7 @@ LAYERS = [
         "envs.gym",
         "rollout",
         "handles",
+        "update_group",
         "pool",
         "training.learner",
         "training.utilization",

@@ -1,0 +1,110 @@
+"""The rollout actors that take weight updates together: their broadcast group with the learner, an update of all of
+them, and what it found and cost.
+
+A group has the members that it began with. When one of them died or somebody is to be added, the pool makes another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, TypeAlias
+
+from asyncrl.handles import ActorDied, Publisher, RolloutHandle
+from asyncrl.monitor.timeline import Timeline
+from asyncrl.rollout import UpdateReport
+from asyncrl.threads import in_thread
+from asyncrl.transport import Rendezvous, abandon
+from asyncrl.types import Version
+
+Reports: TypeAlias = dict[RolloutHandle, UpdateReport]
+
+
+class UpdateGroup:
+    """Rollout actors in one broadcast group with the learner."""
+
+    def __init__(self, actors: Sequence[RolloutHandle], timeline: Timeline) -> None:
+        self.actors = list(actors)
+        self._timeline = timeline
+        self._where: Rendezvous
+
+    async def form(self, learner: Publisher) -> list[Any]:
+        """Joins all of them. Returns what became of it: an exception or None for each actor.
+
+        Raises `RuntimeError` if anyone could not join for another reason than an actor's death.
+        """
+        self._where = await learner.rendezvous(1 + sum(actor.num_ranks for actor in self.actors))
+        joins, rank = [], 1
+        for actor in self.actors:
+            joins.append(self._join(actor, rank))
+            rank += actor.num_ranks
+        joined = await asyncio.gather(learner.join(), *joins, return_exceptions=True)
+        if not any(isinstance(result, ActorDied) for result in joined[1:]):
+            for name, result in zip(["the learner", *(actor.name for actor in self.actors)], joined, strict=True):
+                if isinstance(result, BaseException):
+                    raise RuntimeError(f"{name} could not join the weight broadcast: {result}") from result
+        return joined[1:]
+
+    async def update(self, learner: Publisher) -> tuple[Any, list[Any]]:
+        """Sends the learner's version to all of them. Returns the digest that was sent, or why it was not, and a report
+        or an exception for each actor."""
+        await learner.prepare()  # before any engine pauses
+        updates = (self._update(actor, learner) for actor in self.actors)
+        sent, *reports = await asyncio.gather(learner.broadcast(), *updates, return_exceptions=True)
+        return sent, reports
+
+    def check(self, sent: str, reports: Sequence[Any], version: Version) -> Reports:
+        """The actors' reports. Raises `RuntimeError` where one failed, or holds other weights than were `sent`."""
+        for actor, report in zip(self.actors, reports, strict=True):
+            if isinstance(report, BaseException):
+                raise RuntimeError(f"{actor.name} failed to take weights version {version}: {report}") from report
+            if report.digest != sent:
+                raise RuntimeError(
+                    f"{actor.name} holds other weights than were sent for version {version}: digest {report.digest}, "
+                    f"sent {sent}"
+                )
+        return dict(zip(self.actors, reports, strict=True))
+
+    async def _join(self, actor: RolloutHandle, rank: int) -> None:
+        async with self._announced(actor):
+            with self._timeline.span(actor.name, "join"):
+                await actor.join(self._where, rank)
+
+    async def _update(self, actor: RolloutHandle, learner: Publisher) -> UpdateReport:
+        async with self._announced(actor):
+            with self._timeline.span(actor.name, "update", version=learner.version) as facts:
+                report = await actor.update_weights(learner.buckets, learner.version)
+                facts |= {"pause_s": report.pause_s, "settle_s": report.settle_s, "receive_s": report.receive_s}
+            return report
+
+    @asynccontextmanager
+    async def _announced(self, actor: RolloutHandle) -> AsyncIterator[None]:
+        """The others of the broadcast group hear of a death: they wait, and only some transports notice it."""
+        try:
+            yield
+        except ActorDied:
+            await in_thread(partial(abandon, self._where, f"{actor.name} died"))
+            raise
+
+
+def measure(reports: Reports, before: Mapping[RolloutHandle, UpdateReport]) -> dict[str, float]:
+    """What the engines' time since the reports `before` went into, and what this update cost."""
+    busy, held, span, tokens = 0.0, 0.0, 0.0, 0
+    slowest = max(reports.values(), key=lambda report: report.pause_s)
+    for actor, report in reports.items():
+        last = before.get(actor)
+        busy += report.busy_s - (last.busy_s if last else 0.0)
+        held += report.held_s - (last.held_s if last else 0.0)
+        span += report.now_s - (last.now_s if last else 0.0)
+        tokens += report.num_tokens - (last.num_tokens if last else 0)
+    return {
+        "sync/pause_s": slowest.pause_s,
+        "sync/settle_s": slowest.settle_s,
+        "sync/receive_s": slowest.receive_s,
+        "rollout/idle": max(0.0, 1 - busy / max(span, 1e-9)),
+        "rollout/held": held / max(span, 1e-9),
+        "rollout/num_tokens": float(tokens),
+        "rollout/num_actors": float(len(reports)),
+    }
