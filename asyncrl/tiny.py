@@ -71,14 +71,8 @@ def _character_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(_VOCABULARY)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=_PAD,
-        eos_token=_EOS,
-        # Never used, but other readers of the folder would add one of their own as token 25.
-        unk_token=_PAD,
-        clean_up_tokenization_spaces=False,
-    )
+    # The unknown token is never used, but other readers of the folder would add one of their own as token 25.
+    return _fast(tokenizer, unk_token=_PAD)
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -88,10 +82,10 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    return _fast(tokenizer, chat_template=_CHAT)
+
+
+def _fast(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=_PAD,
-        eos_token=_EOS,
-        chat_template=_CHAT,
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer, pad_token=_PAD, eos_token=_EOS, clean_up_tokenization_spaces=False, **special
     )

@@ -39,6 +39,7 @@ try:
         Check,
         Gpu,
         attempt,
+        attempt_for,
         check_cuda,
         check_disk,
         check_gpu_memory,
@@ -153,21 +154,22 @@ def examine(config: Config, start_ray: bool) -> Iterator[Check]:
 
 def examine_model(config: Config, scratch: str, gpus: Sequence[Gpu]) -> Iterator[Check]:
     """The checks that read the model's settings, and those that need what they say."""
-    models: list[tuple[str, int, Any]] = []
-    yield attempt(
-        "model", "name 'tiny', a folder or a hub id in model.path", lambda: read_model(config, scratch, models)
-    )
-    if not models:
+    remedy = "name 'tiny', a folder or a hub id in model.path"
+    check, model = attempt_for("model", remedy, lambda: read_model(config, scratch))
+    yield check
+    if model is None:
         return
-    [(folder, parameters, tokenizer)] = models
+    folder, parameters, tokenizer = model
     if config.lora.rank:
         yield attempt("adapters", "see lora.targets", lambda: try_targets(config, folder))
-    lengths: list[int] = []
-    yield attempt("environment", "see env.path and env.args", lambda: draw_prompt(config, tokenizer, lengths))
-    caches: list[int] = []
-    if lengths and config.rollout.engine == "embedded":
-        yield attempt("kv cache", "see rollout.max_running", lambda: size_cache(config, folder, lengths[0], caches))
-    cache_gb = sum(caches) / 1e9
+    check, longest = attempt_for("environment", "see env.path and env.args", lambda: draw_prompt(config, tokenizer))
+    yield check
+    cache_gb = 0.0
+    if longest is not None and config.rollout.engine == "embedded":
+        length = longest + config.rollout.max_new_tokens
+        check, found = attempt_for("kv cache", "see rollout.max_running", lambda: size_cache(config, folder, length))
+        yield check
+        cache_gb = found or 0.0
     yield check_host_memory(config, bool(gpus), parameters, available_gb(Path("/proc/meminfo")), cache_gb)
     yield check_gpu_memory(config, parameters, gpus, cache_gb)
     yield check_disk(config, parameters, shutil.disk_usage(nearest(Path(config.run_dir))).free / 1e9)
@@ -191,9 +193,9 @@ def try_loss(config: Config) -> str:
     return ", ".join(path for path in (config.loss.function, config.loss.advantage) if path)
 
 
-def read_model(config: Config, scratch: str, models: list[tuple[str, int, Any]]) -> str:
-    """Reads settings and tokenizer, of a model made in code from the empty folder `scratch`; appends to `models` where
-    they are, the rough number of parameters and the tokenizer."""
+def read_model(config: Config, scratch: str) -> tuple[str, tuple[str, int, Any]]:
+    """Reads settings and tokenizer, of a model made in code from the empty folder `scratch`. Returns where they are,
+    the rough number of parameters and the tokenizer, too."""
     from asyncrl.config import BUILT_IN
     from asyncrl.model import check_model, load_tokenizer
     from asyncrl.tiny import build_tiny
@@ -213,8 +215,8 @@ def read_model(config: Config, scratch: str, models: list[tuple[str, int, Any]])
             f"(`{interpreter()} launch/prepare_model.py` does so from GGUF), or name another in model.path"
         ) from error
     parameters = count_parameters(read_settings(path))
-    models.append((path, parameters, tokenizer))
-    return f"{config.model.path}, about {parameters / 1e6:,.1f} M parameters, {len(tokenizer)} tokens"
+    finding = f"{config.model.path}, about {parameters / 1e6:,.1f} M parameters, {len(tokenizer)} tokens"
+    return finding, (path, parameters, tokenizer)
 
 
 def read_settings(path: str) -> dict[str, Any]:
@@ -247,23 +249,23 @@ def try_targets(config: Config, folder: str) -> str:
     return f"rank {config.lora.rank}, {targets if isinstance(targets, str) else ', '.join(targets)}"
 
 
-def size_cache(config: Config, folder: str, max_prompt_tokens: int, caches: list[int]) -> str:
-    """Makes an embedded engine's cache without memory, which its rules for a model see; appends its bytes."""
+def size_cache(config: Config, folder: str, length: int) -> tuple[str, float]:
+    """Makes an embedded engine's cache without memory, which its rules for a model see. Returns its GB, too."""
     from torch import nn
 
     from asyncrl.engine.kv_cache import SlotCache
     from asyncrl.model import empty_model
     from asyncrl.weights import DTYPES
 
-    model, length = empty_model(folder), max_prompt_tokens + config.rollout.max_new_tokens
+    model = empty_model(folder)
     nn.Module.to(model, "meta", DTYPES[config.rollout.dtype])
-    caches.append(SlotCache(model, config.rollout.max_running, length).num_bytes)
+    num_bytes = SlotCache(model, config.rollout.max_running, length).num_bytes
     requests = f"{config.rollout.max_running} requests of {length} tokens"
-    return f"{caches[-1] / 1e6:,.1f} MB in each engine, for {requests}"
+    return f"{num_bytes / 1e6:,.1f} MB in each engine, for {requests}", num_bytes / 1e9
 
 
-def draw_prompt(config: Config, tokenizer: Any, lengths: list[int]) -> str:
-    """Imports the environment, builds it and draws a prompt of each kind; appends the longest prompt that it has."""
+def draw_prompt(config: Config, tokenizer: Any) -> tuple[str, int]:
+    """Imports the environment, builds it and draws a prompt of each kind. Returns the tokens of its longest, too."""
     from asyncrl.envs.base import checked_prompts, heldout_prompts, load_env, no_skill
 
     env = load_env(config.env.path, tokenizer, config.env.args)
@@ -272,8 +274,7 @@ def draw_prompt(config: Config, tokenizer: Any, lengths: list[int]) -> str:
     next(checked_prompts(env, "train", config.seed))
     if config.warmup.num_steps and not hasattr(env, "demonstrations"):
         raise ValueError(f"{config.env.path} has no demonstrations(): set warmup.num_steps=0 or add the method")
-    lengths.append(env.max_prompt_tokens)
-    return f"{config.env.path}, first prompt of {len(heldout[0].token_ids)} tokens"
+    return f"{config.env.path}, first prompt of {len(heldout[0].token_ids)} tokens", env.max_prompt_tokens
 
 
 def try_ray(config: Config, start: bool) -> str:

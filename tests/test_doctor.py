@@ -180,27 +180,28 @@ def test_a_port_for_metrics_that_is_taken():
 
 
 def test_model_environment_and_parameters(tmp_path):
-    models, lengths = [], []
-    assert doctor.attempt("model", "", lambda: doctor.read_model(config(), tmp_path, models)).status == "ok"
-    [(folder, parameters, tokenizer)] = models
+    check, model = doctor.attempt_for("model", "", lambda: doctor.read_model(config(), tmp_path))
+    assert check.status == "ok"
+    folder, parameters, tokenizer = model
     assert folder == tmp_path
     assert parameters == pytest.approx(400_000, rel=0.05)
-    assert "first prompt" in doctor.draw_prompt(config(), tokenizer, lengths)
-    assert lengths == [7]
+    told, longest = doctor.draw_prompt(config(), tokenizer)
+    assert ("first prompt" in told, longest) == (True, 7)
     wrong = config("env.path=asyncrl.envs.digits:Nothing")
-    check = doctor.attempt("environment", "", lambda: doctor.draw_prompt(wrong, tokenizer, []))
-    assert (check.status, check.remedy) == ("FAIL", "write 'package.module:Name'")
+    check, longest = doctor.attempt_for("environment", "", lambda: doctor.draw_prompt(wrong, tokenizer))
+    assert (check.status, check.remedy, longest) == ("FAIL", "write 'package.module:Name'", None)
 
 
 def test_a_missing_model_fails(tmp_path):
     missing = config(f"model.path={tmp_path / 'none'}")
-    assert doctor.attempt("model", "", lambda: doctor.read_model(missing, tmp_path, [])).status == "FAIL"
+    check, model = doctor.attempt_for("model", "", lambda: doctor.read_model(missing, tmp_path))
+    assert (check.status, model) == ("FAIL", None)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny")
-    doctor.read_model(config(), path, [])
+    doctor.read_model(config(), path)
     return path
 
 
@@ -215,10 +216,9 @@ def test_adapters_that_match_no_layer(folder):
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
 def test_the_cache_of_an_embedded_engine(folder, dtype, size):
     """Keys and values of 2 layers with 2 heads of 32 numbers, for 1,000 requests of 30 tokens, in whole 16s."""
-    caches = []
     words = ["rollout.max_running=1000", "rollout.max_new_tokens=20", f"rollout.dtype={dtype}"]
-    told = doctor.size_cache(config(*words), folder, 10, caches)
-    assert caches == [2 * 2 * 1000 * 2 * 32 * 32 * size]
+    told, gb = doctor.size_cache(config(*words), folder, 30)
+    assert gb == 2 * 2 * 1000 * 2 * 32 * 32 * size / 1e9
     assert told.endswith("MB in each engine, for 1000 requests of 30 tokens")
 
 
@@ -227,7 +227,7 @@ def test_the_cache_finds_prompts_that_are_too_long_for_the_model(folder, tmp_pat
     settings = json.loads((windowed / "config.json").read_text())
     settings |= {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2}
     (windowed / "config.json").write_text(json.dumps(settings))
-    check = doctor.attempt("kv cache", "", lambda: doctor.size_cache(config(), windowed, 7, []))
+    check, _ = doctor.attempt_for("kv cache", "", lambda: doctor.size_cache(config(), windowed, 16))
     assert (check.status, "window of 8" in check.finding) == ("FAIL", True)
     assert check.remedy.startswith("lower the environment's max_prompt_tokens plus rollout.max_new_tokens to 8")
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from asyncrl.imports import interpreter
 
 if TYPE_CHECKING:
     from asyncrl.config import Config
+
+T = TypeVar("T")
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}  # by CUDA major version: NVIDIA's table of minor-version compatibility
@@ -45,18 +47,26 @@ class Gpu:
 
 
 def attempt(name: str, remedy: str, action: Callable[[], str]) -> Check:
-    """What `action` finds, or a failure with what it raises, whatever that is: an environment is the user's code.
+    """What `action` finds, or a failure with what it raises, as `attempt_for` has it."""
+    check, _ = attempt_for(name, remedy, lambda: (action(), None))
+    return check
 
-    A `ValueError` of the project ends with a remedy of its own, which then stands in place of `remedy`.
+
+def attempt_for(name: str, remedy: str, action: Callable[[], tuple[str, T]]) -> tuple[Check, T | None]:
+    """What `action` finds, in words and as a value for later checks.
+
+    Where it raises, whatever that is, as an environment is the user's code, a failure and None. A `ValueError` of the
+    project ends with a remedy of its own, which then stands in place of `remedy`.
     """
     try:
-        return Check(name, "ok", action())
+        finding, value = action()
+        return Check(name, "ok", finding), value
     except Exception as error:
         text = " ".join(str(error).split())[:400]
         rule, own = re.fullmatch(r"(?:(.*)[:;] )?(.*)", text).groups()  # type: ignore[union-attr]
         if type(error) is ValueError and rule:
-            return Check(name, "FAIL", rule, own)
-        return Check(name, "FAIL", f"{type(error).__name__}: {text}", remedy)
+            return Check(name, "FAIL", rule, own), None
+        return Check(name, "FAIL", f"{type(error).__name__}: {text}", remedy), None
 
 
 def check_python(version: str, allowed: str) -> Check:
