@@ -3,8 +3,6 @@
 PYTHON ?= python3
 BIN = .venv/bin
 SGLANG_BIN = .venv-sglang/bin
-# Python compiles what is imported; pip would compile all of torch, Ray and SGLang.
-INSTALL = -m pip install --quiet --no-compile
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: run test ablation test-sglang lint docs clean
@@ -33,18 +31,18 @@ docs: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python $(INSTALL) --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
 .venv/installed-test: .venv/installed
-	$(BIN)/python $(INSTALL) --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 .venv-sglang/installed: tests/sglang/requirements.txt tests/sglang/requirements-no-deps.txt
 	$(PYTHON) -m venv .venv-sglang
-	$(SGLANG_BIN)/python $(INSTALL) -r tests/sglang/requirements.txt
-	$(SGLANG_BIN)/python $(INSTALL) --no-deps -r tests/sglang/requirements-no-deps.txt
-	$(SGLANG_BIN)/python $(INSTALL) --no-deps --editable .
+	$(SGLANG_BIN)/python -m pip install --quiet -r tests/sglang/requirements.txt
+	$(SGLANG_BIN)/python -m pip install --quiet --no-deps -r tests/sglang/requirements-no-deps.txt
+	$(SGLANG_BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
 clean:
