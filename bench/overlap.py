@@ -38,6 +38,7 @@ from asyncrl.types import Group, Version
 
 ROOT = Path(__file__).parent.parent
 PAUSE = ("sync/pause_s", "sync/settle_s", "sync/receive_s")
+LAPS = ("wait", "step", "sync")
 OFF = ["learner.learning_rate=0", "eval.every=0", "eval.num_prompts=1", "checkpoint.every=0"]
 
 
@@ -76,7 +77,9 @@ async def measure(config: Config, skip: int) -> dict[str, float]:
     system = len(rows) * batch / sum(steps_s)
     idle = {name: sum(row[name] for row in rows) / len(rows) for name in ("rollout/idle", "learner/idle", *PAUSE)}
     generation = max(first_generation, second_generation)
-    steps = {"median_s": statistics.median(steps_s), "longest_s": max(steps_s)}
+    longest = max(rows, key=lambda row: row["time/total_s"])
+    steps = {"median_s": statistics.median(steps_s), "longest_s": max(steps_s), "longest": rows.index(longest)}
+    steps |= {f"longest_{name}_s": longest[f"time/{name}_s"] for name in LAPS}
     return {"generation": generation, "training": training, "system": system, **idle, **steps}
 
 
@@ -140,7 +143,8 @@ def main() -> None:
         f"in the system: rollout actors idle {result['rollout/idle']:.1%}, learner idle {result['learner/idle']:.1%}, "
         f"generation paused {pause:.1f} ms an update, of which {settling:.1f} until nothing of the old weights ran and "
         f"{receiving:.1f} for the new ones; a step took {result['median_s']:.3f} s, median, and at most "
-        f"{result['longest_s']:.3f} s"
+        f"{result['longest_s']:.3f} s, of which {result['longest_wait_s']:.3f} waiting for groups, "
+        f"{result['longest_step_s']:.3f} in the learner and {result['longest_sync_s']:.3f} for weights"
     )
     print(json.dumps({"config": Path(file).stem, "words": words, **result, "ratio": result["system"] / ideal}))
 
