@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -47,6 +49,18 @@ def test_values_and_gradients_are_those_of_the_formula(chunk, temperature, of_en
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == torch.float32
         assert torch.allclose(one, other.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_it_is_compiled_once_whatever_is_left_for_the_last_chunk(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    head, expected = make(chunk=5, compiled=True), gradients(make(), *inputs(), of_entropy=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for head.chunk in (5, 4, 3, 99):  # the last chunks of 11 have 1, 3, 2 and 11 rows
+            found = gradients(head, *inputs(), of_entropy=True)
+            assert all(
+                torch.allclose(one, other, rtol=1e-4, atol=1e-5) for one, other in zip(found, expected, strict=True)
+            )
 
 
 def test_entropy_has_no_gradient_unless_it_is_asked_for():

@@ -114,4 +114,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
+    """Compiled once for any number of rows. A single row, which a last chunk may have, is not worth the seconds that a
+    program of its own would cost some step: dynamic shapes begin at 2."""
+    of_many = torch.compile(function, dynamic=True)
+    return lambda rows, *others, **options: (of_many if len(rows) > 1 else function)(rows, *others, **options)
