@@ -52,7 +52,7 @@ class RolloutPool:
         self._expects_more = False
         self._max_attempts = max_attempts
         self._group: UpdateGroup | None = None  # until somebody comes or goes
-        self._reports: Reports = {}
+        self._reports: Reports = {}  # of the last update
         self.failures: Counter[str] = Counter()
         self.published: dict[Version, str] = {}
         """Digest of every version that was ever live."""
@@ -169,7 +169,7 @@ class RolloutPool:
             self.published[learner.version] = sent
             self._admit_joined(group.actors)
             found = {"sync/total_s": time.monotonic() - begin, **measure(reports, self._reports)}
-            self._reports |= reports
+            self._reports = reports
             return found | {"rollout/failures": float(sum(self.failures.values()))}
 
     async def close(self) -> None:

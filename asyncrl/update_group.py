@@ -21,6 +21,11 @@ from asyncrl.types import Version
 
 Reports: TypeAlias = dict[RolloutHandle, UpdateReport]
 
+_AT_START = UpdateReport(
+    digest="", settle_s=0.0, receive_s=0.0, pause_s=0.0, now_s=0.0, busy_s=0.0, held_s=0.0, num_tokens=0
+)
+"""Before an actor's first report."""
+
 
 class UpdateGroup:
     """Rollout actors in one broadcast group with the learner."""
@@ -90,15 +95,13 @@ class UpdateGroup:
 
 
 def measure(reports: Reports, before: Mapping[RolloutHandle, UpdateReport]) -> dict[str, float]:
-    """What the engines' time since the reports `before` went into, and what this update cost."""
-    busy, held, span, tokens = 0.0, 0.0, 0.0, 0
+    """What this update cost, and what the engines' time since the reports `before`, or since their start, went into."""
     slowest = max(reports.values(), key=lambda report: report.pause_s)
-    for actor, report in reports.items():
-        last = before.get(actor)
-        busy += report.busy_s - (last.busy_s if last else 0.0)
-        held += report.held_s - (last.held_s if last else 0.0)
-        span += report.now_s - (last.now_s if last else 0.0)
-        tokens += report.num_tokens - (last.num_tokens if last else 0)
+    pairs = [(report, before.get(actor, _AT_START)) for actor, report in reports.items()]
+    busy = sum(report.busy_s - last.busy_s for report, last in pairs)
+    held = sum(report.held_s - last.held_s for report, last in pairs)
+    span = sum(report.now_s - last.now_s for report, last in pairs)
+    tokens = sum(report.num_tokens - last.num_tokens for report, last in pairs)
     return {
         "sync/pause_s": slowest.pause_s,
         "sync/settle_s": slowest.settle_s,

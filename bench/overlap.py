@@ -78,7 +78,7 @@ async def measure(config: Config, skip: int) -> dict[str, float]:
     idle = {name: sum(row[name] for row in rows) / len(rows) for name in ("rollout/idle", "learner/idle", *PAUSE)}
     generation = max(first_generation, second_generation)
     longest = max(rows, key=lambda row: row["time/total_s"])
-    steps = {"median_s": statistics.median(steps_s), "longest_s": max(steps_s), "longest": rows.index(longest)}
+    steps = {"median_s": statistics.median(steps_s), "longest_s": longest["time/total_s"]}
     steps |= {f"longest_{name}_s": longest[f"time/{name}_s"] for name in LAPS}
     return {"generation": generation, "training": training, "system": system, **idle, **steps}
 

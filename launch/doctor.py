@@ -166,10 +166,9 @@ def examine_model(config: Config, scratch: str, gpus: Sequence[Gpu]) -> Iterator
     yield check
     cache_gb = 0.0
     if longest is not None and config.rollout.engine == "embedded":
-        length = longest + config.rollout.max_new_tokens
-        check, found = attempt_for("kv cache", "see rollout.max_running", lambda: size_cache(config, folder, length))
+        check, found = attempt_for("kv cache", "see rollout.max_running", lambda: size_cache(config, folder, longest))
         yield check
-        cache_gb = found or 0.0
+        cache_gb = (found or 0) / 1e9
     yield check_host_memory(config, bool(gpus), parameters, available_gb(Path("/proc/meminfo")), cache_gb)
     yield check_gpu_memory(config, parameters, gpus, cache_gb)
     yield check_disk(config, parameters, shutil.disk_usage(nearest(Path(config.run_dir))).free / 1e9)
@@ -249,19 +248,19 @@ def try_targets(config: Config, folder: str) -> str:
     return f"rank {config.lora.rank}, {targets if isinstance(targets, str) else ', '.join(targets)}"
 
 
-def size_cache(config: Config, folder: str, length: int) -> tuple[str, float]:
-    """Makes an embedded engine's cache without memory, which its rules for a model see. Returns its GB, too."""
+def size_cache(config: Config, folder: str, max_prompt_tokens: int) -> tuple[str, int]:
+    """Makes an embedded engine's cache without memory, which its rules for a model see. Returns its bytes, too."""
     from torch import nn
 
     from asyncrl.engine.kv_cache import SlotCache
     from asyncrl.model import empty_model
     from asyncrl.weights import DTYPES
 
-    model = empty_model(folder)
+    model, length = empty_model(folder), max_prompt_tokens + config.rollout.max_new_tokens
     nn.Module.to(model, "meta", DTYPES[config.rollout.dtype])
     num_bytes = SlotCache(model, config.rollout.max_running, length).num_bytes
     requests = f"{config.rollout.max_running} requests of {length} tokens"
-    return f"{num_bytes / 1e6:,.1f} MB in each engine, for {requests}", num_bytes / 1e9
+    return f"{num_bytes / 1e6:,.1f} MB in each engine, for {requests}", num_bytes
 
 
 def draw_prompt(config: Config, tokenizer: Any) -> tuple[str, int]:

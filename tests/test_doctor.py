@@ -217,8 +217,8 @@ def test_adapters_that_match_no_layer(folder):
 def test_the_cache_of_an_embedded_engine(folder, dtype, size):
     """Keys and values of 2 layers with 2 heads of 32 numbers, for 1,000 requests of 30 tokens, in whole 16s."""
     words = ["rollout.max_running=1000", "rollout.max_new_tokens=20", f"rollout.dtype={dtype}"]
-    told, gb = doctor.size_cache(config(*words), folder, 30)
-    assert gb == 2 * 2 * 1000 * 2 * 32 * 32 * size / 1e9
+    told, num_bytes = doctor.size_cache(config(*words), folder, 10)
+    assert num_bytes == 2 * 2 * 1000 * 2 * 32 * 32 * size
     assert told.endswith("MB in each engine, for 1000 requests of 30 tokens")
 
 
@@ -227,7 +227,7 @@ def test_the_cache_finds_prompts_that_are_too_long_for_the_model(folder, tmp_pat
     settings = json.loads((windowed / "config.json").read_text())
     settings |= {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2}
     (windowed / "config.json").write_text(json.dumps(settings))
-    check, _ = doctor.attempt_for("kv cache", "", lambda: doctor.size_cache(config(), windowed, 16))
+    check, _ = doctor.attempt_for("kv cache", "", lambda: doctor.size_cache(config(), windowed, 7))
     assert (check.status, "window of 8" in check.finding) == ("FAIL", True)
     assert check.remedy.startswith("lower the environment's max_prompt_tokens plus rollout.max_new_tokens to 8")
 
