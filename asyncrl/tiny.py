@@ -34,12 +34,13 @@ def build_tiny(
     num_kv_heads: int = 2,
     init_std: float = 0.05,
     vocab_size: int | None = None,
+    tied: bool = True,
     seed: int,
 ) -> None:
     """Writes a random float32 model and its tokenizer to `folder`; 0.40 M parameters with the defaults.
 
-    `vocab_size` above the tokenizer's is for measurements. The same arguments give the same weights. The caller's
-    random state is left as it was.
+    `vocab_size` above the tokenizer's is for measurements, as are embeddings that are not `tied` to the head. The same
+    arguments give the same weights. The caller's random state is left as it was.
     """
     quiet()
     tokenizer = _byte_tokenizer() if name == TINY_BYTES else _character_tokenizer()
@@ -53,7 +54,7 @@ def build_tiny(
         max_position_embeddings=4096,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         initializer_range=init_std,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )

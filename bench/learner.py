@@ -32,21 +32,16 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from shapes import SHAPES, build
 
 from asyncrl import config as configuration
 from asyncrl.config import Config
 from asyncrl.model import empty_model, load_model
-from asyncrl.tiny import build_tiny
 from asyncrl.training.learner import Learner
 from asyncrl.training.sharding import Ranks, join_ranks
 from asyncrl.transport import Rendezvous, open_rendezvous
 from asyncrl.types import Trajectory
 
-SHAPES = {  # layers, hidden, intermediate, heads, key heads, vocabulary
-    "tiny": (2, 128, 384, 4, 2, 25),
-    "135m": (30, 576, 1536, 9, 3, 49152),
-    "0.5b": (24, 896, 4864, 14, 2, 151936),
-}
 WARMUP = 2
 CPU_ROWS: list[list[str]] = [[]]
 GPU_ROWS = [
@@ -179,20 +174,9 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for shape in shapes:
-        layers, hidden, intermediate, heads, key_heads, vocabulary = SHAPES[shape]
-        groups = make_groups(options, vocabulary)
+        groups = make_groups(options, SHAPES[shape]["vocab_size"])
         with tempfile.TemporaryDirectory() as folder:
-            build_tiny(
-                folder,
-                num_layers=layers,
-                hidden_size=hidden,
-                intermediate_size=intermediate,
-                num_heads=heads,
-                num_kv_heads=key_heads,
-                vocab_size=vocabulary,
-                init_std=0.02,
-                seed=0,
-            )
+            build(shape, folder)
             for words, num_ranks in product(others or (GPU_ROWS if device == "cuda" else CPU_ROWS), options.ranks):
                 config = configuration.load(None, [*common, *words])
                 what = config, folder, groups, options

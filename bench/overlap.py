@@ -1,12 +1,15 @@
 """How much of the ideal the asynchronous system reaches: its throughput beside generation alone and training alone.
 
-    python bench/overlap.py [CONFIG.toml] [--steps 30] [--skip 5] [section.key=value ...]
+    python bench/overlap.py [CONFIG.toml] [--steps 30] [--skip 5] [--shape 0.5b] [section.key=value ...]
 
 One set of actors does three things in turn. "Generation alone": the run's buffer is filled, and emptied as soon as a
 batch is there, as if the learner took no time. "Training alone": the learner steps on groups from there, with no
 generation. "System": the loop of a real run, without evaluation. The learning rate is 0, so that all three see replies
 of the same lengths; an update still sends all the weights. The ideal is the slower of the two alone: min(generation,
 training), in groups per second. Generation alone is measured before and after the system and the faster one counts.
+
+With `--shape` the model is one of that shape with random weights, and prompts are without meaning: every reply then has
+`rollout.max_new_tokens` tokens.
 """
 
 from __future__ import annotations
@@ -17,8 +20,11 @@ import json
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+from shapes import SHAPES, build
 
 from asyncrl import assembly, tables
 from asyncrl import config as configuration
@@ -80,7 +86,8 @@ async def measure(config: Config, skip: int) -> dict[str, float]:
     longest = max(rows, key=lambda row: row["time/total_s"])
     steps = {"median_s": statistics.median(steps_s), "longest_s": longest["time/total_s"]}
     steps |= {f"longest_{name}_s": longest[f"time/{name}_s"] for name in LAPS}
-    return {"generation": generation, "training": training, "system": system, **idle, **steps}
+    ratio = system / min(generation, training)
+    return {"generation": generation, "training": training, "system": system, "ratio": ratio, **idle, **steps}
 
 
 async def generate(
@@ -122,22 +129,14 @@ async def step(learner: Any, batch: list[Group]) -> None:
     await learner.apply()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", metavar="CONFIG.toml | section.key=value")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--skip", type=int, default=5, help="steps that warm up and do not count")
-    options = parser.parse_intermixed_args()
-    file, words = tables.split(options.words)
-    file = file or str(ROOT / "configs" / "largest_digit.toml")
-    config = configuration.load(file, [*words, *OFF, f"num_steps={options.steps}"])
-    result = asyncio.run(measure(config, options.skip))
-    ideal = min(result["generation"], result["training"])
+def tell(result: dict[str, float]) -> None:
+    """Prints the table and where the system's time went."""
     print(
         "| groups/s | generation alone | training alone | ideal | system | system / ideal |\n|---|---|---|---|---|---|"
     )
+    ideal = min(result["generation"], result["training"])
     values = (result["generation"], result["training"], ideal, result["system"])
-    print(f"| | {' | '.join(f'{value:.1f}' for value in values)} | {result['system'] / ideal:.3f} |")
+    print(f"| | {' | '.join(f'{value:.1f}' for value in values)} | {result['ratio']:.3f} |")
     pause, settling, receiving = (1000 * result[name] for name in PAUSE)
     print(
         f"in the system: rollout actors idle {result['rollout/idle']:.1%}, learner idle {result['learner/idle']:.1%}, "
@@ -146,7 +145,34 @@ def main() -> None:
         f"{result['longest_s']:.3f} s, of which {result['longest_wait_s']:.3f} waiting for groups, "
         f"{result['longest_step_s']:.3f} in the learner and {result['longest_sync_s']:.3f} for weights"
     )
-    print(json.dumps({"config": Path(file).stem, "words": words, **result, "ratio": result["system"] / ideal}))
+
+
+def random_model(shape: str, folder: str) -> list[str]:
+    """The words of a run with a model of this shape, which is written to the folder."""
+    build(shape, folder)
+    vocabulary = SHAPES[shape]["vocab_size"]
+    prompts = ["env.path=shapes:RandomPrompts", f"env.args={{vocabulary={vocabulary}}}"]
+    return [f"model.path={folder}", *prompts, "warmup.num_steps=0"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="CONFIG.toml | section.key=value")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--skip", type=int, default=5, help="steps that warm up and do not count")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights and prompts in place of the configuration's")
+    options = parser.parse_intermixed_args()
+    file, words = tables.split(options.words)
+    file = file or str(ROOT / "configs" / "largest_digit.toml")
+    with ExitStack() as stack:
+        made = []
+        if options.shape:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            made = random_model(options.shape, folder)
+        config = configuration.load(file, [*made, *words, *OFF, f"num_steps={options.steps}"])
+        result = asyncio.run(measure(config, options.skip))
+    tell(result)
+    print(json.dumps({"config": Path(file).stem, "shape": options.shape, "words": words, **result}))
 
 
 if __name__ == "__main__":

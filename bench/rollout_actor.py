@@ -16,44 +16,18 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import torch
-from weight_sync import SHAPES, write_config
+from shapes import PROMPT_TOKENS, SHAPES, RandomPrompts, write_config
 
 from asyncrl import config as configuration
-from asyncrl.envs.base import Generate, Split, Tokenizer, single_turn
 from asyncrl.runtime.actors import RolloutActor
 from asyncrl.runtime.placement import Placement
 from asyncrl.runtime.remotes import RemoteRollout
 from asyncrl.tiny import build_tiny
-from asyncrl.types import Prompt, Trajectory
-
-PROMPT_TOKENS = 64
-
-
-class RandomPrompts:
-    """Prompts without meaning; every reply scores 1."""
-
-    max_prompt_tokens = PROMPT_TOKENS
-
-    def __init__(self, _tokenizer: Tokenizer | None, vocabulary: int) -> None:
-        self._vocabulary = vocabulary
-
-    def prompts(self, split: Split, seed: int) -> Iterator[Prompt]:
-        rng = np.random.default_rng(seed)
-        for number in itertools.count():
-            yield Prompt(number, tuple(rng.integers(0, self._vocabulary, PROMPT_TOKENS).tolist()), split)
-
-    async def play(self, prompt: Prompt, generate: Generate) -> Trajectory:
-        return single_turn(prompt, await generate(prompt.token_ids), 1.0)
-
-    def baselines(self, prompts: Sequence[Prompt]) -> dict[str, float]:
-        return {"anything": float(len(prompts) > 0)}
 
 
 class BareActor:
@@ -81,10 +55,10 @@ async def compare(options: argparse.Namespace) -> dict[str, Any]:
         build_tiny(folder, seed=0)  # its tokenizer; the shape's configuration goes over the tiny model's
         (Path(folder) / "model.safetensors").unlink()
         write_config(options.shape, folder)
-        vocabulary = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
+        vocabulary = SHAPES[options.shape]["vocab_size"]
         words = [
             "rollout.engine=sglang",
-            "env.path=rollout_actor:RandomPrompts",
+            "env.path=shapes:RandomPrompts",
             f"env.args={{vocabulary={vocabulary}}}",
             f"rollout.group_size={options.group_size}",
             f"rollout.max_new_tokens={options.new_tokens}",

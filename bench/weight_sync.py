@@ -25,18 +25,11 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from shapes import SHAPES, write_config
 
 from asyncrl.transport import BroadcastGroup, Rendezvous, open_rendezvous
 from asyncrl.types import Sampling
 from asyncrl.weights import Bucket, Outgoing, make_buckets
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "heads": (4, 2), "vocab_size": 512},
-    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "heads": (14, 2)},
-    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "heads": (12, 2)},
-    "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "heads": (28, 4), "tied": False},
-}
-"""Those of Qwen2.5."""
 
 
 def main() -> None:
@@ -259,23 +252,6 @@ async def rounds(
         "tokens_per_s": alone,
         "tokens_per_s_with_updates": with_updates,
     }
-
-
-def write_config(shape: str, folder: str) -> None:
-    """A model folder without weights: both sides make their own."""
-    from transformers import Qwen2Config
-
-    settings = {"vocab_size": 151936, "tied": True} | SHAPES[shape]
-    heads, kv_heads = settings.pop("heads")
-    config = Qwen2Config(
-        **{key: value for key, value in settings.items() if key != "tied"},
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        tie_word_embeddings=settings["tied"],
-        max_position_embeddings=4096,
-        architectures=["Qwen2ForCausalLM"],
-    )
-    config.save_pretrained(folder)
 
 
 def table(results: list[dict[str, Any]]) -> str:
