@@ -5,7 +5,8 @@ Failures are counted by kind. An attempt that the environment spoils is made aga
 group; a prompt whose rollout raises is tried on another actor, and raises `RolloutFailed` once its attempts are used
 up. An actor that died leaves the pool; its prompts are tried elsewhere and the others form a new broadcast
 group. An actor that was added gets its first prompt once a weight update has reached it, its digest checked; the others
-generate meanwhile. One that was retired gets no more prompts and is closed when nothing waits for it any more.
+generate meanwhile. One that was retired gets no more prompts; it takes weight updates, which resume it, until nothing
+waits for it any more, and is closed then.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class RolloutPool:
         """Told of the first failure of each kind; all of them are counted."""
         self._load: dict[RolloutHandle, int] = dict.fromkeys(actors, 0)
         self._joining: list[RolloutHandle] = []  # without weights so far
-        self._leaving: set[RolloutHandle] = set()  # those that get no more prompts
+        self._retired: list[RolloutHandle] = []  # those with prompts of before, and weights
+        self._dead: set[RolloutHandle] = set()
         self._calls: Counter[RolloutHandle] = Counter()  # of any kind, that wait for an actor
         self._closing: set[asyncio.Future[Any]] = set()
         self._arrived = asyncio.Event()
@@ -79,8 +81,7 @@ class RolloutPool:
         if actor in self._joining:
             self._joining.remove(actor)
         self._load.pop(actor, None)
-        self._leaving.add(actor)
-        self._group = None
+        self._retired.append(actor)
         self._close_if_left(actor)
         return actor
 
@@ -138,7 +139,7 @@ class RolloutPool:
 
     async def release(self) -> None:
         """Every engine gives its GPU memory to the learner until the next update. Actors that died are left out."""
-        actors = self.actors
+        actors = [*self._load, *self._retired]
         with self._calling(*actors):
             released: list[Any] = await asyncio.gather(*(actor.release() for actor in actors), return_exceptions=True)
         self._handle_deaths(actors, released)
@@ -227,9 +228,13 @@ class RolloutPool:
                 self._close_if_left(actor)
 
     def _close_if_left(self, actor: RolloutHandle) -> None:
-        if actor in self._leaving and not self._calls[actor]:
-            self._leaving.remove(actor)
-            self._close(actor)
+        if self._calls[actor] or not (actor in self._dead or actor in self._retired):
+            return
+        self._dead.discard(actor)
+        if actor in self._retired:
+            self._retired.remove(actor)
+        self._group = None
+        self._close(actor)
 
     def _close(self, actor: RolloutHandle) -> None:
         """Nothing of it is left, here or, if it has one, in its process."""
@@ -257,12 +262,14 @@ class RolloutPool:
     def _remove(self, actor: RolloutHandle, error: ActorDied) -> None:
         if actor in self._joining:
             self._joining.remove(actor)
+        elif actor in self._retired:
+            self._retired.remove(actor)
         elif self._load.pop(actor, None) is None:
-            return  # known, or it was leaving
-        self._leaving.add(actor)
+            return  # known
+        self._dead.add(actor)
+        self._group = None
         self._close_if_left(actor)
         self.failures["actor died"] += 1
-        self._group = None
         if not self._load and not self._expects_more:
             raise AllActorsDied(f"the last rollout actor, {actor.name}, died: {error}") from error
 
@@ -273,7 +280,7 @@ class RolloutPool:
         return bool(dead)
 
     async def _form_group(self, learner: Publisher) -> None:
-        self._group = group = UpdateGroup([*self._load, *self._joining], self._timeline)
+        self._group = group = UpdateGroup([*self._load, *self._retired, *self._joining], self._timeline)
         with self._calling(*group.actors):
             joined = await group.form(learner)
         self._handle_deaths(group.actors, joined)

@@ -430,6 +430,59 @@ def test_a_retired_actor_is_closed_only_once_its_evaluation_or_update_is_through
     run(body())
 
 
+def test_an_actor_retired_while_another_dies_in_the_same_update_is_resumed_by_the_next_try():
+    async def body():
+        dying, retired, other = actors = [Actor("dying"), Actor("retired"), Actor("other")]
+        pool = RolloutPool(actors, max_attempts=1)
+        await pool.update_weights(Learner())
+        for actor in actors:
+            actor.gate.clear()
+            actor.updating.clear()
+        plays = [asyncio.ensure_future(pool.run(prompt)) for prompt in PROMPTS[:3]]
+        update = asyncio.ensure_future(pool.update_weights(Learner()))
+        await asyncio.sleep(0.01)
+        pool._load[dying] = pool._load[other] = 2
+        assert pool.retire() is retired
+        dying.update_error, retired.update_error = ActorDied("gone"), RuntimeError("abandoned")
+        for actor in actors:
+            actor.updating.set()
+        while len(retired.joined) < 2:
+            await asyncio.sleep(0)
+        retired.update_error = None
+        assert (await update)["rollout/num_actors"] == 2
+        assert not retired.closed.is_set()
+        for actor in actors:
+            actor.gate.set()
+        await asyncio.gather(*plays, return_exceptions=True)
+        await retired.closed.wait()
+        assert (await pool.update_weights(Learner()))["rollout/num_actors"] == 1
+
+    run(body())
+
+
+def test_a_retired_actor_with_prompts_gives_its_memory_back_and_takes_weights():
+    async def body():
+        actors = [Actor("a"), Actor("b")]
+        released = []
+        for actor in actors:
+            actor.release = lambda name=actor.name: asyncio.sleep(0, released.append(name))
+            actor.gate.clear()
+        pool = RolloutPool(actors, max_attempts=1)
+        await pool.update_weights(Learner())
+        plays = [asyncio.ensure_future(pool.run(prompt)) for prompt in PROMPTS[:2]]
+        await asyncio.sleep(0)
+        pool.retire()
+        await pool.release()
+        assert sorted(released) == ["a", "b"]
+        assert (await pool.update_weights(Learner()))["rollout/num_actors"] == 2
+        for actor in actors:
+            actor.gate.set()
+        await asyncio.gather(*plays)
+        assert (await pool.update_weights(Learner()))["rollout/num_actors"] == 1
+
+    run(body())
+
+
 @pytest.mark.parametrize("when", ["join", "update"])
 def test_the_others_of_a_broadcast_group_hear_of_a_death(abandoned, when):
     async def body():
