@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from functools import partial
+from typing import Any, TypeVar
 
 from asyncrl.buffer import Buffer, Ticket
 from asyncrl.evaluation import by_source
@@ -40,6 +41,8 @@ from asyncrl.system import (
     update_evaluators,
 )
 from asyncrl.types import Group, Prompt
+
+T = TypeVar("T")
 
 _UNSTORED = (
     "the group of prompt {} could not be written to groups/ (is the disk full?); after a crash it is played again"
@@ -67,12 +70,21 @@ async def run(system: System) -> None:
     except* Stalled as stalls:
         stall = stalls.exceptions[0]
         if isinstance(stall, Stalled) and not stall.learner_hangs:
-            await save(system, last=True)
+            await try_to_save(system)
         raise stall from None
     except* Exception as errors:
         if len(errors.exceptions) == 1:
             raise errors.exceptions[0] from None  # the one cause, without the wrapping of the task group
         raise
+
+
+async def try_to_save(system: System) -> None:
+    """A checkpoint after a stall, if one can be had: why the run ends is what its user must hear."""
+    try:
+        async with asyncio.timeout(system.config.watchdog.timeout_s):
+            await save(system, last=True)
+    except Exception as error:
+        system.metrics.say(f"alarm: no checkpoint of version {system.learner.version}: {error!r}")
 
 
 async def finish(system: System) -> None:
@@ -204,7 +216,7 @@ async def step(system: System, groups: Sequence[Group], clock: _Clock) -> dict[s
     await settle(system)
     clock.lap("sync")
     with span(), wait(f"the learner's step {version + 1}"):
-        learnt = await learner.apply()
+        learnt = await to_its_end(learner.apply(), system.config.watchdog.timeout_s)
     clock.lap("step")
     if learner.version > version:
         system.guard.passed()
@@ -216,6 +228,17 @@ async def step(system: System, groups: Sequence[Group], clock: _Clock) -> dict[s
         await synchronize(system)  # the engines get their memory back
     system.buffer.discard(REASON)
     return None
+
+
+async def to_its_end(step: Coroutine[Any, Any, T], most_s: float) -> T:
+    """What the step returns. Whoever is cancelled meanwhile waits for its end first, up to `most_s` seconds: in the
+    middle of it nobody can say which version the weights are, and none can be saved."""
+    task = asyncio.create_task(step)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task}, timeout=most_s)
+        raise
 
 
 async def publish(system: System, groups: Sequence[Group], learnt: dict[str, float], clock: _Clock) -> None:

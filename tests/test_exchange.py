@@ -123,6 +123,20 @@ def test_an_error_reaches_its_own_prompt_alone_with_its_kind_and_stack(error, ki
     assert all(group.rewards == (0.0,) for group in results)
 
 
+def test_a_play_that_is_cancelled_fails_its_prompt():
+    async def body():
+        link, _ = held_link()
+        (play,) = link.run(PROMPTS[:1])
+        await settle()
+        (playing,) = link.outbox._running
+        playing.cancel()
+        with pytest.raises(RuntimeError, match=r"the play of prompt 0 ended by CancelledError\(\)"):
+            await play
+        assert not link.outbox._running
+
+    run(body(), seconds=10)
+
+
 def test_a_call_that_fails_fails_every_prompt_of_the_actor():
     async def body():
         async def play(_prompt):

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import math
 import pickle
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -60,6 +61,16 @@ async def never():
     await asyncio.Event().wait()
 
 
+async def cancels_a_helper():
+    helper = asyncio.create_task(asyncio.Event().wait())
+    helper.cancel()
+    await helper
+
+
+async def exits():
+    sys.exit("graded")
+
+
 def gives(value):
     async def after():
         return value
@@ -74,6 +85,8 @@ GOOD = trajectory(2, 3, seed=0)
     ("after", "kind", "text"),
     [
         (raises, "env exception", r"Env raised TimeoutError.*of its own.*, \S*test_faults\.py line \d+, on prompt 4"),
+        (cancels_a_helper, "env exception", r"raised CancelledError\(\), \S*test_faults\.py line \d+, on prompt 4"),
+        (exits, "env exception", r"raised SystemExit\('graded'\), \S*test_faults\.py line \d+, on prompt 4"),
         (never, "env timeout", r"took more than 0.1 s beside generation \(env.timeout_s\) on prompt 4"),
         (lambda: 3, "env exception", r"can't be used in 'await' expression.*test_faults\.py line \d+, on prompt 4"),
         (gives(trajectory(2, 4, seed=0)), "env garbage", r"trains 4 tokens and 3 were sampled \(the mask is True for"),
@@ -181,6 +194,19 @@ def test_a_trajectory_whose_columns_are_not_what_they_should_be_is_a_fault(colum
     with pytest.raises(EnvFault, match=message) as caught:
         play(makes)
     assert caught.value.kind == "env exception"
+
+
+def test_an_attempt_that_is_cancelled_from_outside_is_no_fault():
+    async def body():
+        patience = Patience(5.0)
+        playing = attempt(Env(never), PROMPT, lambda tokens: Engine().generate(tokens, None, 0), patience)
+        task = asyncio.ensure_future(playing)
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.wait({task})
+        return task.cancelled()
+
+    assert run(body())
 
 
 def test_generation_does_not_count_against_the_time_limit():

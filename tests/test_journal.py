@@ -19,7 +19,7 @@ from asyncrl import assembly
 from asyncrl.buffer import Buffer
 from asyncrl.loop import check_digests
 from asyncrl.recovery import groups as files
-from asyncrl.recovery.accounts import Admitted, Batch, Dropped, Generated, Resumed, Saved, Started, Synced
+from asyncrl.recovery.accounts import Accounts, Admitted, Batch, Dropped, Generated, Resumed, Saved, Started, Synced
 from asyncrl.recovery.journal import Journal, read
 from asyncrl.recovery.prompts import BrokenPrompts, PromptQueue
 from asyncrl.rollout import make_group
@@ -153,6 +153,20 @@ def test_a_step_that_was_lost_is_trained_again(tmp_path):
     journal = Journal(tmp_path / "journal.bin")
     journal.append(Resumed(version=1))
     assert [PromptQueue(prompts(), journal).issue()[0].id] == [1]
+
+
+def test_a_refused_second_use_leaves_a_prompt_trained_also_once_it_is_forgotten():
+    accounts = Accounts(reuse=2, max_lag=3)
+    accounts.apply(Admitted(id=0, checksum=1))
+    accounts.apply(Generated(id=0, oldest=0, newest=0, stored=""))
+    for step in (1, 2):
+        accounts.apply(Batch(step=step, ids=(0,)))
+    accounts.apply(Dropped(ids=(0,), reason="non-finite gradient", version=1))
+    assert accounts.totals() == {"trained": 1}
+    accounts.apply(Saved(version=1, kept=(1,)))
+    accounts.forget_settled()
+    assert not list(accounts)
+    assert accounts.totals() == {"trained": 1}
 
 
 def test_other_prompts_under_the_same_ids_are_refused(tmp_path):

@@ -24,8 +24,9 @@ from asyncrl.pool import AllActorsDied, RolloutFailed
 from asyncrl.recovery import checkpoint, journal
 from asyncrl.recovery.accounts import Dropped
 from asyncrl.recovery.prompts import PromptQueue
+from asyncrl.recovery.watchdog import Stalled, Watchdog
 from asyncrl.rollout import Rollout
-from asyncrl.runtime.local import open_actors
+from asyncrl.runtime.local import LocalLearner, open_actors
 from asyncrl.training.learner import Learner
 from asyncrl.training.warmup import prepare
 from asyncrl.types import Group, Prompt
@@ -120,6 +121,42 @@ def test_weights_change_under_requests_and_the_bound_holds(tmp_path):
     assert 0 < max(row["lag/max"] for row in rows) <= bound == 3
     assert max(row["completion/mixed_versions"] for row in rows) > 0
     assert max(row["lag/span"] for row in rows) > 0
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_stall_within_a_step_ends_the_run_after_it_with_a_checkpoint_or_says_that_there_is_none(
+    tmp_path, monkeypatch, broken
+):
+    """Cancelled in the middle of `apply`, the driver would not know which version it saves."""
+    applying, said = asyncio.Event(), []
+    real_apply, real_save = LocalLearner.apply, LocalLearner.save
+
+    async def apply(self):
+        if self.version == 1:
+            applying.set()
+            await asyncio.sleep(0.2)
+        return await real_apply(self)
+
+    async def save(self, *arguments):
+        if broken:
+            raise RuntimeError("the learner is gone")
+        await real_save(self, *arguments)
+
+    async def stall(_self):
+        await applying.wait()
+        raise Stalled("evaluate has waited", learner_hangs=False)
+
+    monkeypatch.setattr(LocalLearner, "apply", apply)
+    monkeypatch.setattr(LocalLearner, "save", save)
+    monkeypatch.setattr(Watchdog, "run", stall)
+    monkeypatch.setattr(metrics.Metrics, "say", lambda _self, text: said.append(text))
+    with pytest.raises(Stalled, match="evaluate has waited"):
+        run(job.train(small(tmp_path), quiet=True))
+    (folder,) = [path for path in tmp_path.iterdir() if path.name != "cache"]
+    if broken:
+        assert said[-1] == "alarm: no checkpoint of version 2: RuntimeError('the learner is gone')"
+    else:
+        assert checkpoint.load_cursor(checkpoint.latest(folder / "checkpoints")).version == 2
 
 
 @pytest.mark.parametrize("overlap", [True, False])

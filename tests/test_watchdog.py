@@ -97,6 +97,36 @@ def test_stop_says_whether_the_learner_is_what_hangs(tmp_path, stage, hangs):
     run(body())
 
 
+def test_stop_gives_a_learner_that_others_wait_for_its_own_time(tmp_path):
+    async def body(hangs):
+        watchdog, said, _ = make(tmp_path, "stop", timeout_s=0.2)
+        with watchdog.wait("admit", "a slot"):
+            await asyncio.sleep(0.15)
+            watch = asyncio.ensure_future(watchdog.run())
+            with watchdog.wait("step", "the gradient"):
+                while not said:
+                    await asyncio.sleep(0.01)
+                await asyncio.sleep(1 if hangs else 0)
+            await asyncio.wait({watch})
+        return watch.exception()
+
+    assert run(body(True)).learner_hangs
+    assert not run(body(False)).learner_hangs
+
+
+def test_a_report_that_cannot_be_written_is_told_and_ends_nothing(tmp_path):
+    async def body():
+        watchdog, said, _ = make(tmp_path / "gone")
+        watch = asyncio.ensure_future(watchdog.run())
+        with watchdog.wait("step", "something"):
+            while len(said) < 2:
+                await asyncio.sleep(0.01)
+        watch.cancel()
+        return said
+
+    assert re.match(r"alarm: .*stalls.txt could not be written: .*No such file", run(body())[0])
+
+
 class Hanging:
     """Sort digits, but one prompt is never answered."""
 

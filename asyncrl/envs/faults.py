@@ -108,7 +108,13 @@ async def attempt(env: Env, prompt: Prompt, generate: Generate, patience: Patien
             raise _fault("exception", env, prompt, f"raised {error!r}{line_of(error)},") from error
         text = f"took more than {patience.timeout_s:g} s beside generation (env.timeout_s)"
         raise _fault("timeout", env, prompt, text) from error
-    except Exception as error:
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        # Of a task of the environment's own. Let through, it would end whoever waits for this attempt without a word.
+        raise _fault("exception", env, prompt, f"raised {error!r}{line_of(error)},") from error
+    except (Exception, SystemExit) as error:  # graders are scripts, too
         if error is patience.engine_error:
             raise
         raise _fault("exception", env, prompt, f"raised {error!r}{line_of(error)},") from error

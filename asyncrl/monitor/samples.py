@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from asyncrl.algo.advantage import estimate
 from asyncrl.config import Config
+from asyncrl.threads import in_thread
 from asyncrl.types import Group, Trajectory, Version
 
 FOLDER = "trajectories"
@@ -42,7 +44,8 @@ class Samples:
         chosen = random.Random(version).randrange(len(groups))
         found = groups[chosen].trajectories
         trajectories: Sequence[Trajectory] = await found if inspect.isawaitable(found) else found
-        values = self._advantages(groups)[chosen]
+        # `algorithm.loss.advantage` is the user's code: the driver waits for nothing that it does.
+        values = (await in_thread(partial(self._advantages, groups)))[chosen]
         rows = [
             self._row(version, groups[chosen], number, trajectory, values[number])
             for number, trajectory in enumerate(trajectories[: self._num_per_step])

@@ -98,6 +98,11 @@ class Account:
     def settled(self) -> bool:
         return bool(self.steps) or self.dropped is not None
 
+    @property
+    def fate(self) -> str:
+        """ "trained", why it was dropped, or "open". A later use that was refused takes nothing back."""
+        return "trained" if self.steps else self.dropped.reason if self.dropped is not None else "open"
+
     def uses_at(self, version: Version) -> int:
         """Times that it was trained on the way to `version`."""
         return sum(step <= version for step in self.steps)
@@ -143,7 +148,7 @@ class Accounts:
         """Prompts by what became of them: "trained", "open", or why they were dropped. They add up to all drawn."""
         totals = Counter(self.closed)
         for account in self._accounts.values():
-            totals["trained" if account.steps else account.dropped.reason if account.dropped else "open"] += 1
+            totals[account.fate] += 1
         return totals
 
     def apply(self, record: Record) -> None:
@@ -208,7 +213,7 @@ class Accounts:
             ended = not self.needs_group(account.id) and not self._comes_again(account)
             if dropped or (ended and account.uses_at(oldest) > 0):
                 del self._accounts[account.id]
-                self.closed[account.dropped.reason if account.dropped else "trained"] += 1
+                self.closed[account.fate] += 1
 
 
 def checksum_of(prompt: Prompt) -> int:

@@ -7,7 +7,7 @@ A stall says which stage waits, since when and for what, and lists all other wai
 The stacks of the driver's tasks and threads and of every actor go to `stalls.txt` in the run folder. Then, by
 `watchdog.action`: "warn" goes on, and says so again when the wait has doubled; "restart" kills the rollout actor that
 is waited for, whose prompts are played elsewhere; "stop" ends the run, with a checkpoint if the learner is not what
-hangs.
+hangs: what the learner does at that time is given its own time first.
 """
 
 from __future__ import annotations
@@ -128,7 +128,17 @@ class Watchdog:
                 self._say(f"alarm: {actor.name} is killed and replaced")
                 self._kill(actor)
         elif self._action != "warn" and not (self._action == "restart" and self._waits_for_actors()):
-            raise Stalled(told, learner_hangs=any(wait.stage in _LEARNER_STAGES for wait in overdue))
+            raise Stalled(told, learner_hangs=await self._learner_hangs())
+
+    async def _learner_hangs(self) -> bool:
+        """Whether what the learner does now takes too long, once that is known: others that wait for it may have begun
+        to wait before, and nothing can be saved while it hangs."""
+        at_work = {number: wait for number, wait in self._waits.items() if wait.stage in _LEARNER_STAGES}
+        while at_work := {number: wait for number, wait in at_work.items() if number in self._waits}:
+            if any(wait.taken_s > self._timeout_s for wait in at_work.values()):
+                return True
+            await asyncio.sleep(min(1.0, self._timeout_s / 4))
+        return False
 
     def _waits_for_actors(self) -> bool:
         """Whether what hangs may yet be one of the rollout actors, each of which has the same time."""
@@ -152,8 +162,11 @@ class Watchdog:
             "---- actors",
             actors,
         ]
-        with self._path.open("a") as file:
-            file.write("\n".join(parts) + "\n")
+        try:
+            with self._path.open("a") as file:
+                file.write("\n".join(parts) + "\n")
+        except OSError as error:  # of a full disk, say, which is no reason to end a run that is to go on
+            self._say(f"alarm: {self._path} could not be written: {error}")
 
 
 def _task_stacks() -> Iterator[str]:

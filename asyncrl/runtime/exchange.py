@@ -120,16 +120,20 @@ class Outbox:
             group = await self._play(prompt)
         except Exception as error:
             outcome = _portable(error)
+        except BaseException as error:
+            outcome = RuntimeError(f"the play of prompt {prompt.id} ended by {error!r}")
+            raise
         else:
             tokens = group.trajectories
             outcome = replace(group, prompt=Prompt(prompt.id, (), ""), trajectories=None)  # the driver has the prompt
-        took_s = time.monotonic() - began
-        self._typical_s += (took_s - self._typical_s) / (8 if self._typical_s else 1)
-        task = asyncio.current_task()
-        if task is not None:
-            self._running.discard(task)
-        self._finished.append(((number, outcome), tokens))
-        self._changed.set()
+        finally:  # whatever ends it, the driver waits for an answer
+            took_s = time.monotonic() - began
+            self._typical_s += (took_s - self._typical_s) / (8 if self._typical_s else 1)
+            task = asyncio.current_task()
+            if task is not None:
+                self._running.discard(task)
+            self._finished.append(((number, outcome), tokens))
+            self._changed.set()
 
 
 class Exchange:
