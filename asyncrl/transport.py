@@ -20,12 +20,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 from torch.multiprocessing.reductions import reduce_tensor
+
+from asyncrl.threads import started
 
 IN_FLIGHT = 2
 """Broadcasts that a member may have begun without having waited for them, over CUDA IPC."""
@@ -165,17 +168,25 @@ def _backend(where: Rendezvous, store: PrefixStore, rank: int, address: str) -> 
         options._devices = [ProcessGroupGloo.create_device(hostname=address)]
         return ProcessGroupGloo(store, rank, where.world_size, options)
     if where.backend == "nccl":
-        options = torch.distributed.ProcessGroupNCCL.Options()
-        options._timeout = timedelta(days=1)  # `_wait_until` ends waits; torch's own watchdog would hold up the abort
-        with _own_error_handling():
-            group: Any = torch.distributed.ProcessGroupNCCL(store, rank, where.world_size, options)
-        # NCCL meets at the first collective. Here, so that a member that is missing is missed at the join.
-        group.broadcast(torch.zeros(1, device="cuda"), 0).wait()
-        torch.cuda.synchronize()
-        return group
+        # NCCL waits for ever for a member that dies while they meet: so does the thread, and nobody else.
+        meeting = started(partial(_meet_over_nccl, store, rank, where.world_size, torch.cuda.current_device()))
+        _wait_until(meeting.done, store, where.timeout_s, _STORE_LOOK_S)
+        return meeting.result()
     if where.backend == "ipc":
         return _IpcGroup(store, rank, where.world_size, where.timeout_s)
     raise ValueError(f"weights.backend must be 'gloo', 'nccl' or 'ipc', got {where.backend!r}")
+
+
+def _meet_over_nccl(store: PrefixStore, rank: int, world_size: int, device: int) -> Any:
+    torch.cuda.set_device(device)  # each thread has its own
+    options = torch.distributed.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(days=1)  # `_wait_until` ends waits; torch's own watchdog would hold up the abort
+    with _own_error_handling():
+        group: Any = torch.distributed.ProcessGroupNCCL(store, rank, world_size, options)
+    # NCCL meets at the first collective. Here, so that a member that is missing is missed at the join.
+    group.broadcast(torch.zeros(1, device="cuda"), 0).wait()
+    torch.cuda.synchronize()
+    return group
 
 
 @contextlib.contextmanager

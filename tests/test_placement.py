@@ -1,12 +1,15 @@
 """GPUs and nodes are shared out, or refused with the numbers, before any actor starts."""
 
+import asyncio
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import run
 
 from asyncrl import config as configuration
+from asyncrl.runtime import cluster
 from asyncrl.runtime.parts import check_machine, check_targets
 from asyncrl.runtime.placement import Placement, check_resources, check_room, plan
 from asyncrl.tiny import build_tiny
@@ -16,6 +19,29 @@ ROOT = Path(__file__).parent.parent
 
 def placed(num_gpus, *words):
     return plan(configuration.load(None, list(words)), num_gpus)
+
+
+def test_when_the_learner_cannot_start_the_rollout_actors_are_ended_before_ray_is(monkeypatch):
+    ended = []
+
+    async def place_learner(*_):
+        return []
+
+    async def fail(_ranks):
+        raise ValueError("no GPU")
+
+    async def wait(*_):
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(1)
+
+    for name, stand_in in (("_place_learner", place_learner), ("_start_learner", fail), ("start_rollout", wait)):
+        monkeypatch.setattr(cluster, name, stand_in)
+    config = configuration.load(None, ["rollout.num_actors=3"])
+    with pytest.raises(ValueError, match="no GPU"):
+        run(cluster._start_actors(config, "", None, placed(0), None))
+    assert len(ended) == 3
 
 
 def test_without_gpus_everything_is_on_the_cpu():

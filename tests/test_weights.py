@@ -301,6 +301,20 @@ def test_who_waits_for_a_member_that_died_on_its_way_hears_of_it(backend):
     assert len(errors) == 1
 
 
+@pytest.mark.parametrize(("timeout_s", "why"), [(0.3, "nothing came for 0.3 s"), (600, "abandoned: actor 1 died")])
+def test_who_meets_over_nccl_waits_no_longer_than_the_group_does(monkeypatch, timeout_s, why):
+    """NCCL itself does not come back when a member dies while they meet."""
+    met = threading.Event()
+    monkeypatch.setattr(transport, "_meet_over_nccl", lambda *_: met.wait())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    where, store = open_rendezvous("127.0.0.1", 1, timeout_s, "nccl")
+    if timeout_s > 1:
+        transport.abandon(where, "actor 1 died")
+    with pytest.raises(RuntimeError, match=f"rank 0 of 1 could not join the broadcast group .*{why}"):
+        BroadcastGroup(where, 0, store=store)
+    met.set()
+
+
 def test_an_unknown_backend_is_refused():
     _, store = open_rendezvous("127.0.0.1", 1, 5)
     with pytest.raises(RuntimeError, match="must be 'gloo', 'nccl' or 'ipc', got 'smoke'"):

@@ -60,8 +60,13 @@ async def _start_actors(
     ranks = await _place_learner(config, folder, resume, placement)
     starts = (start_rollout(config, folder, store, number) for number in range(config.num_engines))
     bounded = _in_time(_start_learner(ranks), config.rollout.start_timeout_s, "the learner")
-    learner, rollouts = await asyncio.gather(bounded, asyncio.gather(*starts))
-    return learner, rollouts
+    try:
+        async with asyncio.TaskGroup() as tasks:  # which ends the others, when one fails, before Ray is shut down
+            learner = tasks.create_task(bounded)
+            rollouts = [tasks.create_task(start) for start in starts]
+    except* Exception as errors:
+        raise errors.exceptions[0] from None
+    return learner.result(), [rollout.result() for rollout in rollouts]
 
 
 async def start_rollout(config: Config, folder: str, store: Path | None, number: int) -> RemoteRollout:
