@@ -39,9 +39,13 @@ def test_when_the_learner_cannot_start_the_rollout_actors_are_ended_before_ray_i
     for name, stand_in in (("_place_learner", place_learner), ("_start_learner", fail), ("start_rollout", wait)):
         monkeypatch.setattr(cluster, name, stand_in)
     config = configuration.load(None, ["rollout.num_actors=3"])
-    with pytest.raises(ValueError, match="no GPU"):
-        run(cluster._start_actors(config, "", None, placed(0), None))
-    assert len(ended) == 3
+
+    async def body():
+        with pytest.raises(ValueError, match="no GPU"):
+            await cluster._start_actors(config, "", None, placed(0), None)
+        return len(ended)
+
+    assert run(body()) == 3
 
 
 def test_without_gpus_everything_is_on_the_cpu():
