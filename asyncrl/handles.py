@@ -18,6 +18,10 @@ class ActorDied(RuntimeError):
     """The process behind a rollout actor, or one behind its engine, is gone."""
 
 
+class TokensLost(RuntimeError):
+    """The tokens of finished groups are gone, with the node that held them."""
+
+
 class RolloutHandle(Protocol):
     """A rollout actor as the driver sees it; both runtimes have one. Raises `ActorDied` when the process is gone."""
 
@@ -59,7 +63,9 @@ class LearnerLink(Protocol):
 class LearnerHandle(LearnerLink, Protocol):
     """The learner as the driver sees it; both runtimes have one."""
 
-    async def gradient(self, groups: Sequence[Group]) -> None: ...
+    async def gradient(self, groups: Sequence[Group]) -> None:
+        """Raises `TokensLost`, the learner being as it was, when those of a group cannot be had any more."""
+
     async def apply(self) -> dict[str, float]: ...
     async def save(self, folder: Path, cursor: Cursor) -> None: ...
 

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 from asyncrl.buffer import Buffer, Ticket
 from asyncrl.evaluation import by_source
+from asyncrl.handles import TokensLost
 from asyncrl.pool import AllActorsDied, RolloutFailed
 from asyncrl.recovery.guard import REASON
 from asyncrl.recovery.prompts import Finished
@@ -40,9 +41,12 @@ from asyncrl.system import (
     synchronize,
     update_evaluators,
 )
-from asyncrl.types import Group, Prompt
+from asyncrl.types import Group, Prompt, Version
 
 T = TypeVar("T")
+
+LOST = "tokens lost"
+"""Why the groups of a batch were dropped some of whose tokens were on a node that is gone."""
 
 _UNSTORED = (
     "the group of prompt {} could not be written to groups/ (is the disk full?); after a crash it is played again"
@@ -196,7 +200,7 @@ async def take(system: System) -> list[Group]:
 
 
 async def step(system: System, groups: Sequence[Group], clock: _Clock) -> dict[str, float] | None:
-    """One optimizer step; None if the learner refused it, which drops the groups.
+    """One optimizer step; None if the learner refused it or lacks tokens, which drops the groups.
 
     The gradient is computed while the version before still travels. The weights change once that is live everywhere.
     """
@@ -210,11 +214,19 @@ async def step(system: System, groups: Sequence[Group], clock: _Clock) -> dict[s
             await system.rollouts.release()
     system.prompts.training(groups, version + 1)
     span, wait = partial(system.metrics.timeline.span, "learner", "step"), partial(system.watchdog.wait, "step")
+    lost = None
     with span(version=version + 1), wait(f"the gradient of the learner's step {version + 1}"):
-        await learner.gradient(groups)
+        try:
+            await learner.gradient(groups)
+        except TokensLost as error:
+            lost = error
     clock.lap("step")
     await settle(system)
     clock.lap("sync")
+    if lost is not None:
+        system.metrics.say(f"alarm: step skipped: {lost}; its {len(groups)} groups are dropped ({LOST})")
+        await discard(system, groups, LOST, version)
+        return None
     with span(), wait(f"the learner's step {version + 1}"):
         learnt = await to_its_end(learner.apply(), system.config.watchdog.timeout_s)
     clock.lap("step")
@@ -223,11 +235,16 @@ async def step(system: System, groups: Sequence[Group], clock: _Clock) -> dict[s
         return learnt | {"learner/skipped": float(system.guard.num_skipped)}
     told = system.guard.skipped(groups, version, learnt["gradient/norm"])
     system.metrics.say(told)
-    system.prompts.drop([group.prompt.id for group in groups], REASON, version)
+    await discard(system, groups, REASON, version)
+    return None
+
+
+async def discard(system: System, groups: Sequence[Group], reason: str, version: Version) -> None:
+    """Gives up the batch that no step was made of, and frees its slots."""
+    system.prompts.drop([group.prompt.id for group in groups], reason, version)
     if system.config.rollout.release_memory:
         await synchronize(system)  # the engines get their memory back
-    system.buffer.discard(REASON)
-    return None
+    system.buffer.discard(reason)
 
 
 async def to_its_end(step: Coroutine[Any, Any, T], most_s: float) -> T:

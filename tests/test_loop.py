@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from helpers import Sevens, run
 from asyncrl import assembly, job, loop, run_folder
 from asyncrl import config as configuration
 from asyncrl.envs.base import load_env
-from asyncrl.handles import ActorDied
+from asyncrl.handles import ActorDied, TokensLost
 from asyncrl.loop import check_digests
 from asyncrl.model import load_model, load_tokenizer
 from asyncrl.monitor import metrics
@@ -121,6 +122,24 @@ def test_weights_change_under_requests_and_the_bound_holds(tmp_path):
     assert 0 < max(row["lag/max"] for row in rows) <= bound == 3
     assert max(row["completion/mixed_versions"] for row in rows) > 0
     assert max(row["lag/span"] for row in rows) > 0
+
+
+def test_a_batch_whose_tokens_are_lost_is_dropped_and_told_of(tmp_path, monkeypatch):
+    real, said = LocalLearner.gradient, []
+
+    async def gradient(self, groups):
+        if self.version == 1 and not any("lost" in line for line in said):
+            raise TokensLost("the node is gone")
+        await real(self, groups)
+
+    monkeypatch.setattr(LocalLearner, "gradient", gradient)
+    monkeypatch.setattr(metrics.Metrics, "say", lambda _self, text: said.append(text))
+    result = run(job.train(small(tmp_path), quiet=True))
+    assert "alarm: step skipped: the node is gone; its 4 groups are dropped (tokens lost)" in said
+    with closing(journal.Journal(result.folder / "journal.bin")) as written:
+        totals, num_drawn = written.accounts.totals(), written.accounts.next_id
+    assert (totals["trained"], totals[loop.LOST]) == (16, 4)
+    assert totals.total() == num_drawn
 
 
 @pytest.mark.parametrize("broken", [False, True])

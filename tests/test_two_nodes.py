@@ -4,16 +4,20 @@ The nodes have addresses of their own within 127.0.0.0/8, all of which Linux ans
 rendezvous that took localhost for the learner's node would show.
 """
 
+import asyncio
 import sys
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 
+import msgspec
 import pytest
 from helpers import run
 from ray.cluster_utils import Cluster
 
 from asyncrl import config as configuration
 from asyncrl import job
+from asyncrl.loop import LOST
 from asyncrl.monitor import metrics
+from asyncrl.recovery import journal
 from asyncrl.runtime import cluster as runtime
 
 pytestmark = [
@@ -21,6 +25,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="other systems answer only 127.0.0.1"),
 ]
 ROLLOUT_ADDRESS, LEARNER_ADDRESS = "127.0.0.2", "127.0.0.3"
+COMMON = {"include_dashboard": False, "object_store_memory": 100 * 2**20}
 NUM_STEPS = 3
 SMALL = [
     "env.path=asyncrl.envs.digits:SortDigits",
@@ -39,14 +44,16 @@ SMALL = [
 @pytest.fixture(scope="module")
 def nodes():
     """A cluster that is there before the runs and after them. The driver's own node, the head, is not the learner's."""
-    common = {"include_dashboard": False, "object_store_memory": 100 * 2**20}
-    cluster = Cluster()
-    try:
-        cluster.add_node(node_ip_address=ROLLOUT_ADDRESS, resources={"rollout_node": 4}, **common)
-        cluster.add_node(node_ip_address=LEARNER_ADDRESS, resources={"learner_node": 1}, **common)
-        yield cluster
-    finally:
-        cluster.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_health_check_period_ms", "500")  # 3 s as it comes; a dead node is one that missed five
+        patch.setenv("RAY_max_direct_call_object_size", "0")  # tokens lie on the node that made them, however few
+        cluster = Cluster()
+        try:
+            cluster.add_node(node_ip_address=ROLLOUT_ADDRESS, resources={"rollout_node": 4}, **COMMON)
+            cluster.add_node(node_ip_address=LEARNER_ADDRESS, resources={"learner_node": 1}, **COMMON)
+            yield cluster
+        finally:
+            cluster.shutdown()
 
 
 def load(folder, *words):
@@ -87,6 +94,44 @@ def test_the_learner_and_the_rollout_actors_train_on_nodes_of_their_own(nodes, t
     assert [row["rollout/num_actors"] for row in rows] == [2] * NUM_STEPS
     assert result.accuracy is not None
     assert nodes.remaining_processes_alive(), "the run ended a cluster that was not its own"
+
+
+@pytest.mark.timeout(150)
+def test_a_node_that_dies_takes_its_actors_and_their_finished_groups_along_and_no_more(nodes, tmp_path, monkeypatch):
+    """The learner asks for tokens that were there: it drops the batch, and every prompt is told of."""
+    dying = nodes.add_node(node_ip_address="127.0.0.4", resources={"mortal_node": 1}, **COMMON)
+    gradient, start, play = runtime.RemoteLearner.gradient, runtime.start_rollout, runtime.RemoteRollout.run
+    from_there, struck = set(), []
+
+    async def noted(actor, prompt):
+        group = await play(actor, prompt)
+        if actor.name == "rollout 1":
+            from_there.add(prompt.id)
+        return group
+
+    async def strike_before(learner, groups):
+        if not struck and any(group.prompt.id in from_there for group in groups):
+            struck.append(learner.version)
+            await asyncio.to_thread(nodes.remove_node, dying, False)
+        await gradient(learner, groups)
+
+    def start_there(config, folder, store, number):
+        node = "mortal_node" if number else "rollout_node"
+        resources = msgspec.structs.replace(config.cluster, rollout_resources={node: 1})
+        return start(msgspec.structs.replace(config, cluster=resources), folder, store, number)
+
+    monkeypatch.setattr(runtime.RemoteLearner, "gradient", strike_before)
+    monkeypatch.setattr(runtime.RemoteRollout, "run", noted)
+    monkeypatch.setattr(runtime, "start_rollout", start_there)
+    words = [f"cluster.address={nodes.address}", "num_steps=8", "buffer.max_staleness=3", "rollout.max_replacements=0"]
+    result = run(job.train(load(tmp_path, *words, "eval.every=0"), quiet=True), seconds=80)
+    assert result.version == 8
+    assert [row["rollout/num_actors"] for row in metrics.read(result.folder) if "reward/mean" in row][-1] == 1
+    with closing(journal.Journal(result.folder / "journal.bin")) as written:
+        totals, num_drawn = written.accounts.totals(), written.accounts.next_id
+    assert totals["trained"] == 8 * 4
+    assert totals[LOST] >= 4
+    assert totals.total() == num_drawn
 
 
 @pytest.mark.parametrize(

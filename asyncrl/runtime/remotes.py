@@ -16,7 +16,7 @@ import ray
 
 from asyncrl.engine.base import EngineDied
 from asyncrl.envs.faults import EnvFault
-from asyncrl.handles import ActorDied
+from asyncrl.handles import ActorDied, TokensLost
 from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.rollout import UpdateReport
 from asyncrl.runtime.exchange import Answer, Exchange, Numbered, unite
@@ -96,7 +96,10 @@ class RemoteLearner:
 
     async def gradient(self, groups: Sequence[Group]) -> None:
         places, batches = unite(groups)
-        await self._all("gradient", places, *batches)
+        try:
+            await self._all("gradient", places, *batches)
+        except ray.exceptions.ObjectLostError as error:  # which Ray finds before it calls the learner
+            raise TokensLost("the node that held tokens of finished groups is gone") from error
 
     async def apply(self) -> dict[str, float]:
         metrics: dict[str, float]
