@@ -50,14 +50,18 @@ def split(words: Sequence[str], num_actors: int | None = None) -> tuple[str | No
             f"one configuration file at most, got {', '.join(files)}; a setting is one word, such as num_steps=10"
         )
     if num_actors is not None:
-        same = f"rollout.num_actors={num_actors}"
-        for word in overrides:
-            if word.startswith("rollout.num_actors=") and word != same:
-                raise ValueError(
-                    f"--num-rollout-actors {num_actors} is short for {same}, and {word} is given: keep one"
-                )
-        overrides.append(same)
+        overrides = agreed(overrides, f"--num-rollout-actors {num_actors}", f"rollout.num_actors={num_actors}")
     return files[0] if files else None, overrides
+
+
+def agreed(overrides: Sequence[str], flag: str, same: str) -> list[str]:
+    """The words and `same`, the one that `flag` is short for. Raises `ValueError` where a word says otherwise."""
+    name, _, value = same.partition("=")
+    for word in overrides:
+        key, _, other = word.partition("=")
+        if key == name and _parse(other) != _parse(value):
+            raise ValueError(f"{flag} is short for {same}, and {word} is given: keep one")
+    return [*overrides, same]
 
 
 def assign(tree: dict[str, Any], word: str) -> None:
