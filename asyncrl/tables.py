@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
@@ -98,10 +98,26 @@ def check(tree: dict[str, Any], section: type[msgspec.Struct], prefix: str = "")
                 raise ValueError(f"{prefix + key!r} is a table, got {value!r}; set one of its keys")
             check(value, kind, f"{prefix}{key}.")
             continue
-        try:
-            msgspec.convert(value, kind)
-        except msgspec.ValidationError as error:
-            raise ValueError(f"{prefix}{key} must be {_name_of(kind)}, got {value!r}") from error
+        check_value(value, kind, prefix + key)
+
+
+def check_value(value: Any, kind: Any, name: str) -> None:
+    """Raises `ValueError` for a value of another type than `kind`, with those that it can have."""
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{name} must be {_name_of(kind)}, got {value!r}") from error
+
+
+def is_plain(kind: Any) -> bool:
+    """Whether a type is one of values as they stand in a configuration, or is made of such."""
+    origin, parts = get_origin(kind) or kind, get_args(kind)
+    if origin is Literal:
+        return True
+    if origin in (dict, Mapping) and parts and parts[0] is not str:
+        return False  # its keys are made of the texts that are written
+    known = origin in (Union, UnionType, dict, Mapping, list, tuple, Sequence, bool, int, float, str, NoneType, Any)
+    return known and all(part is Ellipsis or is_plain(part) for part in parts)
 
 
 def _hint(key: str, fields: dict[str, Any], prefix: str) -> str:
@@ -121,7 +137,11 @@ _NAMES = {
     bool: "true or false",
     str: "a text",
     dict: "a table",
+    Mapping: "a table",
     list: "a list",
+    tuple: "a list",
+    Sequence: "a list",
+    Any: "anything",
 }
 
 
@@ -137,6 +157,6 @@ def _name_of(kind: Any) -> str:
         return " or ".join(_name_of(part) for part in parts if part is not NoneType)
     if origin is tuple and Ellipsis not in parts:
         return f"a list of {len(parts)} ({', '.join(map(_name_of, parts))})"
-    if origin in (list, tuple):
+    if origin in (list, tuple, Sequence) and parts:
         return f"a list (of {_name_of(parts[0])} each)"
     return _NAMES.get(origin or kind, str(kind))
