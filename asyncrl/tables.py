@@ -18,12 +18,14 @@ import msgspec
 def read(path: str | Path) -> dict[str, Any]:
     """The tables of a TOML file, or of the JSON of a run folder. Raises `ValueError` if it cannot be read."""
     try:
-        text = Path(path).read_text()
-        tree: dict[str, Any] = json.loads(text) if Path(path).suffix == ".json" else tomllib.loads(text)
+        text = Path(path).read_text(encoding="utf-8")
+        tree: Any = json.loads(text) if Path(path).suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ValueError(f"cannot read the configuration {str(path)!r}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be parsed: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} is no table of settings, got {str(tree)[:60]!r}: write an object, as a run does")
     return tree
 
 
