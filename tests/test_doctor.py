@@ -336,6 +336,18 @@ def test_the_number_of_rollout_actors_as_launch_run_takes_it(monkeypatch):
     assert doctor.main(["--num-rollout-actors", "5", "rollout.num_actors=4"]) == 2
 
 
+def test_a_run_to_resume_is_looked_at_with_the_words_of_launch_run(monkeypatch, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(configuration.to_tree(config("rollout.num_actors=5"))))
+    seen = []
+    monkeypatch.setattr(doctor, "examine", lambda config, _: seen.append(config) or [])
+    resume = ["--resume", str(tmp_path), "--watch", "--dry-run"]
+    assert doctor.main([*resume, "num_steps=7"]) == 0
+    assert (seen[0].rollout.num_actors, seen[0].num_steps) == (5, 7)
+    assert doctor.main([*resume, "model.num_layers=3"]) == 2
+    assert "the checkpoints of" in capsys.readouterr().err
+    assert doctor.main(["--resume", str(tmp_path / "nowhere")]) == 2
+
+
 def test_an_error_keeps_its_own_remedy():
     check = doctor.attempt("a", "other", raising(ValueError("the rule, 3: do this")))
     assert (check.finding, check.remedy) == ("the rule, 3", "do this")
