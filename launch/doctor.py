@@ -139,6 +139,8 @@ def examine(config: Config, start_ray: bool) -> Iterator[Check]:
             yield check_transformers(metadata.requires("sglang") or [], installed("transformers"))
         yield attempt("attention backend", "see the row of sglang", lambda: attention(config, gpus))
     yield check_settings(config)
+    if config.learner.attention == "varlen":
+        yield attempt("learner attention", "see learner.attention", lambda: try_attention(config))
     if config.loss.function or config.loss.advantage:
         yield attempt("own loss", "see algorithm.preset and algorithm.loss.advantage", lambda: try_loss(config))
     with tempfile.TemporaryDirectory() as scratch:
@@ -191,6 +193,14 @@ def attention(config: Config, gpus: Sequence[Gpu]) -> str:
     kinds = sorted({gpu.capability for gpu in gpus}) if config.device != "cpu" else []
     chosen = [f"{choose_attention_backend(wanted, kind, found)} for {kind[0]}.{kind[1]}" for kind in kinds]
     return ", ".join(chosen) or f"{choose_attention_backend(wanted, None, found)} on the CPU"
+
+
+def try_attention(config: Config) -> str:
+    """Whether the learner can have the attention that is asked for, as far as it shows without a model."""
+    from asyncrl.model import check_attention
+
+    check_attention(config)
+    return config.learner.attention
 
 
 def try_loss(config: Config) -> str:

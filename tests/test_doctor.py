@@ -321,11 +321,18 @@ def test_what_a_run_does_not_use_has_no_row(monkeypatch):
     monkeypatch.setattr(doctor, "check_package", lambda *_: doctor.Check("package", "ok", ""))
     rows = {check.name for check in doctor.examine(config(), False)}
     assert rows >= {"settings", "kv cache", "threads"}
-    assert rows.isdisjoint({"own loss", "adapters", "wandb", "cluster"})
+    assert rows.isdisjoint({"own loss", "adapters", "wandb", "cluster", "learner attention"})
     words = ["lora.rank=4", "metrics.wandb=project", "cluster.address=auto", "algorithm.loss.advantage=nowhere:no"]
+    words.append("learner.attention=varlen")
     rows |= (more := {check.name for check in doctor.examine(config(*words), False)})
-    assert more >= {"own loss", "adapters", "wandb", "cluster"}
+    assert more >= {"own loss", "adapters", "wandb", "cluster", "learner attention"}
     assert "threads" not in more, "of other machines"
+
+
+def test_attention_without_a_gpu_fails():
+    config_of_gpus = config("device=cpu", "learner.attention=varlen")
+    check = doctor.attempt("learner attention", "", lambda: doctor.try_attention(config_of_gpus))
+    assert (check.status, check.remedy) == ("FAIL", "set learner.attention=auto")
 
 
 def test_the_number_of_rollout_actors_as_launch_run_takes_it(monkeypatch):
