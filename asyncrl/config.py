@@ -5,6 +5,7 @@ A run's configuration is the defaults below, then a TOML file, then `section.key
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import msgspec
 
 from asyncrl import tables
 from asyncrl.algo import presets
+from asyncrl.imports import check_run
 
 TINY, TINY_BYTES = "tiny", "tiny-bytes"
 BUILT_IN = (TINY, TINY_BYTES)
@@ -336,6 +338,23 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
     for word in overrides or []:
         tables.assign(tree, word)
     return from_tree(tree)
+
+
+def from_words(
+    words: Sequence[str], default: Path, *, num_actors: int | None = None, resume: Path | None = None
+) -> Config:
+    """The configuration that a command line asks for: of the file among its words, of the run folder `resume`, or else
+    of `default`, with its other words on top. `num_actors` as in `tables.split`.
+
+    Raises `ValueError` as `load` does, and for a file beside `resume` or a folder that is none of a run.
+    """
+    file, overrides = tables.split(words, num_actors)
+    if resume is None:
+        return load(file or default, overrides)
+    if file is not None:
+        raise ValueError("--resume takes its configuration from the run folder; give section.key=value words only")
+    check_run(resume)
+    return load(resume / "config.json", overrides)
 
 
 def from_tree(tree: dict[str, Any]) -> Config:

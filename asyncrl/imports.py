@@ -8,13 +8,16 @@ import os
 import sys
 import sysconfig
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+_PACKAGE = str(Path(__file__).parent)
 _NOT_THE_USERS = (
     "<frozen",
     *(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")),
-    str(Path(__file__).parent),
+    _PACKAGE,
 )
 LOCAL = ("models/", "data/", "runs/", "./", "../", "/")
 """What paths of this machine begin with; anything else may be an id of the hub."""
@@ -59,6 +62,20 @@ def line_of(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is the caller's
     own = [frame for frame in frames if not frame.filename.startswith(_NOT_THE_USERS)]
     return f", {own[-1].filename} line {own[-1].lineno}" if own else ""
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """What the user's code raises becomes a `ValueError` that says what was called, and where that failed. A
+    `ValueError` of this package explains itself, and stays as it is."""
+    try:
+        yield
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        if isinstance(error, ValueError) and last.filename.startswith(_PACKAGE):
+            raise
+        where = line_of(error) or f", {last.filename} line {last.lineno}"
+        raise ValueError(f"{what} raised {error!r}{where}") from error
 
 
 def check_folder(path: str | Path, script: str, knob: str) -> None:

@@ -17,8 +17,9 @@ from asyncrl.config import Config
 from asyncrl.envs.base import Env, heldout_prompts, load_env, no_skill
 from asyncrl.imports import interpreter
 from asyncrl.loop import run
-from asyncrl.model import load_tokenizer
+from asyncrl.model import check_attention, load_tokenizer
 from asyncrl.monitor.metrics import Metrics, plot, read, verdict
+from asyncrl.monitor.sinks import import_wandb
 from asyncrl.recovery import checkpoint
 from asyncrl.recovery.accounts import Resumed, Started
 from asyncrl.recovery.journal import Journal
@@ -57,6 +58,8 @@ def load_task(config: Config, *, quiet: bool = False) -> Task:
     """Raises `ValueError` for what the run could not start with, or would not end with."""
     check_own(config)
     check_machine(config)  # before the warm-up, which may take long
+    check_attention(config)
+    import_wandb(config)
     initial = str(prepare(config, quiet=quiet))
     tokenizer = load_tokenizer(initial)
     env = load_env(config.env.path, tokenizer, config.env.args)

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from asyncrl.config import BUILT_IN
+from asyncrl.config import BUILT_IN, Config
 from asyncrl.imports import check_folder
 
 try:
@@ -158,8 +158,7 @@ def use_attention(model: nn.Module, wanted: str, device: str, *, bfloat16: bool)
     Raises `ValueError` if "varlen" is wanted and cannot be.
     """
     reason = _no_varlen(model, device, bfloat16)
-    if wanted == "varlen" and reason:
-        raise ValueError(f"learner.attention is 'varlen', which {reason}: set learner.attention=auto")
+    _refuse_varlen(wanted, reason)
     if wanted == "sdpa" or reason:
         return "sdpa"
     ALL_ATTENTION_FUNCTIONS.register(_VARLEN, _varlen_attention)
@@ -167,16 +166,38 @@ def use_attention(model: nn.Module, wanted: str, device: str, *, bfloat16: bool)
     return "varlen"
 
 
+def check_attention(config: Config) -> None:
+    """Raises `ValueError` as `use_attention` does, for what shows without a model, before a run has anything. Of the
+    GPUs of a cluster that is joined nothing is known here."""
+    joins = config.runtime == "cluster" and config.cluster.address is not None
+    if config.device == "cpu" or not joins:
+        on_gpu = config.device != "cpu" and torch.cuda.device_count() > 0
+        reason = _no_kernel("cuda" if on_gpu else "cpu", config.learner.dtype != "float32")
+        _refuse_varlen(config.learner.attention, reason)
+
+
+def _refuse_varlen(wanted: str, reason: str) -> None:
+    if wanted == "varlen" and reason:
+        raise ValueError(f"learner.attention is 'varlen', which {reason}: set learner.attention=auto")
+
+
 def _no_varlen(model: nn.Module, device: str, bfloat16: bool) -> str:
     """Why attention over segments cannot be used, or nothing."""
+    if reason := _no_kernel(device, bfloat16):
+        return reason
+    if getattr(model.config, "attn_logit_softcapping", None):
+        return "has no cap on attention scores, and the model needs one (attn_logit_softcapping)"
+    return ""
+
+
+def _no_kernel(device: str, bfloat16: bool) -> str:
+    """The same, for any model."""
     if device != "cuda":
         return f"needs a GPU, and the learner is on {device!r}"
     if not bfloat16:
         return "needs bfloat16, and learner.dtype is float32"
     if "window_size" not in _VARLEN_OPTIONS:
         return f"needs torch 2.11 or later, and this is {torch.__version__}"
-    if getattr(model.config, "attn_logit_softcapping", None):
-        return "has no cap on attention scores, and the model needs one (attn_logit_softcapping)"
     return ""
 
 

@@ -267,6 +267,8 @@ def _check_least(config: Config) -> None:
 
 
 def _check_ranges(config: Config) -> None:
+    if not -(2**63) <= config.seed < 2**63:
+        raise ValueError(f"seed must be a whole number of 64 bits, from -2**63 to 2**63 - 1, got {config.seed}")
     if not 0 < config.rollout.gpu_memory_utilization < 1:
         raise ValueError(
             f"rollout.gpu_memory_utilization must be above 0 and below 1, got {config.rollout.gpu_memory_utilization}"

@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
@@ -18,12 +18,14 @@ import msgspec
 def read(path: str | Path) -> dict[str, Any]:
     """The tables of a TOML file, or of the JSON of a run folder. Raises `ValueError` if it cannot be read."""
     try:
-        text = Path(path).read_text()
-        tree: dict[str, Any] = json.loads(text) if Path(path).suffix == ".json" else tomllib.loads(text)
+        text = Path(path).read_text(encoding="utf-8")
+        tree: Any = json.loads(text) if Path(path).suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ValueError(f"cannot read the configuration {str(path)!r}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be parsed: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} is no table of settings, got {str(tree)[:60]!r}: write an object, as a run does")
     return tree
 
 
@@ -50,14 +52,18 @@ def split(words: Sequence[str], num_actors: int | None = None) -> tuple[str | No
             f"one configuration file at most, got {', '.join(files)}; a setting is one word, such as num_steps=10"
         )
     if num_actors is not None:
-        same = f"rollout.num_actors={num_actors}"
-        for word in overrides:
-            if word.startswith("rollout.num_actors=") and word != same:
-                raise ValueError(
-                    f"--num-rollout-actors {num_actors} is short for {same}, and {word} is given: keep one"
-                )
-        overrides.append(same)
+        overrides = agreed(overrides, f"--num-rollout-actors {num_actors}", f"rollout.num_actors={num_actors}")
     return files[0] if files else None, overrides
+
+
+def agreed(overrides: Sequence[str], flag: str, same: str) -> list[str]:
+    """The words and `same`, the one that `flag` is short for. Raises `ValueError` where a word says otherwise."""
+    name, _, value = same.partition("=")
+    for word in overrides:
+        key, _, other = word.partition("=")
+        if key == name and _parse(other) != _parse(value):
+            raise ValueError(f"{flag} is short for {same}, and {word} is given: keep one")
+    return [*overrides, same]
 
 
 def assign(tree: dict[str, Any], word: str) -> None:
@@ -94,10 +100,26 @@ def check(tree: dict[str, Any], section: type[msgspec.Struct], prefix: str = "")
                 raise ValueError(f"{prefix + key!r} is a table, got {value!r}; set one of its keys")
             check(value, kind, f"{prefix}{key}.")
             continue
-        try:
-            msgspec.convert(value, kind)
-        except msgspec.ValidationError as error:
-            raise ValueError(f"{prefix}{key} must be {_name_of(kind)}, got {value!r}") from error
+        check_value(value, kind, prefix + key)
+
+
+def check_value(value: Any, kind: Any, name: str) -> None:
+    """Raises `ValueError` for a value of another type than `kind`, with those that it can have."""
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{name} must be {_name_of(kind)}, got {value!r}") from error
+
+
+def is_plain(kind: Any) -> bool:
+    """Whether a type is one of values as they stand in a configuration, or is made of such."""
+    origin, parts = get_origin(kind) or kind, get_args(kind)
+    if origin is Literal:
+        return True
+    if origin in (dict, Mapping) and parts and parts[0] is not str:
+        return False  # its keys are made of the texts that are written
+    known = origin in (Union, UnionType, dict, Mapping, list, tuple, Sequence, bool, int, float, str, NoneType, Any)
+    return known and all(part is Ellipsis or is_plain(part) for part in parts)
 
 
 def _hint(key: str, fields: dict[str, Any], prefix: str) -> str:
@@ -117,7 +139,11 @@ _NAMES = {
     bool: "true or false",
     str: "a text",
     dict: "a table",
+    Mapping: "a table",
     list: "a list",
+    tuple: "a list",
+    Sequence: "a list",
+    Any: "anything",
 }
 
 
@@ -133,6 +159,6 @@ def _name_of(kind: Any) -> str:
         return " or ".join(_name_of(part) for part in parts if part is not NoneType)
     if origin is tuple and Ellipsis not in parts:
         return f"a list of {len(parts)} ({', '.join(map(_name_of, parts))})"
-    if origin in (list, tuple):
+    if origin in (list, tuple, Sequence) and parts:
         return f"a list (of {_name_of(parts[0])} each)"
     return _NAMES.get(origin or kind, str(kind))

@@ -49,7 +49,8 @@ def measure(options: argparse.Namespace) -> int:
     words = [f"run_dir={folder}", *options.words]
     start = warmed_up(options.config, words)
     print(f"before: {start}", flush=True)
-    evaluate(folder / "before.json", [start, options.config, *words, *options.eval])
+    same = [word for word in words if not word.startswith("eval.num_samples=")]  # of the run; here --n says it
+    evaluate(folder / "before.json", [start, options.config, *same, *options.eval])
     trained = train(folder, options.config, words, options.minutes)
     print(f"after: {trained}", flush=True)
     evaluate(folder / "after.json", [str(trained), *options.eval])

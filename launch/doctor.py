@@ -1,7 +1,8 @@
 """Looks, before a run, at what the run will need: one row for each thing, with what was found and what to do.
 
-python launch/doctor.py [CONFIG.toml] [--num-rollout-actors 4] [section.key=value ...] [--start-ray]
+python launch/doctor.py [CONFIG.toml] [--num-rollout-actors 4] [section.key=value ...] [--resume RUN_DIR] [--start-ray]
 
+The words are those of launch/run.py; --watch and --dry-run are taken, too, and change nothing here.
 Exit code: 0 when nothing failed, 1 when something did, 2 for a bad configuration. No weights are loaded. Needs of
 memory and disk are rough: they count parameters, optimizer and processes, not activations and caches.
 """
@@ -54,7 +55,7 @@ try:
         check_transformers,
         check_wandb,
     )
-    from asyncrl.tables import Parser, split
+    from asyncrl.tables import Parser
 except ImportError as error:
     sys.exit(
         f"error: {error} for {sys.executable}: run `make .venv/installed` and take .venv/bin/python, or "
@@ -72,10 +73,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="CONFIG.toml | section.key=value")
     parser.add_argument("--num-rollout-actors", type=int, metavar="N", help="short for rollout.num_actors=N")
+    parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="look at what going on with a run will need")
+    for flag in ("--watch", "--dry-run"):
+        parser.add_argument(flag, action="store_true", help="as launch/run.py has it; changes nothing here")
     parser.add_argument("--start-ray", action="store_true", help="start Ray and stop it again, which takes seconds")
     options = parser.parse_intermixed_args(arguments)
     try:
-        config = resolve(options.words, options.num_rollout_actors)
+        config = resolve(options.words, options.num_rollout_actors, options.resume)
         return show(list(examine(config, options.start_ray)))
     except ImportError as error:
         print(f"error: {error} for {sys.executable}: run `{interpreter()} -m pip install -e .`", file=sys.stderr)
@@ -85,12 +89,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def resolve(words: Sequence[str], num_actors: int | None = None) -> Config:
-    """The configuration that the command line asks for; configs/largest_digit.toml when it names no file."""
+def resolve(words: Sequence[str], num_actors: int | None = None, resume: Path | None = None) -> Config:
+    """The configuration that the command line asks for; configs/largest_digit.toml when it names no file. Raises
+    `ValueError` for one that the run to `resume` cannot go on with, too."""
     from asyncrl import config as configuration
+    from asyncrl import run_folder
 
-    file, overrides = split(words, num_actors)
-    return configuration.load(file or ROOT / "configs" / "largest_digit.toml", overrides)
+    default = ROOT / "configs" / "largest_digit.toml"
+    config = configuration.from_words(words, default, num_actors=num_actors, resume=resume)
+    if resume is not None:
+        run_folder.differences(resume, config)
+    return config
 
 
 def show(checks: Sequence[Check]) -> int:
@@ -130,6 +139,8 @@ def examine(config: Config, start_ray: bool) -> Iterator[Check]:
             yield check_transformers(metadata.requires("sglang") or [], installed("transformers"))
         yield attempt("attention backend", "see the row of sglang", lambda: attention(config, gpus))
     yield check_settings(config)
+    if config.learner.attention == "varlen":
+        yield attempt("learner attention", "see learner.attention", lambda: try_attention(config))
     if config.loss.function or config.loss.advantage:
         yield attempt("own loss", "see algorithm.preset and algorithm.loss.advantage", lambda: try_loss(config))
     with tempfile.TemporaryDirectory() as scratch:
@@ -182,6 +193,14 @@ def attention(config: Config, gpus: Sequence[Gpu]) -> str:
     kinds = sorted({gpu.capability for gpu in gpus}) if config.device != "cpu" else []
     chosen = [f"{choose_attention_backend(wanted, kind, found)} for {kind[0]}.{kind[1]}" for kind in kinds]
     return ", ".join(chosen) or f"{choose_attention_backend(wanted, None, found)} on the CPU"
+
+
+def try_attention(config: Config) -> str:
+    """Whether the learner can have the attention that is asked for, as far as it shows without a model."""
+    from asyncrl.model import check_attention
+
+    check_attention(config)
+    return config.learner.attention
 
 
 def try_loss(config: Config) -> str:

@@ -3,8 +3,9 @@
     python launch/evaluate.py MODEL_OR_RUN [CONFIG.toml] [--env MODULE:CLASS] [--n 4] [section.key=value ...]
 
 MODEL_OR_RUN is a Hugging Face id or folder, or a run folder: then its configuration and newest checkpoint are taken.
---n 4 is four attempts at each prompt, sampled at temperature 1; without it one greedy attempt; --n 1,4 is both, one
-after the other on one engine. The engine is the embedded one, on a GPU or a CPU, or SGLang with rollout.engine=sglang.
+--n 4 is four attempts at each prompt, sampled at temperature 1, or at eval.temperature=T; --n 1 is one greedy attempt;
+--n 1,4 is both, one after the other on one engine; without --n it is as the configuration says, by default one, greedy.
+The engine is the embedded one, on a GPU or a CPU, or SGLang with rollout.engine=sglang.
 Without a configuration a completion has 512 tokens; rollout.max_new_tokens=N is another budget. --output FILE also
 writes the result as JSON, with every prompt's rewards; of several, a list.
 """
@@ -40,13 +41,8 @@ _MAX_NEW_TOKENS = 512
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
-        if options.output and not options.output.absolute().parent.is_dir():
-            raise ValueError(
-                f"--output {options.output}: there is no folder {options.output.absolute().parent}; make it"
-            )
-        config = resolve(options)
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            results = runner.run(evaluate(config, options.n))
+        check_output(options.output)
+        results = evaluate_newest(options)
     except (ValueError, EnvFault) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -62,7 +58,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("words", nargs="*", metavar="CONFIG.toml | section.key=value")
     parser.add_argument("--env", metavar="MODULE:CLASS", help="short for env.path=MODULE:CLASS")
     parser.add_argument(
-        "--n", type=counts, default=[], metavar="N[,N]", help="attempts at each prompt: 1 greedy, more at temperature 1"
+        "--n",
+        type=counts,
+        default=[],
+        metavar="N[,N]",
+        help="attempts at each prompt: 1 is greedy, more are sampled at temperature 1, or at eval.temperature=T",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the result as JSON, too")
     return parser.parse_intermixed_args(arguments)
@@ -73,6 +73,30 @@ def counts(text: str) -> list[int]:
     if min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"at least 1 attempt at each prompt, got {text}")
     return numbers
+
+
+def check_output(file: Path | None) -> None:
+    """Raises `ValueError` for a file that could not be written, before the evaluation, which takes long."""
+    if file and file.is_dir():
+        raise ValueError(f"--output {file} is a folder: name a file, such as {file / 'result.json'}")
+    if file and not file.absolute().parent.is_dir():
+        raise ValueError(f"--output {file}: there is no folder {file.absolute().parent}; make it")
+
+
+def evaluate_newest(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What `evaluate` gives for the command line; of a run in progress, whose checkpoints come and go, once more with
+    the newest if the one that was chosen is gone before it is read."""
+    config = resolve(options)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        try:
+            return runner.run(evaluate(config, options.n))
+        except ValueError:
+            chosen = Path(config.model.path)
+            if chosen.exists() or Path(options.model) not in chosen.parents:
+                raise
+        newer = resolve(options)
+        print(f"the run took {chosen} away meanwhile: {newer.model.path} is evaluated", file=sys.stderr)
+        return runner.run(evaluate(newer, options.n))
 
 
 def resolve(options: argparse.Namespace) -> Config:
@@ -88,10 +112,17 @@ def resolve(options: argparse.Namespace) -> Config:
         file, model = run / "config.json", str(checkpoint.latest(run / "checkpoints"))
     else:
         check_named(model)
-    asked = [f"env.path={options.env}"] if options.env else []
+    if options.env:
+        words = tables.agreed(words, f"--env {options.env}", f"env.path={options.env}")
+    asked = []
     if options.n:
         most = max(options.n)
-        asked += [f"eval.num_samples={most}", f"eval.temperature={1.0 if most > 1 else 0.0}"]
+        flag = f"--n {','.join(map(str, options.n))}"
+        words = tables.agreed(words, flag, f"eval.num_samples={most}")
+        if most > 1:
+            asked.append("eval.temperature=1")
+        else:
+            words = tables.agreed(words, flag, "eval.temperature=0")
     if file is None:
         asked.append(f"rollout.max_new_tokens={_MAX_NEW_TOKENS}")
     return configuration.load(file, [f"model.path={model}", "warmup.num_steps=0", *asked, *words])
@@ -134,8 +165,7 @@ async def evaluate(config: Config, numbers: Sequence[int]) -> list[dict[str, Any
     rollout = await build_rollout(config, folder, placement_here(config))
     usual = rollout.attempts
     greedy = replace(usual, num_samples=1, sampling=replace(usual.sampling, temperature=0.0))
-    several = max(numbers, default=1) > 1
-    asked = [greedy if several and n == 1 else replace(usual, num_samples=n) for n in numbers] or [usual]
+    asked = [greedy if n == 1 else replace(usual, num_samples=n) for n in numbers] or [usual]
     try:
         return [facts | await _play(config, rollout, prompts, attempts) for attempts in asked]
     finally:

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import uvloop
 
-from asyncrl import cautions, tables
+from asyncrl import cautions, run_folder, tables
 from asyncrl import config as configuration
 from asyncrl.config import Config
-from asyncrl.imports import check_run
 from asyncrl.threads import kept_handlers
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "largest_digit.toml"
@@ -30,12 +29,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         config = resolve(options)
+        changes = run_folder.differences(options.resume, config) if options.resume else []
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for line in cautions.warnings(config):
         print(f"warning: {line}", file=sys.stderr)
     if options.dry_run:
+        for line in changes:
+            print(f"the resume would change {line}", file=sys.stderr)
         print(json.dumps(configuration.to_tree(config), indent=2))
         return 0
     with kept_handlers(signal.SIGTERM):
@@ -96,13 +98,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def resolve(options: argparse.Namespace) -> Config:
     """The configuration that the command line asks for."""
-    file, overrides = tables.split(options.words, options.num_rollout_actors)
-    if options.resume is None:
-        return configuration.load(file or DEFAULT, overrides)
-    if file is not None:
-        raise ValueError("--resume takes its configuration from the run folder; give section.key=value words only")
-    check_run(options.resume)
-    return configuration.load(options.resume / "config.json", overrides)
+    return configuration.from_words(
+        options.words, DEFAULT, num_actors=options.num_rollout_actors, resume=options.resume
+    )
 
 
 if __name__ == "__main__":

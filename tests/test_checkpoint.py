@@ -72,6 +72,24 @@ def test_with_every_one_damaged_the_run_is_not_started_from_nothing(tmp_path):
         pytest.raises(ValueError, match=r"every checkpoint .* is damaged: damaged-step-000001"),
     ):
         checkpoint.newest(tmp_path)
+    for read in (checkpoint.newest, checkpoint.latest):  # nor when it is asked for again, with none of that name left
+        with pytest.raises(ValueError, match=r"every checkpoint .* is damaged: damaged-step-000001; restore one"):
+            read(tmp_path)
+    (whole,) = saved(tmp_path, 1)
+    assert checkpoint.newest(tmp_path) == whole, "restored"
+
+
+def test_one_that_a_run_in_progress_takes_away_while_it_is_read_gives_way_to_a_newer_one(tmp_path, monkeypatch):
+    saved(tmp_path, 1)
+    real = checkpoint.damage
+
+    def late(folder):
+        if folder.name == "step-000001":
+            saved(tmp_path, 2, keep=1)
+        return real(folder)
+
+    monkeypatch.setattr(checkpoint, "damage", late)
+    assert checkpoint.latest(tmp_path).name == "step-000002"
 
 
 def test_a_save_that_fails_leaves_nothing_and_what_was_there_stays(tmp_path):

@@ -56,6 +56,7 @@ def test_a_resolved_config_reads_back_the_same():
         (["lora.targets=q"], r"lora.targets must be a list \(of a text each\) or 'all-linear', got 'q'"),
         (["env.args=5"], "env.args must be a table, got 5"),
         (["buffer.max_staleness=high"], "buffer.max_staleness must be a whole number or 'auto', got 'high'"),
+        (["seed=99999999999999999999"], r"seed must be a whole number of 64 bits, .* got 99999999999999999999"),
         (["rollout.group_size"], "write section.key=value"),
         (["rollout.num_actors=0"], "rollout.num_actors must be at least 1, got 0"),
         (["rollout.top_p=1.5"], "rollout.top_p must be above 0 and at most 1, got 1.5"),
@@ -122,6 +123,12 @@ def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "broken.toml").write_text("a = = 3")
     with pytest.raises(ValueError, match="cannot be parsed"):
         configuration.load(tmp_path / "broken.toml")
+    (tmp_path / "latin.toml").write_bytes('run_dir = "Läufe"'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.toml cannot be parsed: 'utf-8' codec"):
+        configuration.load(tmp_path / "latin.toml")
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"list\.json is no table of settings, got '\[1\]'"):
+        configuration.load(tmp_path / "list.json")
 
 
 def test_words_may_stand_before_and_after_options():
@@ -231,6 +238,27 @@ def test_what_is_neither_a_file_nor_a_run_is_told_what_is(words, message, tmp_pa
     monkeypatch.chdir(tmp_path)
     assert run.main(words) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.fixture
+def old_run(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(configuration.to_tree(Config())))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("words", [["--dry-run"], []])
+def test_a_change_that_a_resume_refuses_is_refused_at_once(old_run, words, capsys):
+    assert run.main(["--resume", old_run, "model.num_layers=3", *words]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: model.num_layers 2 -> 3: the checkpoints of ")
+    assert not printed.out
+
+
+def test_a_dry_run_of_a_resume_shows_what_would_change(old_run, capsys):
+    assert run.main(["--resume", old_run, "num_steps=7", "--dry-run"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "the resume would change num_steps 100 -> 7\n"
+    assert json.loads(printed.out)["num_steps"] == 7
 
 
 class Importing:

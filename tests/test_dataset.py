@@ -181,6 +181,12 @@ def test_data_of_another_kind_are_told_how_to_convert_them(tmp_path):
             '{"question": 4}\n',
             "row 0: unusable row: 4 in column 'question', where a text or a list of messages belongs",
         ),
+        ('{"question": []}\n', "row 0: unusable row: .* where a text or a list of messages belongs"),
+        (
+            '{"question": [{"role": "user", "content": "a"}]}\n{"question": [{"role": "user", "text": "a"}]}\n',
+            "row 1: unusable row: message 0 of column 'question' is .*: a message has a role and a content, both text",
+        ),
+        ('{"question": ["a"]}\n', "row 0: unusable row: message 0 of column 'question' is 'a': a message has"),
     ],
 )
 def test_a_mistake_in_the_data_is_named(tmp_path, text, message):
@@ -199,7 +205,7 @@ def test_a_folder_without_the_split_says_what_it_holds(tmp_path):
 
 
 def test_bad_rows_are_skipped_and_counted_where_asked_for(tmp_path):
-    rows = [*ROWS, {"question": "x" * 100}, {"question": None}, {"question": "y" * 100}]
+    rows = [*ROWS, {"question": "x" * 100}, {"question": [{"content": "z"}]}, {"question": "y" * 100}]
     env = make(tmp_path / "data.jsonl", rows, bad_rows="skip", max_prompt_tokens=50, style="raw")
     drawn = {p.token_ids for p in itertools.islice(env.prompts("train", 0), 200)}
     drawn |= {p.token_ids for p in env.prompts("heldout", 0)}

@@ -321,11 +321,18 @@ def test_what_a_run_does_not_use_has_no_row(monkeypatch):
     monkeypatch.setattr(doctor, "check_package", lambda *_: doctor.Check("package", "ok", ""))
     rows = {check.name for check in doctor.examine(config(), False)}
     assert rows >= {"settings", "kv cache", "threads"}
-    assert rows.isdisjoint({"own loss", "adapters", "wandb", "cluster"})
+    assert rows.isdisjoint({"own loss", "adapters", "wandb", "cluster", "learner attention"})
     words = ["lora.rank=4", "metrics.wandb=project", "cluster.address=auto", "algorithm.loss.advantage=nowhere:no"]
+    words.append("learner.attention=varlen")
     rows |= (more := {check.name for check in doctor.examine(config(*words), False)})
-    assert more >= {"own loss", "adapters", "wandb", "cluster"}
+    assert more >= {"own loss", "adapters", "wandb", "cluster", "learner attention"}
     assert "threads" not in more, "of other machines"
+
+
+def test_attention_without_a_gpu_fails():
+    config_of_gpus = config("device=cpu", "learner.attention=varlen")
+    check = doctor.attempt("learner attention", "", lambda: doctor.try_attention(config_of_gpus))
+    assert (check.status, check.remedy) == ("FAIL", "set learner.attention=auto")
 
 
 def test_the_number_of_rollout_actors_as_launch_run_takes_it(monkeypatch):
@@ -334,6 +341,18 @@ def test_the_number_of_rollout_actors_as_launch_run_takes_it(monkeypatch):
     assert doctor.main(["--num-rollout-actors", "5"]) == 0
     assert seen[0].rollout.num_actors == 5
     assert doctor.main(["--num-rollout-actors", "5", "rollout.num_actors=4"]) == 2
+
+
+def test_a_run_to_resume_is_looked_at_with_the_words_of_launch_run(monkeypatch, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(configuration.to_tree(config("rollout.num_actors=5"))))
+    seen = []
+    monkeypatch.setattr(doctor, "examine", lambda config, _: seen.append(config) or [])
+    resume = ["--resume", str(tmp_path), "--watch", "--dry-run"]
+    assert doctor.main([*resume, "num_steps=7"]) == 0
+    assert (seen[0].rollout.num_actors, seen[0].num_steps) == (5, 7)
+    assert doctor.main([*resume, "model.num_layers=3"]) == 2
+    assert "the checkpoints of" in capsys.readouterr().err
+    assert doctor.main(["--resume", str(tmp_path / "nowhere")]) == 2
 
 
 def test_an_error_keeps_its_own_remedy():

@@ -122,6 +122,7 @@ def test_the_largest_of_three_counts_as_the_last_number_of_a_reply_that_ended():
         ("some/mine.py", r"'some/mine\.py' names a file: write 'mine:Name', .*export PYTHONPATH=/.*/some\)"),
         ("mine.py:Env", r"'mine\.py:Env' names a file: write 'mine:Env'"),
         ("asyncrl.envs.digits", "has no ':' with a name after it: write 'package.module:Name'"),
+        ("asyncrl.envs.digits:random", "env.path 'asyncrl.envs.digits:random' is <module .*, which cannot be called"),
     ],
 )
 def test_a_wrong_path_says_which_half_is_wrong(tokenizer, path, message):
@@ -147,6 +148,129 @@ def test_a_module_that_a_module_lacks_is_not_said_to_be_the_environment(tokenize
 def test_a_text_that_the_tokenizer_cannot_take_is_told_so(tokenizer):
     with pytest.raises(ValueError, match=r"cannot take the text 'Question: What\?.*of the built-in ones 'tiny' knows"):
         ChatFormat(tokenizer).encode("What?")
+
+
+@pytest.mark.parametrize(
+    ("path", "args", "message"),
+    [
+        (
+            "dataset:DatasetEnv",
+            {"end_required": "False"},
+            r"env\.args\.end_required must be true or false, got 'False'",
+        ),
+        ("dataset:DatasetEnv", {"bad_rows": "skp"}, r"env\.args\.bad_rows must be 'error' or 'skip', got 'skp'"),
+        ("dataset:DatasetEnv", {"style": "rw"}, r"style must be 'auto' or 'chat' or 'plain' or 'raw', got 'rw'"),
+        ("dataset:DatasetEnv", {"max_prompt_tokens": "many"}, "max_prompt_tokens must be a whole number, got 'many'"),
+        ("dataset:DatasetEnv", {"num_shots": 1.5}, "num_shots must be a whole number, got 1.5"),
+        ("dataset:DatasetEnv", {"timeout_s": "x"}, "timeout_s must be a number, got 'x'"),
+        ("dataset:DatasetEnv", {"source": 3}, "source must be a text, got 3"),
+        ("dataset:DatasetEnv", {"weights": 1}, r"weights must be a list \(of a number each\), got 1"),
+        ("gsm8k:GSM8K", {"form": "marks"}, "form must be 'any' or 'marked', got 'marks'"),
+        ("gym:GymEnv", {"env": "a:B", "data": "d.jsonl", "env_config": 3}, "env_config must be a table, got 3"),
+        ("reasoning_gym:ReasoningGym", {"task": "gcd", "answer": "last"}, "answer must be 'tag' or 'last_number' or"),
+        ("tools:ToolUse", {"tools": "python"}, r"tools must be a list \(of a text each\), got 'python'"),
+        ("sql:TextToSQL", {"max_turns": True}, "max_turns must be a whole number, got True"),
+        ("code:CodeTask", {"memory_mb": 0.5}, "memory_mb must be a whole number, got 0.5"),
+        ("swe:RepairTask", {"time_limit_s": "1"}, "time_limit_s must be a number, got '1'"),
+    ],
+)
+def test_an_argument_of_another_type_is_named_with_what_it_can_be(path, args, message):
+    needed = {"source": "data.jsonl", "reward": "a:b"} if path == "dataset:DatasetEnv" else {}
+    with pytest.raises(ValueError, match=message):
+        load_env(f"asyncrl.envs.{path}", TextTokenizer(), needed | args)
+
+
+ANNOTATED = """
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from asyncrl.envs.digits import LargestDigit
+
+if TYPE_CHECKING:
+    from nowhere import Unknown
+
+
+class Env(LargestDigit):
+    def __init__(
+        self, tokenizer, bare=0, hidden: Unknown = 0, call: Callable[[int], int] = abs, path: Path = Path(),
+        either: str | Path = "", levels: dict[int, int] = {}, share: float = 0.0, kind: Literal["a", "b"] | None = None,
+        lists: list[str] | list[int] = [], **more: int,
+    ):
+        super().__init__(tokenizer)
+"""
+
+
+def test_types_that_a_configuration_cannot_have_are_not_held_against_it(tmp_path, monkeypatch):
+    (tmp_path / "annotated_env.py").write_text(ANNOTATED)
+    monkeypatch.syspath_prepend(tmp_path)
+    fine = {"bare": "x", "hidden": 1, "call": "math:sin", "path": "some/file", "either": "x", "levels": {"1": 2}}
+    assert load_env("annotated_env:Env", TextTokenizer(), fine | {"share": 1, "kind": "b", "lists": ["x"], "also": "x"})
+    with pytest.raises(ValueError, match="kind must be 'a' or 'b', got 'c'"):
+        load_env("annotated_env:Env", TextTokenizer(), fine | {"kind": "c"})
+
+
+FAILING = """
+from asyncrl.envs.base import split_of
+from asyncrl.envs.dataset import DatasetEnv
+from asyncrl.envs.digits import LargestDigit
+
+
+class Started(LargestDigit):
+    def __init__(self, tokenizer):
+        {}["here"]
+
+
+class Drawn(LargestDigit):
+    def prompts(self, split, seed):
+        yield from super().prompts(split, seed) if split == "train" else [int("seven")]
+
+
+class Scored(LargestDigit):
+    def baselines(self, prompts):
+        return 1 / 0
+
+
+class Nothing(LargestDigit):
+    def prompts(self, split, seed):
+        pass
+
+
+class Explained(DatasetEnv):
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, "data.jsonl", "math:pi")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Started", r"^failing_env:Started\(\.\.\.\) raised KeyError\('here'\), /.*/failing_env\.py line 9$"),
+        ("Drawn", r"^Drawn\.prompts\('heldout'\) raised ValueError\(.*'seven'\"\), /.*/failing_env\.py line 14$"),
+        ("Scored", r"^Scored\.baselines\(\) raised ZeroDivisionError\(.*\), /.*/failing_env\.py line 19$"),
+        ("Nothing", r"^Nothing\.prompts\('heldout'\) raised TypeError\(.*'NoneType' object is not iterable"),
+        ("Explained", r"^env\.args\.reward 'math:pi' is 3\.14.*name a function$"),
+    ],
+)
+def test_what_an_environment_raises_before_a_run_says_where(tokenizer, tmp_path, monkeypatch, name, message):
+    (tmp_path / "failing_env.py").write_text(FAILING)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def start():
+        env = load_env(f"failing_env:{name}", tokenizer, {})
+        no_skill(env, heldout_prompts(env, 4))
+
+    with pytest.raises(ValueError, match=message) as raised:
+        start()
+    assert (raised.value.__cause__ is None) == (name == "Explained")
+
+
+def test_of_targets_as_frequent_the_same_one_is_named_in_every_process():
+    env = load_env(TASKS[0], TextTokenizer(), {})
+    prompts = [Prompt(number, tuple(map(ord, "m123=")), target) for number, target in enumerate("75389642")]
+    assert "always 2" in env.baselines(prompts)
 
 
 def test_a_class_that_is_no_environment_is_told_what_it_lacks(tokenizer, tmp_path, monkeypatch):

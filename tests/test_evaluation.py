@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from asyncrl.envs.digits import LargestDigit, split_of
 from asyncrl.evaluation import interval, ks, pass_at_k, summarize
 from asyncrl.handles import ActorDied
 from asyncrl.monitor import metrics
+from asyncrl.recovery import checkpoint
 from asyncrl.rollout import Attempts, Rollout, make_group
 from asyncrl.tiny import build_tiny
 from asyncrl.types import Completion, Prompt, Sampling
@@ -175,6 +177,54 @@ def test_a_model_is_evaluated_with_several_attempts(tmp_path, capsys):
     assert evaluate.main([str(tmp_path / "nothing")]) == 2
     assert evaluate.main([str(folder), "--output", str(tmp_path / "no" / "result.json")]) == 2
     assert "there is no folder" in capsys.readouterr().err
+    assert evaluate.main([str(folder), "--output", str(tmp_path)]) == 2
+    assert f"--output {tmp_path} is a folder: name a file" in capsys.readouterr().err
+
+
+def settings(*words):
+    config = evaluate.resolve(evaluate.parse(["tiny", *words]))
+    return config.eval.num_samples, config.eval.temperature
+
+
+def test_one_attempt_is_greedy_and_more_are_sampled():
+    assert settings() == (1, 0)
+    assert settings("eval.temperature=0.7") == (1, 0.7)
+    assert settings("--n", "1", "eval.temperature=0.0", "eval.num_samples=1") == (1, 0)
+    assert settings("--n", "4") == (4, 1)
+    assert settings("--n", "1,4", "eval.temperature=0.7") == (4, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--n", "4", "eval.num_samples=2"], "--n 4 is short for eval.num_samples=4, and eval.num_samples=2 is given"),
+        (["--n", "1", "eval.temperature=0.7"], "--n 1 is short for eval.temperature=0, and eval.temperature=0.7 is"),
+        (["--env", "a:B", "env.path=a:C"], "--env a:B is short for env.path=a:B, and env.path=a:C is given: keep one"),
+    ],
+)
+def test_a_flag_and_a_word_that_contradict_each_other_are_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        settings(*words)
+
+
+def test_a_checkpoint_that_the_run_took_away_gives_way_to_the_newest(tmp_path, monkeypatch, capsys):
+    run_configuration = configuration.to_tree(configuration.load(None, []))
+    (tmp_path / "config.json").write_text(json.dumps(run_configuration))
+    (tmp_path / "metrics.jsonl").touch()
+    chosen = [tmp_path / "checkpoints" / f"step-{number:06d}" for number in (1, 2)]
+    chosen[1].mkdir(parents=True)
+    monkeypatch.setattr(checkpoint, "latest", lambda _: chosen.pop(0))
+
+    async def reading(config, _numbers):
+        if not Path(config.model.path).exists():
+            raise ValueError("there is no folder")
+        return [config.model.path]
+
+    monkeypatch.setattr(evaluate, "evaluate", reading)
+    assert evaluate.evaluate_newest(evaluate.parse([str(tmp_path)])) == [str(tmp_path / "checkpoints" / "step-000002")]
+    assert re.search("took .*step-000001 away meanwhile: .*step-000002 is", capsys.readouterr().err)
+    with pytest.raises(ValueError, match="there is no folder"):
+        evaluate.evaluate_newest(evaluate.parse(["tiny"]))
 
 
 def test_a_path_without_a_model_is_told_before_the_hub_is_asked(tmp_path, monkeypatch):

@@ -47,13 +47,14 @@ def test_links_lead_somewhere():
 
 def test_the_data_set_of_the_guide_runs(tmp_path, monkeypatch):
     section = GUIDE.partition("## Use your own data")[2]
-    (tmp_path / "data").mkdir()
-    rows = re.search(r"```json\n(.*?)```", section, re.S)[1]
-    (tmp_path / "data" / "sums.jsonl").write_text("".join(rows.replace("3", str(n)) for n in range(10)))
-    names = {}
-    exec(re.search(r"```python\n(.*?)```", section, re.S)[1], names)
-    monkeypatch.setattr(helpers, "right", names["right"], raising=False)
     monkeypatch.chdir(tmp_path)
+    rows, score = re.findall(r"```python\n(.*?)```", section, re.S)[:2]
+    exec(rows, {})
+    shown = re.search(r"```json\n(.*?)```", section, re.S)[1].splitlines()
+    assert set(shown) < set(Path("data/sums.jsonl").read_text().splitlines())
+    names = {}
+    exec(score, names)
+    monkeypatch.setattr(helpers, "right", names["right"], raising=False)
     command = re.search(r"```sh\n(.*?)```", section, re.S)[1].replace("\\\n", "").split()
     words = [word.replace("my_package.rewards", "helpers") for word in command if "=" in word]
     words += ["runtime=local", "num_steps=1", "learner.groups_per_step=2", "rollout.group_size=2", "eval.num_prompts=2"]

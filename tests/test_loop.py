@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+import sys
 import threading
 from contextlib import closing
 from dataclasses import replace
@@ -210,6 +211,20 @@ def test_a_gradient_is_computed_while_weights_travel_and_applied_afterwards(tmp_
     else:
         between = [("sent", 1), ("gradient", 2), ("apply", 2), ("sent", 2), ("gradient", 3), ("apply", 3)]
     assert events == [("sent", 0), ("apply", 1), *between, ("sent", 3)]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("metrics.wandb=project", "metrics.wandb is 'project' and the package wandb is not installed"),
+        ("learner.attention=varlen", "learner.attention is 'varlen', which needs a GPU, and the learner is on 'cpu'"),
+    ],
+)
+def test_what_is_missing_is_told_before_a_run_has_anything(tmp_path, monkeypatch, word, message):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=message):
+        job.load_task(small(tmp_path, "device=cpu", word))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_folder_holds_everything_it_promises(tmp_path):

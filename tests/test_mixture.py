@@ -86,7 +86,15 @@ def test_a_run_reports_every_environment(tmp_path):
         ({"a": {"path": "asyncrl.envs.digits:LargestDigit", "weight": 0}}, "weight must be above 0, got 0"),
         ({"a": {"path": PATH}}, "and no mixture"),
         ({"a": {"args": {}}}, "path must name an environment"),
-        ({"a": {"path": "asyncrl.envs.nothing:X"}}, "no module 'asyncrl.envs.nothing'"),
+        ({"a": {"path": "asyncrl.envs.nothing:X"}}, r"env\.args\.envs\.a\.path .* no module 'asyncrl.envs.nothing'"),
+        ({"a": 3}, "env.args.envs must be a table, got"),
+        ({"a": {"path": 3}}, "env.args.envs.a.path must be a text, got 3"),
+        ({"a": {"path": "asyncrl.envs.digits:LargestDigit", "weight": "x"}}, "a.weight must be a number, got 'x'"),
+        ({"a": {"path": "asyncrl.envs.digits:LargestDigit", "args": 5}}, "a.args must be a table, got 5"),
+        (
+            {"a": {"path": "asyncrl.envs.sql:TextToSQL", "args": {"max_turns": "x"}}},
+            "env.args.envs.a.args.max_turns must be a whole number, got 'x'",
+        ),
     ],
 )
 def test_a_mistake_is_named(envs, message):

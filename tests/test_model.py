@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from asyncrl import config as configuration
 from asyncrl.config import Config, ModelConfig
-from asyncrl.model import empty_model, load_model, load_tokenizer, stop_token_ids
+from asyncrl.model import check_attention, empty_model, load_model, load_tokenizer, stop_token_ids
 from asyncrl.tiny import build_tiny
 from asyncrl.training.warmup import prepare
 
@@ -133,3 +134,19 @@ def test_loading_removes_dropout(folder, tmp_path):
     ids = torch.tensor([[3, 4, 5]])
     training = load(tmp_path).train()
     assert torch.equal(training(ids).logits, load(folder)(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("words", "num_gpus", "reason"),
+    [
+        (["device=auto"], 0, "needs a GPU, and the learner is on 'cpu'"),
+        (["device=cpu", "cluster.address=auto"], 1, "needs a GPU, and the learner is on 'cpu'"),
+        (["learner.dtype=float32"], 1, "needs bfloat16, and learner.dtype is float32"),
+    ],
+)
+def test_attention_over_segments_is_refused_without_a_model(monkeypatch, words, num_gpus, reason):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    with pytest.raises(ValueError, match=f"learner.attention is 'varlen', which {reason}: set learner.attention=auto"):
+        check_attention(configuration.load(None, ["learner.attention=varlen", *words]))
+    check_attention(configuration.load(None, words))
+    check_attention(configuration.load(None, ["learner.attention=varlen", "cluster.address=auto"]))

@@ -200,6 +200,16 @@ def test_numbers_are_written_with_seven_digits_however_small_and_counts_in_full(
     assert [written[name] for name in row] == [0.1234568, 2.6e-8, 123456789]
 
 
+def test_the_time_of_a_resumed_run_goes_on_from_the_last_line_that_is_kept(tmp_path):
+    row = {"eval/accuracy": 0.5, "eval/low": 0.4, "eval/high": 0.6}
+    lines = [{"version": 1, "time": 500.0}, {"version": 3, "time": 900.0}, {"version": 0, "time": 600.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with metrics.Metrics(tmp_path, 9, first_step=2, quiet=True) as sink:
+        sink.evaluation(2, row)
+    *_, written = metrics.read(tmp_path)
+    assert 600 <= written["time"] < 900, "of the steps that are made again, nothing counts"
+
+
 def test_tensorboard_has_the_metrics_the_settings_and_texts(folder):
     board = EventAccumulator(str(folder / "tensorboard"))
     board.Reload()

@@ -11,13 +11,16 @@ import inspect
 import math
 import warnings
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from numbers import Real
-from typing import Any, Literal, Protocol, TypeAlias
+from types import SimpleNamespace
+from typing import Any, Literal, Protocol, TypeAlias, get_type_hints
 
 import numpy as np
 
-from asyncrl.imports import load_module
+from asyncrl.imports import load_module, told
+from asyncrl.tables import check_value, is_plain
 from asyncrl.types import Completion, Prompt, Trajectory
 
 Split: TypeAlias = Literal["train", "heldout"]
@@ -75,22 +78,49 @@ class Teacher(Protocol):
         """Endless pairs of prompt and reply token ids, the end token included."""
 
 
-def load_env(path: str, tokenizer: Tokenizer, args: dict[str, Any]) -> Env:
-    """The environment at `module:Class`. Raises `ValueError` saying which half of the path is wrong, or which argument
-    the class does not take, or what the environment lacks."""
-    made: Callable[..., Env] = import_object(path, "env.path")
+def load_env(path: str, tokenizer: Tokenizer, args: dict[str, Any], knob: str = "env") -> Env:
+    """The environment at `module:Class`. Raises `ValueError` saying which half of the path is wrong, which argument
+    the class does not take or has another type for, where it failed, or what the environment lacks. `knob` is the table
+    that has `path` and `args`."""
+    made: Callable[..., Env] = import_object(path, f"{knob}.path")
+    if not callable(made):
+        raise ValueError(f"{knob}.path {path!r} is {made!r}, which cannot be called: name a class")
     try:
         inspect.signature(made).bind(tokenizer, **args)
     except TypeError as error:
         known = ", ".join(list(inspect.signature(made).parameters)[1:]) or "no arguments"
-        raise ValueError(f"env.args does not fit {path}: {error}; it takes {known}") from error
-    env = made(tokenizer, **args)
+        raise ValueError(f"{knob}.args does not fit {path}: {error}; it takes {known}") from error
+    check_arguments(made, args, f"{knob}.args")
+    with told(f"{path}(...)"):
+        env = made(tokenizer, **args)
     missing = [name for name in ("max_prompt_tokens", "prompts", "play", "baselines") if not hasattr(env, name)]
     if missing:
         raise ValueError(
-            f"env.path {path!r} is no environment: it lacks {', '.join(missing)}, which asyncrl/envs/base.py explains"
+            f"{knob}.path {path!r} is no environment: it lacks {', '.join(missing)}, which asyncrl/envs/base.py "
+            "explains"
         )
     return env
+
+
+def check_arguments(function: Callable[..., Any], args: dict[str, Any], knob: str) -> None:
+    """Raises `ValueError` for a value that is none of the type that the parameter of its name is annotated with, where
+    that is one of values as they are written in a configuration: "False" is a text, and true as such."""
+    called = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
+    for name, kind in _annotations(called).items():
+        if name in args and is_plain(kind):
+            with suppress(TypeError):  # of a union or a literal that msgspec cannot tell apart
+                check_value(args[name], kind, f"{knob}.{name}")
+
+
+def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
+    """The types of the parameters; without those whose names are there for type checkers alone."""
+    found: dict[str, Any] = {}
+    function = inspect.unwrap(function)
+    for name, written in getattr(function, "__annotations__", {}).items():
+        with suppress(NameError, AttributeError, TypeError, SyntaxError):
+            alone = SimpleNamespace(__annotations__={name: written})
+            found |= get_type_hints(alone, getattr(function, "__globals__", {}))
+    return found
 
 
 def checked_prompts(env: Env, split: Split, seed: int, heldout: Sequence[Prompt] = ()) -> Iterator[Prompt]:
@@ -101,7 +131,7 @@ def checked_prompts(env: Env, split: Split, seed: int, heldout: Sequence[Prompt]
     may want that.
     """
     unseen = {tuple(prompt.token_ids) for prompt in heldout}
-    for number, prompt in enumerate(env.prompts(split, seed)):
+    for number, prompt in enumerate(_drawn(env, split, seed)):
         named = f"prompt {number} of {type(env).__name__}.prompts({split!r})"
         if broken := _broken_rule(prompt, number, env.max_prompt_tokens):
             raise ValueError(f"{named} {broken}")
@@ -113,6 +143,11 @@ def checked_prompts(env: Env, split: Split, seed: int, heldout: Sequence[Prompt]
             )
             unseen = set()
         yield prompt
+
+
+def _drawn(env: Env, split: Split, seed: int) -> Iterator[Prompt]:
+    with told(f"{type(env).__name__}.prompts({split!r})"):
+        yield from env.prompts(split, seed)
 
 
 def _broken_rule(prompt: Prompt, number: int, max_tokens: int) -> str | None:
@@ -142,7 +177,8 @@ def heldout_prompts(env: Env, most: int) -> list[Prompt]:
 
 def no_skill(env: Env, prompts: Sequence[Prompt]) -> dict[str, float]:
     """What policies without skill score on these prompts. Raises `ValueError` unless it is a finite number or more."""
-    scores = env.baselines(prompts)
+    with told(f"{type(env).__name__}.baselines()"):
+        scores = env.baselines(prompts)
     numbers = scores.values() if isinstance(scores, dict) else ()
     if not numbers or not all(isinstance(score, Real) and math.isfinite(score) for score in numbers):
         raise ValueError(
@@ -154,10 +190,10 @@ def no_skill(env: Env, prompts: Sequence[Prompt]) -> dict[str, float]:
 
 def import_object(path: str, knob: str) -> Any:
     """What `module:name` names. Raises `ValueError` saying which half of the path, the value of `knob`, is wrong."""
-    told, form = f"{knob} {path!r}", "package.module:Name"
-    module, name = load_module(path, told, form)
+    named, form = f"{knob} {path!r}", "package.module:Name"
+    module, name = load_module(path, named, form)
     if not hasattr(module, name):
-        raise ValueError(f"{told}: module {module.__name__!r} has no {name!r}; write {form!r}")
+        raise ValueError(f"{named}: module {module.__name__!r} has no {name!r}; write {form!r}")
     return getattr(module, name)
 
 

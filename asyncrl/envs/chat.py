@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from asyncrl.envs.base import Tokenizer
 
@@ -86,6 +86,19 @@ class ChatFormat:
         for question, reply in self.examples:
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
         return messages
+
+
+def check_messages(given: Any, where: str) -> None:
+    """Raises `ValueError` for what is no conversation: templates fail on it far from the data, or leave it out."""
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"{given!r} in {where}, where a text or a list of messages belongs")
+    for number, message in enumerate(given):
+        says = isinstance(message, dict) and isinstance(message.get("role"), str)
+        if not says or not (isinstance(message.get("content"), str) or message.get("tool_calls")):
+            raise ValueError(
+                f"message {number} of {where} is {message!r:.80}: a message has a role and a content, both text, as "
+                'in {"role": "user", "content": "3+4="}'
+            )
 
 
 def _messages(said: str | Sequence[Message]) -> list[Message]:

@@ -21,7 +21,7 @@ from functools import cache
 from typing import Any, Literal
 
 from asyncrl.envs.base import Generate, Split, Tokenizer, single_turn, split_of
-from asyncrl.envs.chat import ChatFormat, Style
+from asyncrl.envs.chat import ChatFormat, Style, check_messages
 from asyncrl.envs.data import Row, check_columns, read_rows
 from asyncrl.envs.rewards import Reward, Rewards
 from asyncrl.types import Prompt, Trajectory
@@ -144,8 +144,8 @@ class DatasetEnv:
         if missing:
             there = "" if missing[0] in row else f", which it lacks; it has {', '.join(row)}"
             raise ValueError(f"nothing in column {missing[0]!r}{there}")
-        if not isinstance(prompt := row[self._prompt], str | list):
-            raise ValueError(f"{prompt!r} in column {self._prompt!r}, where a text or a list of messages belongs")
+        if not isinstance(prompt := row[self._prompt], str):
+            check_messages(prompt, f"column {self._prompt!r}")
         return row
 
     async def _score(self, text: str, token_ids: Sequence[int], prompt: Prompt) -> tuple[float, dict[str, float]]:

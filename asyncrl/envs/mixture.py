@@ -17,9 +17,10 @@ from dataclasses import replace
 from typing import Any
 
 from asyncrl.envs.base import Env, Generate, Split, Tokenizer, load_env, no_skill
+from asyncrl.tables import check_value
 from asyncrl.types import Prompt, Trajectory
 
-_KEYS = {"path", "args", "weight"}
+_KEYS = {"path": str, "args": dict[str, Any], "weight": float}
 
 
 class Mixture:
@@ -33,14 +34,17 @@ class Mixture:
         self._envs: dict[str, Env] = {}
         self._weights: dict[str, float] = {}
         for name, given in envs.items():
-            if unknown := set(given) - _KEYS:
-                raise ValueError(f"env.args.envs.{name} takes path, args and weight, got {', '.join(sorted(unknown))}")
+            knob = f"env.args.envs.{name}"
+            if unknown := set(given) - set(_KEYS):
+                raise ValueError(f"{knob} takes path, args and weight, got {', '.join(sorted(unknown))}")
+            for key, value in given.items():
+                check_value(value, _KEYS[key], f"{knob}.{key}")
             if "path" not in given or given["path"].endswith(":Mixture"):
-                raise ValueError(f"env.args.envs.{name}.path must name an environment, and no mixture: got {given}")
+                raise ValueError(f"{knob}.path must name an environment, and no mixture: got {given}")
             self._weights[name] = float(given.get("weight", 1.0))
             if not 0 < self._weights[name] < float("inf"):
-                raise ValueError(f"env.args.envs.{name}.weight must be above 0, got {given['weight']}: or leave it out")
-            self._envs[name] = load_env(given["path"], tokenizer, dict(given.get("args", {})))
+                raise ValueError(f"{knob}.weight must be above 0, got {given['weight']}: or leave it out")
+            self._envs[name] = load_env(given["path"], tokenizer, dict(given.get("args", {})), knob)
         self.max_prompt_tokens = max(env.max_prompt_tokens for env in self._envs.values())
 
     @property

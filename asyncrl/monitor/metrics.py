@@ -110,7 +110,10 @@ def page() -> str:
     lines = [
         "# Metrics",
         "",
-        "Logged at every learner step unless said otherwise, to `metrics.jsonl` and TensorBoard.",
+        "Logged at every learner step unless said otherwise, to `metrics.jsonl` and TensorBoard. Each line of",
+        "`metrics.jsonl` also has `version`, the optimizer steps in the weights that it is about, and `time`, the",
+        "seconds of the run until it was written: a resume goes on from those of the last line that it keeps. An",
+        "evaluation has a line of its own, with the version that it is of.",
         "",
     ]
     rows = [f"| `{name}` | {text.replace('|', chr(92) + '|')} |" for name, text in (METRICS | ONLY_WITH).items()]
@@ -148,7 +151,7 @@ class Metrics:
             self._sinks.append(WeightsAndBiases(folder, config))
         self._samples = Samples(folder, config, decode) if config and decode else None
         self._terminal = open_terminal(folder, num_steps, first_step, quiet=quiet, watch=watch)
-        self._began = time.time()
+        self._began = time.time() - max((row["time"] for row in read(folder)), default=0.0)  # as if never stopped
         self._history: deque[dict[str, float]] = deque(maxlen=100)
         self._alarmed: set[str] = set()  # metrics, at the step before
         self._last_step_s: float | None = None

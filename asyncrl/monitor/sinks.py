@@ -67,17 +67,24 @@ class TensorBoard:
         self._writer.close()
 
 
+def import_wandb(config: Config) -> Any:
+    """The package of Weights & Biases, None where none is asked for. Raises `ValueError` if it is not installed."""
+    if not config.metrics.wandb:
+        return None
+    try:
+        return importlib.import_module("wandb")
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"metrics.wandb is {config.metrics.wandb!r} and the package wandb is not installed: pip install wandb, or "
+            "leave metrics.wandb empty"
+        ) from error
+
+
 class WeightsAndBiases:
     """A run in the Weights & Biases project `metrics.wandb`, imported only when asked for."""
 
     def __init__(self, folder: Path, config: Config) -> None:
-        try:
-            wandb: Any = importlib.import_module("wandb")
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                f"metrics.wandb is {config.metrics.wandb!r} and the package wandb is not installed: pip install wandb, "
-                "or leave metrics.wandb empty"
-            ) from error
+        wandb = import_wandb(config)
         self._run = wandb.init(
             project=config.metrics.wandb,
             name=folder.name,

@@ -125,23 +125,24 @@ def newest(root: Path, *, set_aside: bool = True) -> Path | None:
     """The newest checkpoint that is whole; None if there is none at all.
 
     Damaged ones are passed over with a warning and, with `set_aside`, renamed to `damaged-...`: that is for the run
-    itself. Raises `ValueError` if every one is damaged.
+    itself. Raises `ValueError` if every one is damaged, as long as any of them is there: without it a run would begin
+    anew in the folder of its history.
     """
-    damaged: list[str] = []
     for folder in reversed(folders(root)):
         problem = damage(folder)
         if problem is None:
             return folder
+        if not folder.exists():  # a run in progress has made newer ones meanwhile
+            return newest(root, set_aside=set_aside)
         left = _set_aside(folder) if set_aside else folder
-        damaged.append(left.name)
         warnings.warn(
             f"checkpoint {folder} is damaged ({problem}): it is left as {left.name}, and the one before it is tried",
             stacklevel=2,
         )
-    if damaged:
+    if damaged := sorted(path.name for path in (*root.glob("damaged-step-*"), *folders(root))):
         raise ValueError(
-            f"every checkpoint in {root} is damaged: {', '.join(reversed(damaged))}; restore one of them from a copy, "
-            "or start a new run"
+            f"every checkpoint in {root} is damaged: {', '.join(damaged)}; restore one of them from a copy, under its "
+            "name step-..., or start a new run"
         )
     return None
 
