@@ -79,6 +79,13 @@ def test_white_advantages_keep_their_order():
     assert found.argsort().tolist() == [0, 2, 1]
 
 
+@pytest.mark.parametrize("value", [0.7, 0.1, 1 / 3])
+def test_equal_advantages_become_zero(value):
+    found = whiten(torch.full((1000,), value))
+    assert found.dtype == torch.float32
+    assert found.abs().max() < 1e-6
+
+
 def with_tool_output(item: Trajectory) -> Trajectory:
     """Two tokens in the middle of the reply were not sampled."""
     mask = item.mask.copy()
