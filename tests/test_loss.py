@@ -300,7 +300,7 @@ def test_trajectory_balance_is_reinforce_on_the_kl_penalised_return():
         return -np.mean((log_z + log_ratio(logp) - rewards.numpy() / beta) ** 2)
 
     penalised = rewards - beta * torch.tensor(log_ratio(data["current"]))
-    advantage = advantages(penalised, torch.tensor(PROMPTS), "mean", "none")[SEQUENCE]
+    advantage = advantages(penalised, torch.tensor(PROMPTS), torch.tensor(LENGTHS), "mean", "none")[SEQUENCE]
     found, _ = gradient(make_columns(data, "seq_sum", advantages=advantage), Loss(aggregate="seq_sum"))
     expected = -differences(residual_loss, data)
     np.testing.assert_allclose(2 / beta * found.numpy(), expected, rtol=1e-5, atol=1e-7)
