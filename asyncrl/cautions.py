@@ -52,7 +52,12 @@ of a loss are refused by `algo/presets.py`."""
 
 def warnings(config: Config) -> list[str]:
     """A sentence for each that is not what it is by default and changes nothing, or does what is seldom wanted."""
-    return [*_without_effect(config), *_without_learning(config), *_without_patience(config)]
+    return [
+        *_without_effect(config),
+        *_without_learning(config),
+        *_without_whole_vocabulary(config),
+        *_without_patience(config),
+    ]
 
 
 def _without_effect(config: Config) -> Iterator[str]:
@@ -77,6 +82,24 @@ def _without_learning(config: Config) -> Iterator[str]:
             f"critic.warmup_steps is {critic.warmup_steps} and num_steps is {config.num_steps}: the critic learns "
             "alone to the end, and the policy stays as it is; raise num_steps, or lower critic.warmup_steps"
         )
+
+
+def _without_whole_vocabulary(config: Config) -> Iterator[str]:
+    rollout, loss = config.rollout, config.loss
+    if rollout.top_p == 1 and rollout.top_k == 0:
+        return
+    of_sequence = (loss.behavior_weight if loss.anchor == "proximal" else loss.policy_weight) == "sequence"
+    effects = [
+        (loss.trust in ("tv", "kl") and loss.anchor != "proximal", f"trust {loss.trust} may remove probable ones"),
+        (of_sequence, "the weight of a sequence falls with every token of it"),
+        (loss.penalty > 0, "the penalty pulls towards that part alone"),
+    ]
+    told = "".join(f"; {effect}" for happens, effect in effects if happens)
+    yield (
+        f"rollout.top_p is {rollout.top_p} and rollout.top_k is {rollout.top_k}: tokens are drawn from a part of the "
+        "vocabulary and scored over all of it, so even fresh ones have a ratio below 1, the share of that part, which "
+        f"mismatch/*, ess/* and their alarms show like staleness{told}; rollout.top_p=1 and rollout.top_k=0 avoid it"
+    )
 
 
 def _without_patience(config: Config) -> Iterator[str]:

@@ -102,6 +102,14 @@ def test_a_resolved_config_reads_back_the_same():
             ["algorithm.preset=reinforce", "buffer.max_staleness=0", "rollout.top_p=0.9"],
             "truncated sampling needs a corrected loss: rollout.top_p is 0.9",
         ),
+        (
+            ["algorithm.preset=gspo", "rollout.top_p=0.95"],
+            "rollout.top_p is 0.95 .* as low as 0.95, and preset 'gspo' .* by trust_low = 0.0003; set rollout.top_p=1",
+        ),
+        (
+            ["algorithm.preset=grpo", "rollout.top_k=50"],
+            "rollout.top_k is 50, so it may be as low as 0, .* trust_low = 0.2",
+        ),
     ],
 )
 def test_a_mistake_gets_its_rule_value_and_remedy(words, message):
@@ -164,6 +172,14 @@ def test_no_shipped_config_is_warned_of(path):
             ["watchdog.action=stop", "watchdog.timeout_s=900"],
             "max_attempts x env.timeout_s is 900 s, beside generation",
         ),
+        (
+            ["rollout.top_p=0.9"],
+            "scored over all of it.*like staleness; trust tv may remove probable ones; rollout.top_p=1",
+        ),
+        (["rollout.top_k=9", "algorithm.preset=tis2"], "rollout.top_k is 9: .*like staleness; rollout.top_p=1"),
+        (["rollout.top_p=0.9", "algorithm.preset=topr"], "; the weight of a sequence falls with every token"),
+        (["rollout.top_p=0.9", "algorithm.preset=tis_seq"], "; the weight of a sequence falls with every token"),
+        (["rollout.top_p=0.9", "algorithm.preset=kimi_k15"], "; the penalty pulls"),
         ([*PPO, "critic.learning_rate=0"], "critic.learning_rate is 0: the critic stays as it is"),
         (
             [*PPO, "critic.warmup_steps=7", "num_steps=7"],

@@ -217,3 +217,27 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         if self.anchor == "proximal":
             return self.behavior_weight != "none"
         return self.policy_weight != "none" or self.penalty > 0
+
+    def removed_from(self, least: float) -> list[str]:
+        """The bounds, as `field = value`, by which tokens are removed because their ratio current / behavior, or the
+        mean of it over a sequence, is `least` (0 to 1); none if it takes more than that.
+
+        Of truncated sampling: the engine's probabilities are of what it draws from, and the learner's of the whole
+        vocabulary, so that the ratio of a fresh token is the share that was left to draw from. Bounds on a change of
+        probability ("tv", "kl") are not told, as that of a rare token changes little by any share; nor is "veto", whose
+        bound no such share comes near.
+        """
+        away = -math.log(least) if least else math.inf
+        fresh_anchor = self.anchor == "proximal"  # scored by the learner, like the policy itself
+        slot, weight = ("behavior", self.behavior_weight) if fresh_anchor else ("policy", self.policy_weight)
+        lowest = 0.0 if weight == "sequence" else least  # a product over tokens has no bound
+        drops = weight != "none" and getattr(self, f"{slot}_outside") == "drop"
+        found = {
+            f"{slot}_floor": drops and lowest < getattr(self, f"{slot}_floor"),
+            "trust_low": self.trust == "ratio" and not fresh_anchor and lowest < 1.0 - self.trust_low,
+            "trust_high": self.trust == "m2" and not fresh_anchor and away**2 > self.trust_high,
+            "guard_low": self.guard == "geometric_band" and least < self.guard_low,
+            "guard_high": (self.guard == "negative_kl" and away > self.guard_high)
+            or (self.guard == "max_kl" and least - 1.0 + away > self.guard_high),
+        }
+        return [f"{name} = {getattr(self, name)}" for name, removes in found.items() if removes]
