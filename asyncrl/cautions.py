@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from asyncrl.algo.presets import PRESETS
 from asyncrl.config import BUILT_IN, Config, to_tree
 
 _NEEDS: list[tuple[str, Callable[[Config], bool], tuple[str, ...]]] = [
@@ -56,6 +57,7 @@ def warnings(config: Config) -> list[str]:
         *_without_effect(config),
         *_without_learning(config),
         *_without_whole_vocabulary(config),
+        *_without_room(config),
         *_without_patience(config),
     ]
 
@@ -100,6 +102,28 @@ def _without_whole_vocabulary(config: Config) -> Iterator[str]:
         "vocabulary and scored over all of it, so even fresh ones have a ratio below 1, the share of that part, which "
         f"mismatch/*, ess/* and their alarms show like staleness{told}; rollout.top_p=1 and rollout.top_k=0 avoid it"
     )
+
+
+def _without_room(config: Config) -> Iterator[str]:
+    """GSPO's range, which is published for the ratio of two policies of a learner, and here holds the engine's."""
+    loss, published = config.loss, PRESETS["gspo"]
+    judges = (loss.trust, loss.policy_weight) == (published.trust, published.policy_weight)
+    narrow = loss.trust_low <= published.trust_low or loss.trust_high <= published.trust_high
+    if not judges or loss.anchor == "proximal" or not narrow:
+        return
+    apart = [
+        (config.buffer.highest_staleness > 0, f"buffer.max_staleness is {config.buffer.max_staleness}"),
+        (config.buffer.reuse > 1, f"buffer.reuse is {config.buffer.reuse}"),
+        (config.rollout.dtype != "float32", f"rollout.dtype is {config.rollout.dtype}"),
+        (config.learner.dtype == "bfloat16", f"learner.dtype is {config.learner.dtype}"),
+    ]
+    if told := " and ".join(reason for holds, reason in apart if holds):
+        yield (
+            f"algorithm.loss.trust_low is {loss.trust_low} and trust_high is {loss.trust_high} on the mean ratio of a "
+            f"sequence to the engine, and {told}: rounding or one step takes many sequences beyond that, and they are "
+            "removed, more of one sign of the advantage than of the other; widen both, such as to 0.03 and 0.04 for "
+            "replies of a few tokens, until clip/removed_share is a small part (docs/guide.md)"
+        )
 
 
 def _without_patience(config: Config) -> Iterator[str]:

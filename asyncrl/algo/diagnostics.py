@@ -80,11 +80,11 @@ _K3_FRESH = 0.01
 _K3 = 0.05
 """Token KL of all tokens; the same limit that `buffer.max_staleness=auto` lowers the staleness at."""
 
-_REMOVED = 0.9
+_REMOVED = 0.8
 """Share of the gradient weight that masks may remove: with more there is nothing left to learn from."""
 _REMOVED_OF_ONE_SIGN = 0.2
 """The same where all that is left has one sign of the advantage, and masks removed the other."""
-_ONE_SIGN = 0.01
+_ONE_SIGN = 0.05
 
 _FLAT_STEPS = 10
 """Steps in a row without any advantage; a few happen to a batch of few groups."""

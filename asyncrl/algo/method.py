@@ -51,8 +51,8 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     group of each trajectory, int64[N], to float[N]. Groups may then be of one sample."""
 
     center: Center = "mean"
-    """What the reward is compared with: the mean of its group, of the others of the group, of the batch, or what a
-    critic expected token by token (PPO; `[critic]` has its settings)."""
+    """What the reward is compared with: the mean of its group, of the others of the group, of the batch (each
+    trajectory once, however long), or what a critic expected token by token (PPO; `[critic]` has its settings)."""
     scale: Scale = "none"
     """What advantages are divided by: the standard deviation of the rewards of their group, or of all trajectories of
     the batch ("batch_std"), or of advantages over all trained tokens of the batch, whose mean is taken off, too

@@ -61,7 +61,8 @@ PRESETS: dict[str, Loss] = {
     "prime": Loss(**_TV, penalty=1e-3),
     # prime-rl's IPO: the mask without sign.
     "ipo": Loss(**_TV, trust_low=0.1, trust_high=0.1, trust_signed=False, penalty=1e-3),
-    # GSPO 2507.18071, anchored on the behavior policy.
+    # GSPO 2507.18071, anchored on the behavior policy. The paper's range is that of a ratio between two policies of its
+    # learner; of a ratio to an engine in bfloat16, or one step behind, it removes much of the gradient: docs/guide.md.
     "gspo": Loss(
         scale="group_std",
         policy_weight="geometric",
