@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from asyncrl.algo.presets import PRESETS
 from asyncrl.config import BUILT_IN, Config, to_tree
 
 _NEEDS: list[tuple[str, Callable[[Config], bool], tuple[str, ...]]] = [
@@ -52,7 +53,13 @@ of a loss are refused by `algo/presets.py`."""
 
 def warnings(config: Config) -> list[str]:
     """A sentence for each that is not what it is by default and changes nothing, or does what is seldom wanted."""
-    return [*_without_effect(config), *_without_learning(config), *_without_patience(config)]
+    return [
+        *_without_effect(config),
+        *_without_learning(config),
+        *_without_whole_vocabulary(config),
+        *_without_room(config),
+        *_without_patience(config),
+    ]
 
 
 def _without_effect(config: Config) -> Iterator[str]:
@@ -76,6 +83,46 @@ def _without_learning(config: Config) -> Iterator[str]:
         yield (
             f"critic.warmup_steps is {critic.warmup_steps} and num_steps is {config.num_steps}: the critic learns "
             "alone to the end, and the policy stays as it is; raise num_steps, or lower critic.warmup_steps"
+        )
+
+
+def _without_whole_vocabulary(config: Config) -> Iterator[str]:
+    rollout, loss = config.rollout, config.loss
+    if rollout.top_p == 1 and rollout.top_k == 0:
+        return
+    of_sequence = (loss.behavior_weight if loss.anchor == "proximal" else loss.policy_weight) == "sequence"
+    effects = [
+        (loss.trust in ("tv", "kl") and loss.anchor != "proximal", f"trust {loss.trust} may remove probable ones"),
+        (of_sequence, "the weight of a sequence falls with every token of it"),
+        (loss.penalty > 0, "the penalty pulls towards that part alone"),
+    ]
+    told = "".join(f"; {effect}" for happens, effect in effects if happens)
+    yield (
+        f"rollout.top_p is {rollout.top_p} and rollout.top_k is {rollout.top_k}: tokens are drawn from a part of the "
+        "vocabulary and scored over all of it, so even fresh ones have a ratio below 1, the share of that part, which "
+        f"mismatch/*, ess/* and their alarms show like staleness{told}; rollout.top_p=1 and rollout.top_k=0 avoid it"
+    )
+
+
+def _without_room(config: Config) -> Iterator[str]:
+    """GSPO's range, which is published for the ratio of two policies of a learner, and here holds the engine's."""
+    loss, published = config.loss, PRESETS["gspo"]
+    judges = (loss.trust, loss.policy_weight) == (published.trust, published.policy_weight)
+    narrow = loss.trust_low <= published.trust_low or loss.trust_high <= published.trust_high
+    if not judges or loss.anchor == "proximal" or not narrow:
+        return
+    apart = [
+        (config.buffer.highest_staleness > 0, f"buffer.max_staleness is {config.buffer.max_staleness}"),
+        (config.buffer.reuse > 1, f"buffer.reuse is {config.buffer.reuse}"),
+        (config.rollout.dtype != "float32", f"rollout.dtype is {config.rollout.dtype}"),
+        (config.learner.dtype == "bfloat16", f"learner.dtype is {config.learner.dtype}"),
+    ]
+    if told := " and ".join(reason for holds, reason in apart if holds):
+        yield (
+            f"algorithm.loss.trust_low is {loss.trust_low} and trust_high is {loss.trust_high} on the mean ratio of a "
+            f"sequence to the engine, and {told}: rounding or one step takes many sequences beyond that, and they are "
+            "removed, more of one sign of the advantage than of the other; widen both, such as to 0.03 and 0.04 for "
+            "replies of a few tokens, until clip/removed_share is a small part (docs/guide.md)"
         )
 
 

@@ -285,15 +285,26 @@ def _restore_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def stop_token_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end a completion: those of the generation settings at `path` and the tokenizer's own, sorted."""
+    """The tokens that end a completion, sorted: the tokenizer's own and those of the generation settings at `path`.
+
+    Without such settings they are those of the model's configuration, as where the library generates.
+    """
     try:
         settings = GenerationConfig.from_pretrained(path)
     except OSError:  # a model without generation settings
-        settings = GenerationConfig()
+        settings = _settings_of_model(path)
     found: set[int] = set()
     for ids in (settings.eos_token_id, tokenizer.eos_token_id):
         found.update([ids] if isinstance(ids, int) else ids or ())
     return tuple(sorted(found))
+
+
+def _settings_of_model(path: str | Path) -> GenerationConfig:
+    """The generation settings that a model's configuration stands for; empty where there is none."""
+    try:
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(path))
+    except (OSError, ValueError):  # a tokenizer alone
+        return GenerationConfig()
 
 
 def _remove_dropout(model: nn.Module) -> None:

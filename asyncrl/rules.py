@@ -21,6 +21,7 @@ def check(config: Config) -> None:
     _check_curriculum(config)
     _check_lora(config)
     _check_correction(config)
+    _check_truncated(config)
     _check_proximal(config)
     _check_rollout(config)
     _check_watchdog(config)
@@ -71,6 +72,22 @@ def _check_correction(config: Config) -> None:
             "algorithm.drop_zero_variance drops groups of equal rewards because they teach nothing, but with "
             f"rollout.group_size={rollout.group_size} and center {loss.center!r} they do, or all groups are such: set "
             "algorithm.drop_zero_variance=false"
+        )
+
+
+def _check_truncated(config: Config) -> None:
+    """The engine's log-probs are of what it draws from and the learner's of the whole vocabulary."""
+    rollout = config.rollout
+    if rollout.top_p == 1 and rollout.top_k == 0:
+        return
+    least = 0.0 if rollout.top_k > 0 else rollout.top_p  # top_k tokens may have any share of the probability
+    if bounds := config.loss.removed_from(least):
+        raise ValueError(
+            f"with truncated sampling the ratio of even a fresh token is the share of the probability that was left to "
+            f"draw from: rollout.top_p is {rollout.top_p} and rollout.top_k is {rollout.top_k}, so it may be as low as "
+            f"{least:g}, and preset {config.algorithm.preset!r} removes tokens for that by {', '.join(bounds)}; set "
+            "rollout.top_p=1 and rollout.top_k=0, widen that bound, or choose a preset without one, such as tis2, or "
+            "tis_recompute, whose mask is on log-probs of the learner alone"
         )
 
 

@@ -2,24 +2,27 @@
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from asyncrl.algo.advantage import advantages, estimate, normalizers, overlong_punishment
 from asyncrl.algo.method import Loss
+from asyncrl.algo.presets import PRESETS
 
-CENTERS, SCALES = ("mean", "loo", "batch", "none"), ("none", "group_std", "batch_std")
+LENGTHS = torch.tensor([3, 1, 4, 1, 5])
+CENTERS, SCALES = ("mean", "loo", "batch", "none"), ("none", "group_std", "batch_std", "token_std")
 
 
 @st.composite
 def batches(draw):
-    """Rewards and group names of 1 to 5 groups of 2 to 6 trajectories, in shuffled order."""
+    """Rewards, group names and lengths of 1 to 5 groups of 2 to 6 trajectories, in shuffled order."""
     sizes = draw(st.lists(st.integers(2, 6), min_size=1, max_size=5))
     names = draw(st.lists(st.integers(0, 10**6), min_size=len(sizes), max_size=len(sizes), unique=True))
     groups = draw(st.permutations([name for name, size in zip(names, sizes, strict=True) for _ in range(size)]))
     eighths = st.integers(-16, 16).map(lambda number: number / 8)
     rewards = draw(st.lists(eighths, min_size=len(groups), max_size=len(groups)))
-    return torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups)
+    lengths = draw(st.lists(st.integers(1, 9), min_size=len(groups), max_size=len(groups)))
+    return torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups), torch.tensor(lengths)
 
 
 def centered(reward, others, center):
@@ -31,9 +34,10 @@ def centered(reward, others, center):
 
 @settings(deadline=None, max_examples=40)
 @given(batches(), st.sampled_from(CENTERS), st.sampled_from(SCALES))
-@example((torch.full((2,), 0.125, dtype=torch.float64), torch.tensor([0, 0])), "none", "batch_std")
+@example((torch.full((2,), 0.125, dtype=torch.float64), torch.zeros(2, dtype=int), torch.ones(2)), "none", "batch_std")
 def test_advantages_follow_their_definition(batch, center, scale):
-    rewards, groups = batch
+    rewards, groups, lengths = batch
+    assume((center, scale) != ("batch", "group_std"))  # which `Loss` refuses
     expected = []
     for i, reward in enumerate(rewards.tolist()):
         others = [rewards[j].item() for j in range(len(rewards)) if groups[j] == groups[i] and j != i]
@@ -41,28 +45,31 @@ def test_advantages_follow_their_definition(batch, center, scale):
             others = [rewards[j].item() for j in range(len(rewards)) if j != i]
         expected.append(centered(reward, others, center))
     for i in range(len(rewards)) if scale == "group_std" else ():
-        group = rewards if center == "batch" else rewards[groups == groups[i]]
+        group = rewards[groups == groups[i]]
         expected[i] /= (group - group.mean()).square().mean().sqrt().item() + 1e-6
     expected = torch.tensor(expected, dtype=torch.float64)
+    if scale == "token_std":
+        of_tokens = expected.repeat_interleave(lengths.long())
+        expected = (expected - of_tokens.mean()) / (of_tokens.std(correction=0) + 1e-6)
     spread = (expected - expected.mean()).square().mean().sqrt()
     if scale == "batch_std" and spread > 0:  # equal ones have no spread to be measured in
         expected = expected / (spread + 1e-6)
-    torch.testing.assert_close(advantages(rewards, groups, center, scale), expected, rtol=1e-9, atol=1e-7)
+    torch.testing.assert_close(advantages(rewards, groups, lengths, center, scale), expected, rtol=1e-9, atol=1e-7)
 
 
 @settings(deadline=None, max_examples=25)
 @given(batches(), st.sampled_from(CENTERS[:3]), st.sampled_from(SCALES), st.integers(-80, 80))
 def test_a_constant_shift_of_the_rewards_changes_nothing(batch, center, scale, shift):
-    rewards, groups = batch
-    shifted = advantages(rewards + shift / 8, groups, center, scale)
-    assert torch.equal(shifted, advantages(rewards, groups, center, scale))
+    rewards, groups, lengths = batch
+    shifted = advantages(rewards + shift / 8, groups, lengths, center, scale)
+    assert torch.equal(shifted, advantages(rewards, groups, lengths, center, scale))
 
 
 @pytest.mark.parametrize("center", CENTERS[:2])
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", SCALES[:3])
 def test_equal_rewards_have_an_advantage_of_exactly_zero(center, scale):
     rewards = torch.tensor([0.1, 0.1, 0.1, 0.0, 1.0])
-    values = advantages(rewards, torch.tensor([4, 4, 4, 2, 2]), center, scale)
+    values = advantages(rewards, torch.tensor([4, 4, 4, 2, 2]), LENGTHS[:5], center, scale)
     assert values.dtype == torch.float32
     assert values[:3].tolist() == [0.0, 0.0, 0.0]
     assert values[3] < 0 < values[4]
@@ -71,8 +78,8 @@ def test_equal_rewards_have_an_advantage_of_exactly_zero(center, scale):
 def test_leave_one_out_refuses_a_group_of_one():
     rewards, groups = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0, 0, 1])
     with pytest.raises(ValueError, match="at least 2 trajectories in each group, got a group of 1"):
-        advantages(rewards, groups, "loo", "none")
-    assert advantages(rewards, groups, "mean", "group_std")[2] == 0
+        advantages(rewards, groups, LENGTHS[:3], "loo", "none")
+    assert advantages(rewards, groups, LENGTHS[:3], "mean", "group_std")[2] == 0
 
 
 def test_normalizers_follow_their_definition():
@@ -113,13 +120,21 @@ def one_too_few(rewards, _groups):
 
 def test_advantages_of_the_user():
     rewards, groups = torch.tensor([1.0, 0.0, 0.5, 0.25]), torch.tensor([3, 3, 1, 1])
-    assert estimate(rewards, groups, Loss(advantage=f"{__name__}:best_of_group")).tolist() == [1.0, 0.0, 1.0, 0.75]
-    assert torch.equal(estimate(rewards, groups, Loss(center="loo")), advantages(rewards, groups, "loo", "none"))
+    assert estimate(rewards, groups, LENGTHS[:4], Loss(advantage=f"{__name__}:best_of_group")).tolist() == [
+        1.0,
+        0.0,
+        1.0,
+        0.75,
+    ]
+    assert torch.equal(
+        estimate(rewards, groups, LENGTHS[:4], Loss(center="loo")),
+        advantages(rewards, groups, LENGTHS[:4], "loo", "none"),
+    )
     for function, message in {"one_too_few": r"shape \[4\]", "nothing": "no function 'nothing'"}.items():
         with pytest.raises(ValueError, match=message):
-            estimate(rewards, groups, Loss(advantage=f"{__name__}:{function}"))
+            estimate(rewards, groups, LENGTHS[:4], Loss(advantage=f"{__name__}:{function}"))
     with pytest.raises(ValueError, match="no module 'no_such_module'"):
-        estimate(rewards, groups, Loss(advantage="no_such_module:f"))
+        estimate(rewards, groups, LENGTHS[:4], Loss(advantage="no_such_module:f"))
 
 
 def test_the_overlong_punishment_falls_over_the_tail():
@@ -130,4 +145,20 @@ def test_the_overlong_punishment_falls_over_the_tail():
 
 def test_equal_rewards_without_a_baseline_stay_what_they_are():
     rewards = torch.ones(4)
-    assert advantages(rewards, torch.tensor([1, 1, 2, 2]), "none", "batch_std").tolist() == [1.0] * 4
+    assert advantages(rewards, torch.tensor([1, 1, 2, 2]), LENGTHS[:4], "none", "batch_std").tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("preset", ["reinforce_pp", "reinforce_pp_baseline"])
+def test_reinforce_pp_whitens_over_tokens(preset):
+    """As equation 5 of 2501.03262 has it: long wrong answers count as often as they have tokens."""
+    rewards, lengths = torch.tensor([1.0, 0.0] * 4), torch.tensor([100, 1000] * 4)
+    found = estimate(rewards, torch.arange(8) // 2, lengths, PRESETS[preset])
+    of_tokens = rewards.repeat_interleave(lengths)
+    expected = (rewards - of_tokens.mean()) / of_tokens.std(correction=0)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("center", CENTERS[:3])
+def test_equal_rewards_of_a_batch_are_whitened_to_exactly_zero(center):
+    found = advantages(torch.full((4,), 0.1), torch.tensor([0, 0, 1, 1]), LENGTHS[:4], center, "token_std")
+    assert found.tolist() == [0.0] * 4

@@ -18,6 +18,7 @@ from launch import run
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 PPO = ["algorithm.preset=ppo"]
+GSPO = ["algorithm.preset=gspo"]
 
 
 def test_there_are_configs():
@@ -103,6 +104,14 @@ def test_a_resolved_config_reads_back_the_same():
             ["algorithm.preset=reinforce", "buffer.max_staleness=0", "rollout.top_p=0.9"],
             "truncated sampling needs a corrected loss: rollout.top_p is 0.9",
         ),
+        (
+            ["algorithm.preset=gspo", "rollout.top_p=0.95"],
+            "rollout.top_p is 0.95 .* as low as 0.95, and preset 'gspo' .* by trust_low = 0.0003; set rollout.top_p=1",
+        ),
+        (
+            ["algorithm.preset=grpo", "rollout.top_k=50"],
+            "rollout.top_k is 50, so it may be as low as 0, .* trust_low = 0.2",
+        ),
     ],
 )
 def test_a_mistake_gets_its_rule_value_and_remedy(words, message):
@@ -171,6 +180,23 @@ def test_no_shipped_config_is_warned_of(path):
             ["watchdog.action=stop", "watchdog.timeout_s=900"],
             "max_attempts x env.timeout_s is 900 s, beside generation",
         ),
+        (
+            ["rollout.top_p=0.9"],
+            "scored over all of it.*like staleness; trust tv may remove probable ones; rollout.top_p=1",
+        ),
+        (["rollout.top_k=9", "algorithm.preset=tis2"], "rollout.top_k is 9: .*like staleness; rollout.top_p=1"),
+        (["rollout.top_p=0.9", "algorithm.preset=topr"], "; the weight of a sequence falls with every token"),
+        (["rollout.top_p=0.9", "algorithm.preset=tis_seq"], "; the weight of a sequence falls with every token"),
+        (GSPO, "trust_low is 0.0003 .*, and buffer.max_staleness is 1: .* many sequences .* widen both"),
+        (
+            [*GSPO, "buffer.max_staleness=0", "rollout.dtype=bfloat16", "algorithm.loss.trust_high=0.1"],
+            "trust_high is 0.1 on .*, and rollout.dtype is bfloat16: rounding",
+        ),
+        (
+            [*GSPO, "buffer.max_staleness=0", "learner.dtype=bfloat16", "buffer.reuse=2"],
+            "reuse is 2 and learner.dtype is",
+        ),
+        (["rollout.top_p=0.9", "algorithm.preset=kimi_k15"], "; the penalty pulls"),
         ([*PPO, "critic.learning_rate=0"], "critic.learning_rate is 0: the critic stays as it is"),
         (
             [*PPO, "critic.warmup_steps=7", "num_steps=7"],
@@ -187,6 +213,9 @@ def test_a_setting_that_does_nothing_is_warned_of(words, told):
     "words",
     [
         [*PPO, "critic.lam=0.9", "critic.warmup_steps=6", "num_steps=7"],
+        [*GSPO, "buffer.max_staleness=0"],
+        [*GSPO, "algorithm.loss.trust_low=0.03", "algorithm.loss.trust_high=0.04"],
+        ["algorithm.preset=gmpo", "algorithm.loss.trust_low=0.0001"],
         ["buffer.window=4"],
         ["buffer.window=4", "buffer.max_staleness=auto", "buffer.staleness_bounds=[0, 4]"],
         ["lora.rank=4", "lora.alpha=8"],

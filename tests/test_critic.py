@@ -16,7 +16,7 @@ from test_loop import small
 
 from asyncrl import config as configuration
 from asyncrl import job
-from asyncrl.algo.gae import gae, value_losses, whiten
+from asyncrl.algo.gae import gae, value_losses
 from asyncrl.model import load_model
 from asyncrl.monitor import metrics
 from asyncrl.recovery import checkpoint
@@ -70,13 +70,6 @@ def test_the_value_loss_by_finite_differences():
     assert (leaf.grad[clipped] == 0).all()
     assert (leaf.grad[~clipped] != 0).all()
     assert torch.equal(value_losses(values, old, returns, 0.0)[0], (values - returns).square() / 2)
-
-
-def test_white_advantages_keep_their_order():
-    found = whiten(torch.tensor([1.0, 5.0, 2.0]))
-    assert float(found.mean()) == pytest.approx(0, abs=1e-6)
-    assert float(found.std(correction=0)) == pytest.approx(1, abs=1e-5)
-    assert found.argsort().tolist() == [0, 2, 1]
 
 
 def with_tool_output(item: Trajectory) -> Trajectory:

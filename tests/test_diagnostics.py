@@ -1,6 +1,7 @@
 """The diagnostics against their definitions, and the alarms one by one."""
 
 import math
+import re
 from dataclasses import replace
 from itertools import chain
 
@@ -169,6 +170,9 @@ CALM = {
     "ess/sequence": 0.5,
     "mismatch/k3": 1e-3,
     "mismatch/k3_fresh": 5e-4,
+    "clip/removed_share": 0.1,
+    "clip/positive_share": 0.5,
+    **{f"clip/{mask}_{sign}": 0.05 for mask in ("trust", "guard") for sign in ("positive", "negative")},
     "policy/advantage_mean": 0.0,
     "policy/advantage_std": 0.4,
 }
@@ -190,6 +194,16 @@ FLAT = {**CALM, "policy/advantage_std": 0.0}
         ({"mismatch/k3": 0.06, "mismatch/k3_fresh": math.nan}, [], "mismatch/k3 is 0.0600"),
         ({"mismatch/k3": 0.06, "mismatch/k3_fresh": 0.038}, [], "mismatch/k3_fresh is 0.0380, above 0.01"),
         ({"policy/nonfinite": 3.0}, [], "3 tokens"),
+        ({"clip/removed_share": 0.79}, [], None),
+        ({"clip/removed_share": 1.0, "clip/positive_share": 0.0}, [], "clip/removed_share is 1.00, above 0.8"),
+        ({"clip/removed_share": 0.5, "clip/positive_share": 1.0}, [], "clip/removed_share is 0.50, .* no negative adv"),
+        ({"clip/removed_share": 0.5, "clip/positive_share": 0.0}, [], "clip/removed_share is 0.50, .* no positive adv"),
+        ({"clip/removed_share": 0.15, "clip/positive_share": 0.0}, [], None),
+        (  # rewards above 0 without a baseline
+            {"clip/removed_share": 0.5, "clip/positive_share": 1.0, "clip/trust_negative": 0, "clip/guard_negative": 0},
+            [],
+            None,
+        ),
         (FLAT, [CALM, *[FLAT] * 9], "every advantage was 0 in 10 steps in a row"),
         (FLAT, [FLAT] * 8, None),
         (FLAT, [*[FLAT] * 20, CALM, *[FLAT] * 8], None),
@@ -201,4 +215,12 @@ def test_alarms(change, history, expected):
     found = alarms({**CALM, **change}, history)
     assert len(found) == (expected is not None)
     if expected is not None:
-        assert next(iter(found.values())).startswith(expected)
+        assert re.match(expected, next(iter(found.values())))
+
+
+@pytest.mark.parametrize("preset", ["gspo", "seq_mask_tis"])
+def test_ratios_that_a_narrow_band_does_not_bear_are_an_alarm(preset):
+    columns = make_columns([[-0.05] * 20] * 2, [[0] * 20] * 2, [1.0, -1.0])
+    metrics = measure(replace(columns, proximal_logprobs=columns.logprobs), PRESETS[preset])
+    assert "clip/removed_share" in alarms(metrics, [])
+    assert "clip/removed_share" not in alarms(measure(columns), [])

@@ -300,7 +300,7 @@ def test_trajectory_balance_is_reinforce_on_the_kl_penalised_return():
         return -np.mean((log_z + log_ratio(logp) - rewards.numpy() / beta) ** 2)
 
     penalised = rewards - beta * torch.tensor(log_ratio(data["current"]))
-    advantage = advantages(penalised, torch.tensor(PROMPTS), "mean", "none")[SEQUENCE]
+    advantage = advantages(penalised, torch.tensor(PROMPTS), torch.tensor(LENGTHS), "mean", "none")[SEQUENCE]
     found, _ = gradient(make_columns(data, "seq_sum", advantages=advantage), Loss(aggregate="seq_sum"))
     expected = -differences(residual_loss, data)
     np.testing.assert_allclose(2 / beta * found.numpy(), expected, rtol=1e-5, atol=1e-7)
@@ -626,3 +626,35 @@ def own_of_four(rewards, groups):
 def test_functions_of_the_user_are_tried_before_a_run_begins(loss, size, message):
     with pytest.raises(ValueError, match=message) if message else nullcontext():
         try_own(loss, 8, size)
+
+
+TRUNCATING = {
+    **PRESETS,
+    "sequence ratio": Loss(policy_weight="sequence", trust="ratio"),
+    "dropped": Loss(policy_weight="token", policy_floor=0.8, policy_outside="drop"),
+    "dropped, of the engine": Loss(
+        anchor="proximal", behavior_weight="token", behavior_floor=0.8, behavior_outside="drop", trust="ratio"
+    ),
+    "worst token": Loss(policy_weight="token", guard="max_kl", guard_high=0.05),
+}
+
+
+@pytest.mark.parametrize("name", TRUNCATING)
+@pytest.mark.parametrize("share", [0.98, 0.95, 0.7, 0.4])
+def test_a_loss_tells_which_bound_removes_what_was_drawn_from_a_part(name, share):
+    """Fresh tokens of the lowest ratio that truncated sampling has, in short and long sequences of either sign."""
+    loss, sequence = TRUNCATING[name], torch.arange(4).repeat_interleave(torch.tensor([1, 1, 200, 200]))
+    current = torch.full((len(sequence),), -7.0, dtype=torch.float64)
+    columns = Columns(
+        logprobs=current.clone().requires_grad_(),
+        behavior_logprobs=current - math.log(share),
+        proximal_logprobs=current if loss.needs_proximal else None,
+        reference_logprobs=current if loss.needs_reference else None,
+        advantages=torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)[sequence],
+        normalizers=torch.full_like(current, 1 / len(sequence)),
+        sequence=sequence,
+        lag=torch.zeros_like(sequence),
+        num_sequences=4,
+    )
+    _, outcome = policy_loss(columns, loss)
+    assert bool(loss.removed_from(share)) == bool((outcome.trust_masked | outcome.guard_masked).any())

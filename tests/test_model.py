@@ -85,6 +85,13 @@ def test_stop_tokens_are_those_of_the_folder_and_of_the_tokenizer(folder, tokeni
     assert stop_token_ids(tmp_path, tokenizer) == (1,)
 
 
+@pytest.mark.parametrize(("ids", "expected"), [([7, 3], (1, 3, 7)), (5, (1, 5)), (None, (1,))])
+def test_without_generation_settings_stop_tokens_are_those_of_the_model(folder, tokenizer, tmp_path, ids, expected):
+    model = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(model | {"eos_token_id": ids}))
+    assert stop_token_ids(tmp_path, tokenizer) == expected
+
+
 @pytest.mark.parametrize("read", [load, load_tokenizer], ids=["model", "tokenizer"])
 def test_an_unreadable_path_is_named(tmp_path, read):
     with pytest.raises(ValueError, match=f"could be loaded from '{tmp_path}'"):

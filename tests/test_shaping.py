@@ -1,5 +1,7 @@
 """KL to the reference in the reward: against its formula, by token and by trajectory, however they are packed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,11 @@ from test_learner import folder, make_learner  # noqa: F401
 
 from asyncrl.algo.advantage import advantages
 from asyncrl.algo.gae import gae
+from asyncrl.algo.presets import PRESETS, resolve
+from asyncrl.config import CriticConfig
+from asyncrl.training.packing import pack
+from asyncrl.training.shaping import shape
+from asyncrl.training.sharding import Ranks
 
 TAU = 0.3
 ESTIMATES = {
@@ -55,7 +62,7 @@ def test_advantages_of_charged_rewards_follow_the_formula(folder, monkeypatch, e
     rewards = np.array([item.reward for item in flat])
     if level == "sequence":
         rewards = rewards - TAU * np.array([values.sum() for values in kl])
-    base = advantages(torch.tensor(rewards), torch.tensor([0, 0, 0, 1, 1, 1]), "mean", "none").numpy()
+    base = advantages(torch.tensor(rewards), torch.tensor([0, 0, 0, 1, 1, 1]), torch.ones(6), "mean", "none").numpy()
     ahead = [-TAU * values[::-1].cumsum()[::-1] for values in kl]
     center = np.concatenate(ahead).mean()
     for number, (_, advantage) in enumerate(found):
@@ -72,6 +79,107 @@ def test_with_a_critic_each_token_is_charged_in_its_own_reward(folder, monkeypat
         values = torch.zeros_like(rewards)  # those of a critic that has learnt nothing
         expected = gae(rewards, values, torch.zeros(len(rewards), dtype=torch.long), 1.0, 0.95)
         np.testing.assert_allclose(advantage, expected, rtol=2e-4, atol=2e-4)
+
+
+def charged(groups, preset, micro_batch_tokens=10_000, **fields):
+    """Advantages of every token, in order of the trajectories, against a reference that gives each token -0.5."""
+    loss = resolve(preset, fields)
+    batch = pack(groups, loss, row_tokens=40, micro_batch_tokens=micro_batch_tokens, max_new_tokens=9)
+    parts, _ = shape(
+        batch,
+        list(batch.micro_batches),
+        loss,
+        CriticConfig(),
+        reference=lambda part: (torch.full_like(part.advantages, -0.5), part.advantages),
+        critic=None,
+        ranks=Ranks(),
+    )
+    found = {
+        int(part.members[i]): part.advantages[part.sequence == i] for part in parts for i in range(len(part.members))
+    }
+    return [found[number] for number in range(len(batch.rewards))]
+
+
+def times(groups, factor):
+    return [[replace(item, reward=item.reward * factor) for item in group] for group in groups]
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("preset", ["grpo", "scalerl", "reinforce_pp", "reinforce_pp_baseline"])
+def test_rewards_and_charges_that_grow_alike_change_no_scaled_advantage(preset, level):
+    once = charged(make_groups(), preset, reward_kl=0.1, reward_kl_level=level)
+    more = charged(times(make_groups(), 10), preset, reward_kl=1.0, reward_kl_level=level)
+    torch.testing.assert_close(torch.cat(more), torch.cat(once), rtol=1e-4, atol=1e-4)
+    assert torch.cat(once).std() > 0.1
+    apart = charged(make_groups(), preset, micro_batch_tokens=1, reward_kl=0.1, reward_kl_level=level)
+    torch.testing.assert_close(torch.cat(apart), torch.cat(once), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", ["group_std", "batch_std"])
+def test_a_scale_divides_rewards_and_charges_by_their_common_spread(scale):
+    groups = make_groups()
+    flat = [item for group in groups for item in group]
+    rewards = torch.tensor([item.reward for item in flat], dtype=torch.float64)
+    ahead = [-0.1 * (item.logprobs[item.mask].astype(float) + 0.5)[::-1].cumsum()[::-1] for item in flat]
+    found = charged(groups, "async_default", reward_kl=0.1, scale=scale)
+    members = [[0, 1, 2], [3, 4, 5]] if scale == "group_std" else [[*range(6)]]
+    for chosen in members:
+        tokens = np.concatenate([ahead[i] for i in chosen])
+        spread = np.sqrt(rewards[chosen].var(correction=0).item() + tokens.var())
+        for i in chosen:
+            expected = (rewards[i].item() - 1 / 3 + ahead[i] - tokens.mean()) / spread
+            np.testing.assert_allclose(found[i], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("preset", ["grpo", "scalerl", "reinforce_pp"])
+def test_charges_of_equal_rewards_stay_of_the_order_of_one(preset):
+    """A group that is solved throughout, and one whose replies are the same to the last token."""
+    groups = times(make_groups(), 0.0)
+    groups.append([groups[0][0]] * 3)
+    found = torch.cat(charged(groups, preset, reward_kl=0.01))
+    assert 0.1 < found.abs().max() < 10
+
+
+def test_reinforce_pp_with_its_kl_is_the_published_advantage():
+    """2501.03262, equations 4 and 5: r - beta times the KL ahead, whitened over all tokens of the batch."""
+    groups = make_groups()
+    flat = [item for group in groups for item in group]
+    kl = [item.logprobs[item.mask].astype(float) + 0.5 for item in flat]
+    plain = [item.reward - 0.1 * values[::-1].cumsum()[::-1] for item, values in zip(flat, kl, strict=True)]
+    tokens = np.concatenate(plain)
+    found = torch.cat(charged(groups, "reinforce_pp", reward_kl=0.1))
+    np.testing.assert_allclose(found, (tokens - tokens.mean()) / tokens.std(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_critics_advantages_are_white_over_all_micro_batches(folder, monkeypatch):  # noqa: F811
+    words = ["algorithm.preset=ppo", f"algorithm.loss.reward_kl={TAU}", "learner.micro_batch_tokens=1"]
+    found, *_ = shaped(make_learner(folder, *words), make_groups(), monkeypatch)
+    tokens = np.concatenate([advantage for _, advantage in found])
+    assert tokens.mean() == pytest.approx(0, abs=1e-6)
+    assert tokens.std() == pytest.approx(1, abs=1e-4)
+
+
+class Unknowing:
+    """A critic that expects nothing and does not learn."""
+
+    def values(self, part):
+        return torch.zeros_like(part.advantages)
+
+    def update(self, _parts, _values, _returns):
+        return {}
+
+
+@pytest.mark.parametrize("reward", [0.7, 0.1, 1 / 3])
+def test_equal_advantages_of_a_critic_are_whitened_to_zero(reward):
+    """The float32 mean of equal numbers is not that number."""
+    groups = [[trajectory(4, 5, seed=seed, reward=reward) for seed in range(200)]]
+    batch = pack(groups, PRESETS["ppo"], row_tokens=40, micro_batch_tokens=400, max_new_tokens=9)
+    settings = CriticConfig(lam=1.0)
+    parts = list(batch.micro_batches)
+    found, _ = shape(batch, parts, PRESETS["ppo"], settings, reference=None, critic=Unknowing(), ranks=Ranks())
+    assert len(found) > 1
+    assert {part.advantages.dtype for part in found} == {torch.float32}
+    assert max(float(part.advantages.abs().max()) for part in found) == 0
 
 
 def test_the_loss_itself_has_no_kl_term_then(folder):  # noqa: F811

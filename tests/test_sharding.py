@@ -45,6 +45,9 @@ WHOLE_STEP = [  # advantages and a threshold that no rank can compute from its o
     "algorithm.preset=m2po",
 ]
 
+CHARGED = [*SMALL, "algorithm.loss.reward_kl=0.1", "algorithm.loss.scale=group_std"]  # deviations of each group
+WHITE = [*SMALL, "algorithm.loss.reward_kl=0.1", "algorithm.preset=reinforce_pp"]  # and of all tokens
+
 LORA = [
     *SMALL,
     "lora.rank=3",  # which two and four ranks share out unevenly
@@ -146,6 +149,8 @@ def assert_close(some, others, rtol=0.0, atol=1e-5):
         ([[12, 3, 1], [2, 9, 4, 12, 1, 1, 6]], EVERYTHING),  # groups of different sizes, a different share at each rank
         ([[12, 2, 1]], SMALL),  # with four ranks, one has nothing to train
         ([[12, 3, 1], [2, 9, 4, 12, 1, 1, 6]], WHOLE_STEP),
+        ([[12, 3, 1], [2, 9, 4, 12, 1, 1, 6]], CHARGED),
+        ([[12, 3, 1], [2, 9, 4, 12, 1, 1, 6]], WHITE),
         ([[12, 3, 1], [2, 9, 4, 12, 1, 1, 6]], LORA),
     ],
 )

@@ -16,13 +16,13 @@ _STD_FLOOR = 1e-6
 """Added to a standard deviation, so that rewards that hardly differ are not blown up."""
 
 
-def estimate(rewards: Tensor, groups: Tensor, loss: Loss) -> Tensor:
-    """The advantages that `loss` asks for: `advantages`, or the user's own function of the same two tensors.
+def estimate(rewards: Tensor, groups: Tensor, lengths: Tensor, loss: Loss) -> Tensor:
+    """The advantages that `loss` asks for: `advantages`, or the user's own function of the first two tensors.
 
     ValueError if that function returns something else than one finite number a trajectory.
     """
     if not loss.advantage:
-        return advantages(rewards, groups, loss.center, loss.scale)
+        return advantages(rewards, groups, lengths, loss.center, loss.scale)
     values = own.load(loss.advantage)(rewards, groups)
     if not isinstance(values, Tensor) or values.shape != rewards.shape or not bool(values.isfinite().all()):
         raise ValueError(
@@ -41,40 +41,68 @@ def overlong_punishment(lengths: Tensor, max_length: int, tail: int) -> Tensor:
     return ((max_length - tail - lengths.float()) / tail).clamp(-1.0, 0.0)
 
 
-def advantages(rewards: Tensor, groups: Tensor, center: Center, scale: Scale) -> Tensor:
-    """Advantage of each trajectory; float[N] of the dtype of `rewards`.
+def advantages(rewards: Tensor, groups: Tensor, lengths: Tensor, center: Center, scale: Scale) -> Tensor:
+    """Advantage of each trajectory; float[N] of the dtype of `rewards`: `centered`, over a standard deviation.
 
-    `rewards` float[N]; `groups` int64[N], equal for trajectories of one prompt. `center`: "mean" subtracts the group
-    mean (GRPO 2402.03300), "loo" the mean of the others of the group (RLOO 2402.14740), "batch" the mean of all rewards
-    (REINFORCE++ 2501.03262). `scale` divides by the population standard deviation of the group's rewards, or of all
-    centered rewards of the batch (ScaleRL 2510.13786). With "none" and "critic" nothing is subtracted here. Equal
-    rewards of what is centered get exactly 0. ValueError if "loo" meets a group of one.
+    `rewards` float[N]; `groups` int64[N], equal for trajectories of one prompt; `lengths` int64[N], trained tokens.
+    `scale`: "group_std" and "batch_std" divide by `spreads`; "token_std" makes mean and standard deviation those of the
+    trained tokens, 0 and 1 (REINFORCE++ 2501.03262, equation 5): a long trajectory counts as often as it has tokens.
+    Equal rewards of what is centered get exactly 0. ValueError if "loo" meets a group of one.
     """
+    values = centered(rewards, groups, center)
+    if scale == "token_std":
+        weights = lengths / lengths.sum(dtype=torch.float64)
+        values = values - (weights * values).sum()
+        values = scaled(values, (weights * values.square()).sum().sqrt())
+    elif scale != "none":
+        values = scaled(values, spreads(rewards, groups, center, scale))
+    return values.to(rewards.dtype)
+
+
+def centered(rewards: Tensor, groups: Tensor, center: Center) -> Tensor:
+    """Rewards less what they are compared with; float64[N].
+
+    `center`: "mean" subtracts the group mean (GRPO 2402.03300), "loo" the mean of the others of the group (RLOO
+    2402.14740), "batch" the mean of all rewards, however long their trajectories. With "none" and "critic" nothing is
+    subtracted here. ValueError if "loo" meets a group of one.
+    """
+    if center in ("none", "critic"):
+        return rewards.double()
     _, index, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
-    exact = rewards.double()
     if center == "batch":
         index, sizes = torch.zeros_like(index), sizes.sum().view(1)
-    # Centered on the smallest reward first: equal rewards then have a mean of exactly 0.
-    low = torch.full_like(sizes, torch.inf, dtype=torch.float64).scatter_reduce(0, index, exact, "amin")
-    above = exact - low[index]
-    deviation = above - _group_mean(above, index, sizes)
-    centered = deviation
-    if center in ("none", "critic"):
-        centered = exact
-    elif center == "loo":
+    deviation = _deviation(rewards, index, sizes)
+    if center == "loo":
         if bool((sizes == 1).any()):
             raise ValueError(
                 'center = "loo" needs at least 2 trajectories in each group, got a group of 1; '
                 'sample more per prompt or set center = "none"'
             )
         count = sizes[index]
-        centered = deviation * count / (count - 1)
-    if scale == "group_std":
-        centered = centered / (_group_mean(deviation.square(), index, sizes).sqrt() + _STD_FLOOR)
-    elif scale == "batch_std":
-        spread = centered.std(correction=0)
-        centered = centered / (spread + _STD_FLOOR) if spread > 0 else centered  # equal ones stay what they are
-    return centered.to(rewards.dtype)
+        return deviation * count / (count - 1)
+    return deviation
+
+
+def spreads(rewards: Tensor, groups: Tensor, center: Center, scale: Scale) -> Tensor:
+    """Population standard deviation of the rewards of each trajectory's group ("group_std") or of all centered rewards
+    of the batch ("batch_std", ScaleRL 2510.13786); float64[N]."""
+    if scale == "batch_std":
+        return centered(rewards, groups, center).std(correction=0).expand(len(rewards))
+    _, index, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
+    return _group_mean(_deviation(rewards, index, sizes).square(), index, sizes).sqrt()
+
+
+def scaled(values: Tensor, spread: Tensor) -> Tensor:
+    """`values` over `spread`, which is broadcast; where that is 0, equal values stay what they are."""
+    return torch.where(spread > 0, values / (spread + _STD_FLOOR), values)
+
+
+def _deviation(rewards: Tensor, index: Tensor, sizes: Tensor) -> Tensor:
+    exact = rewards.double()
+    # Centered on the smallest reward first: equal rewards then have a mean of exactly 0.
+    low = torch.full_like(sizes, torch.inf, dtype=torch.float64).scatter_reduce(0, index, exact, "amin")
+    above = exact - low[index]
+    return above - _group_mean(above, index, sizes)
 
 
 def normalizers(aggregate: Aggregate, lengths: Tensor, groups: Tensor, max_length: int) -> Tensor:

@@ -80,6 +80,12 @@ _K3_FRESH = 0.01
 _K3 = 0.05
 """Token KL of all tokens; the same limit that `buffer.max_staleness=auto` lowers the staleness at."""
 
+_REMOVED = 0.8
+"""Share of the gradient weight that masks may remove: with more there is nothing left to learn from."""
+_REMOVED_OF_ONE_SIGN = 0.2
+"""The same where all that is left has one sign of the advantage, and masks removed the other."""
+_ONE_SIGN = 0.05
+
 _FLAT_STEPS = 10
 """Steps in a row without any advantage; a few happen to a batch of few groups."""
 
@@ -134,6 +140,11 @@ def alarms(metrics: Mapping[str, float], history: Sequence[Mapping[str, float]])
             f"mismatch/k3 is {k3:.4f}, above {_K3}: tokens are far off the policy; lower buffer.max_staleness or "
             "learner.learning_rate"
         )
+    if told := _removed(metrics):
+        found["clip/removed_share"] = (
+            f"{told}: the bounds of the loss are narrower than the ratios spread; widen its trust_* or guard_* "
+            "(algorithm.loss), lower buffer.max_staleness, or see what mismatch/k3_fresh says of the engine"
+        )
     recent_steps = [*history[-(_FLAT_STEPS - 1) :], metrics]
     if len(recent_steps) == _FLAT_STEPS and all(map(_is_flat, recent_steps)):
         found["policy/advantage_std"] = (
@@ -142,6 +153,18 @@ def alarms(metrics: Mapping[str, float], history: Sequence[Mapping[str, float]])
             "mend the reward"
         )
     return found
+
+
+def _removed(metrics: Mapping[str, float]) -> str:
+    """What the masks took that a step cannot do without; empty if nothing is."""
+    removed, positive = metrics["clip/removed_share"], metrics["clip/positive_share"]
+    if removed > _REMOVED:
+        return f"clip/removed_share is {removed:.2f}, above {_REMOVED}"
+    for sign, share in (("positive", positive), ("negative", 1.0 - positive)):
+        gone = metrics[f"clip/trust_{sign}"] + metrics[f"clip/guard_{sign}"]
+        if removed > _REMOVED_OF_ONE_SIGN and share < _ONE_SIGN and gone > 0:
+            return f"clip/removed_share is {removed:.2f}, and what is left has no {sign} advantages"
+    return ""
 
 
 def _is_flat(metrics: Mapping[str, float]) -> bool:

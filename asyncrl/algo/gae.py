@@ -47,9 +47,3 @@ def value_losses(values: Tensor, old_values: Tensor, returns: Tensor, clip: floa
         return plain, torch.zeros_like(plain, dtype=torch.bool)
     held = (torch.clamp(values, old_values - clip, old_values + clip) - returns).square() / 2
     return torch.maximum(plain, held), held.detach() > plain.detach()
-
-
-def whiten(advantages: Tensor) -> Tensor:
-    """With mean 0 and standard deviation 1 over all tokens of the step."""
-    centered = advantages - advantages.mean()
-    return centered / (centered.std(correction=0) + 1e-6)

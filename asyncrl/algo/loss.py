@@ -120,7 +120,7 @@ def try_own(loss: Loss, num_groups: int, group_size: int) -> None:
     path = loss.advantage
     try:
         if loss.advantage:
-            estimate((torch.arange(len(groups)) * 7 % 5 < 2).float(), groups, loss)
+            estimate((torch.arange(len(groups)) * 7 % 5 < 2).float(), groups, torch.full_like(groups, 2), loss)
         path = loss.function
         if loss.function:
             total, outcome = policy_loss(_made_up(loss, len(groups)), loss)

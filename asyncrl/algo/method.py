@@ -18,7 +18,7 @@ import msgspec
 
 Center: TypeAlias = Literal["mean", "loo", "batch", "critic", "none"]
 Estimator: TypeAlias = Literal["k1", "k2", "k3"]
-Scale: TypeAlias = Literal["none", "group_std", "batch_std"]
+Scale: TypeAlias = Literal["none", "group_std", "batch_std", "token_std"]
 Aggregate: TypeAlias = Literal["token", "seq_mean", "seq_sum", "prompt", "constant"]
 Anchor: TypeAlias = Literal["behavior", "proximal", "loglinear"]
 Weight: TypeAlias = Literal["none", "token", "geometric", "sequence"]
@@ -51,9 +51,12 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     group of each trajectory, int64[N], to float[N]. Groups may then be of one sample."""
 
     center: Center = "mean"
-    """What the reward is compared with: the mean of its group, of the others of the group, of the batch, or what a
-    critic expected token by token (PPO; `[critic]` has its settings)."""
+    """What the reward is compared with: the mean of its group, of the others of the group, of the batch (each
+    trajectory once, however long), or what a critic expected token by token (PPO; `[critic]` has its settings)."""
     scale: Scale = "none"
+    """What advantages are divided by: the standard deviation of the rewards of their group, or of all trajectories of
+    the batch ("batch_std"), or of advantages over all trained tokens of the batch, whose mean is taken off, too
+    ("token_std"; a critic's have no other)."""
     aggregate: Aggregate = "token"
 
     anchor: Anchor = "behavior"
@@ -109,7 +112,7 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """The same formulas, with x = behavior - reference: in a reward "k1" and "k3" are unbiased."""
     reward_kl_level: Literal["token", "sequence"] = "token"
     """"token": each token is charged for itself, and its advantage has what follows; "sequence": the reward of the
-    trajectory is charged with the sum."""
+    trajectory is charged with the sum. A `scale` divides rewards and charges alike."""
     entropy_bonus: NonNegative = 0.0
     """Coefficient of the entropy of the policy; the learner, which holds the logits, adds the term."""
     learning_rate_scale: Literal["none", "sqrt_ess"] = "none"
@@ -131,16 +134,18 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
                 'set behavior_weight = "none" and use policy_weight, which then holds the whole ratio'
             )
         if self.center == "batch" and self.scale == "group_std":
-            raise ValueError('center = "batch" knows no groups: set scale = "batch_std" or "none", got "group_std"')
+            raise ValueError(
+                'center = "batch" knows no groups: set scale = "token_std", "batch_std" or "none", got "group_std"'
+            )
         if self.center == "none" and self.scale == "group_std":
             raise ValueError(
                 'center = "none" with scale = "group_std" divides the rewards of a group without variance by nothing: '
-                'set scale = "none" or "batch_std"'
+                'set scale = "none", "batch_std" or "token_std"'
             )
-        if self.center == "critic" and (self.scale == "group_std" or self.advantage):
+        if self.center == "critic" and (self.scale in ("group_std", "batch_std") or self.advantage):
             raise ValueError(
                 f'center = "critic" gives each token an advantage of its own: scale is {self.scale!r} and advantage is '
-                f'{self.advantage!r}; set scale = "batch_std" or "none", and no advantage'
+                f'{self.advantage!r}; set scale = "token_std" or "none", and no advantage'
             )
         if self.anchor == "loglinear" and self.trust != "ratio":
             raise ValueError(
@@ -212,3 +217,27 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         if self.anchor == "proximal":
             return self.behavior_weight != "none"
         return self.policy_weight != "none" or self.penalty > 0
+
+    def removed_from(self, least: float) -> list[str]:
+        """The bounds, as `field = value`, by which tokens are removed because their ratio current / behavior, or the
+        mean of it over a sequence, is `least` (0 to 1); none if it takes more than that.
+
+        Of truncated sampling: the engine's probabilities are of what it draws from, and the learner's of the whole
+        vocabulary, so that the ratio of a fresh token is the share that was left to draw from. Bounds on a change of
+        probability ("tv", "kl") are not told, as that of a rare token changes little by any share; nor is "veto", whose
+        bound no such share comes near.
+        """
+        away = -math.log(least) if least else math.inf
+        fresh_anchor = self.anchor == "proximal"  # scored by the learner, like the policy itself
+        slot, weight = ("behavior", self.behavior_weight) if fresh_anchor else ("policy", self.policy_weight)
+        lowest = 0.0 if weight == "sequence" else least  # a product over tokens has no bound
+        drops = weight != "none" and getattr(self, f"{slot}_outside") == "drop"
+        found = {
+            f"{slot}_floor": drops and lowest < getattr(self, f"{slot}_floor"),
+            "trust_low": self.trust == "ratio" and not fresh_anchor and lowest < 1.0 - self.trust_low,
+            "trust_high": self.trust == "m2" and not fresh_anchor and away**2 > self.trust_high,
+            "guard_low": self.guard == "geometric_band" and least < self.guard_low,
+            "guard_high": (self.guard == "negative_kl" and away > self.guard_high)
+            or (self.guard == "max_kl" and least - 1.0 + away > self.guard_high),
+        }
+        return [f"{name} = {getattr(self, name)}" for name, removes in found.items() if removes]

@@ -61,7 +61,8 @@ PRESETS: dict[str, Loss] = {
     "prime": Loss(**_TV, penalty=1e-3),
     # prime-rl's IPO: the mask without sign.
     "ipo": Loss(**_TV, trust_low=0.1, trust_high=0.1, trust_signed=False, penalty=1e-3),
-    # GSPO 2507.18071, anchored on the behavior policy.
+    # GSPO 2507.18071, anchored on the behavior policy. The paper's range is that of a ratio between two policies of its
+    # learner; of a ratio to an engine in bfloat16, or one step behind, it removes much of the gradient: docs/guide.md.
     "gspo": Loss(
         scale="group_std",
         policy_weight="geometric",
@@ -103,12 +104,15 @@ PRESETS: dict[str, Loss] = {
     # VCPO 2602.17616: sequence ratio capped at 8, learning rate by the root of the effective sample size. Its baseline
     # of least variance needs the gradient norm of each trajectory; here it is the group mean.
     "vcpo": Loss(policy_weight="sequence", policy_cap=8.0, learning_rate_scale="sqrt_ess"),
-    # REINFORCE++ 2501.03262: no group, mean and standard deviation of the whole batch.
-    "reinforce_pp": Loss(center="batch", scale="batch_std", policy_weight="token", trust="ratio"),
-    # The same with the group mean as baseline.
-    "reinforce_pp_baseline": Loss(scale="batch_std", policy_weight="token", trust="ratio"),
+    # REINFORCE++ 2501.03262: no group, advantages whitened over all tokens of the batch (equation 5; OpenRLHF, verl).
+    # Its KL in the reward (equation 4) takes a reference model and is left out; reward_kl = 0.01 adds it (0.001 for
+    # mathematics, in the first version of the paper).
+    "reinforce_pp": Loss(center="batch", scale="token_std", policy_weight="token", trust="ratio"),
+    # The same with the group mean as baseline. Its KL, in the loss (equation 8), is left out, too: reference_kl with
+    # reference_estimator = "k2" adds it, for which the paper gives no coefficient.
+    "reinforce_pp_baseline": Loss(scale="token_std", policy_weight="token", trust="ratio"),
     # PPO 1707.06347 with a critic and GAE, anchored on the behavior policy; advantages whitened over the tokens.
-    "ppo": Loss(center="critic", scale="batch_std", policy_weight="token", trust="ratio"),
+    "ppo": Loss(center="critic", scale="token_std", policy_weight="token", trust="ratio"),
     # RLOO 2402.14740 with the correction of `tis2`.
     "rloo_tis2": Loss(center="loo", policy_weight="token", policy_cap=2.0),
     # Kimi k1.5 2501.12599, which writes half of tau = 0.1 times the squared log-ratio of the sequence.

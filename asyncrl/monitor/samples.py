@@ -76,7 +76,8 @@ class Samples:
         loss = self._loss
         rewards = torch.tensor([reward for group in groups for reward in group.rewards], dtype=torch.float32)
         index = torch.tensor([number for number, group in enumerate(groups) for _ in group.rewards])
-        values = estimate(rewards, index, loss)
+        lengths = torch.tensor([length for group in groups for length in group.lengths])
+        values = estimate(rewards, index, lengths, loss)
         if loss.needs_critic or loss.reward_kl or self._algorithm.overlong_tail:
             values = torch.full_like(values, torch.nan)
         flat = iter(values.tolist())

@@ -92,7 +92,7 @@ class Forward:
     def _make_scorer(self, model: nn.Module, *, hold: bool = False) -> Scorer:
         settings, bfloat16 = self._config.learner, self._bfloat16
         if bfloat16 and self._device == "cuda":
-            # What is left in float32 then runs on tensor cores (TF32).
+            # What is left in float32, such as a head that was asked for, then runs on tensor cores (TF32).
             torch.set_float32_matmul_precision("high")
         head = Head(
             temperature=self._config.rollout.temperature,

@@ -78,6 +78,7 @@ class Batch:
     advantages: Tensor  # float32[N], per trajectory
     rewards: Tensor  # float32[N], with the overlong punishment
     groups: Tensor  # int64[N], equal for trajectories of one prompt
+    lengths: Tensor  # int64[N], trained tokens
     kept: Tensor  # bool[N]: not masked for being truncated, which leaves a trajectory no part in any term of the loss
     num_tokens: int  # trained tokens
     num_held: int  # tokens of all trajectories, prompts included
@@ -114,7 +115,7 @@ def pack(
     if overlong_tail:
         replies = torch.tensor([_longest_reply(where) for where in trained])
         rewards = rewards + overlong_punishment(replies, max_new_tokens, overlong_tail)
-    advantage = estimate(rewards, index, loss)
+    advantage = estimate(rewards, index, lengths, loss)
     kept = torch.tensor([not mask_truncated or trajectory.finish != "length" for trajectory in trajectories])
     advantage = torch.where(kept, advantage, 0.0)
     normalizer = torch.where(kept, normalizers(loss.aggregate, lengths, index, max_new_tokens), 0.0)
@@ -139,6 +140,7 @@ def pack(
         advantage,
         rewards,
         index,
+        lengths,
         kept,
         num_tokens=int(lengths.sum()),
         num_held=sum(len(trajectory.token_ids) for trajectory in trajectories),

@@ -2,6 +2,9 @@
 
 packed micro-batches -> reference log-probs -> rewards less KL -> values -> GAE -> advantages of every token
                                                                          `---> the critic learns the returns
+
+Whatever is a mean or a deviation here is of all ranks and micro-batches, and in float64: the rounded mean of equal
+float32 numbers is not that number, and dividing by as small a deviation would make advantages of the difference.
 """
 
 from __future__ import annotations
@@ -12,8 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from asyncrl.algo.advantage import estimate
-from asyncrl.algo.gae import gae, whiten
+from asyncrl.algo.advantage import centered, estimate, scaled, spreads
+from asyncrl.algo.gae import gae
 from asyncrl.algo.loss import kl_estimate
 from asyncrl.algo.method import Loss
 from asyncrl.config import CriticConfig
@@ -61,15 +64,16 @@ def shape(
             charges = [torch.zeros_like(charge) for charge in charges]
     if critic:
         advantages, learned = _with_critic(parts, charges, rewards, critic, settings)
-        advantages = _split(whiten(torch.cat(advantages)), parts) if loss.scale == "batch_std" else advantages
+        advantages = _whitened(parts, advantages, batch, ranks) if loss.scale == "token_std" else advantages
         metrics |= learned
+    elif loss.reward_kl_level == "sequence":
+        of_rewards = estimate(rewards.cpu(), batch.groups, batch.lengths, loss).to(rewards.device)
+        advantages = [of_rewards[_owner(part)] for part in parts]
     else:
-        base = estimate(rewards.cpu(), batch.groups, loss).to(rewards.device)
-        ahead = _ahead(parts, charges, batch.num_tokens, ranks)
-        advantages = [base[_owner(part)] + some for part, some in zip(parts, ahead, strict=True)]
+        advantages = _with_charges(parts, charges, batch, loss, ranks)
     kept = batch.kept.to(rewards.device)
     return [
-        replace(part, advantages=torch.where(kept[_owner(part)], values, 0.0))
+        replace(part, advantages=torch.where(kept[_owner(part)], values, 0.0).to(part.advantages))
         for part, values in zip(parts, advantages, strict=True)
     ], metrics
 
@@ -110,14 +114,63 @@ def _with_critic(
     return advantages, critic.update(parts, values, returns)
 
 
-def _ahead(parts: Sequence[MicroBatch], charges: Sequence[Tensor], num_tokens: int, ranks: Ranks) -> list[Tensor]:
-    """The charges from each token to the end of its trajectory, less the mean of that over all tokens of the step."""
+def _with_charges(
+    parts: Sequence[MicroBatch], charges: Sequence[Tensor], batch: Batch, loss: Loss, ranks: Ranks
+) -> list[Tensor]:
+    """Advantages from the rewards and from what each token and those after it are charged.
+
+    A scale divides both by one number, so that rewards and charges that grow alike change nothing: the root of the
+    variance of the rewards, over trajectories, and that of the charges ahead, over tokens. With the first alone, a
+    group of equal rewards would make huge advantages of any charge.
+    """
+    rewards, device = batch.rewards, charges[0].device
+    if loss.advantage:
+        base = estimate(rewards, batch.groups, batch.lengths, loss).to(device)
+    else:
+        base = centered(rewards, batch.groups, loss.center).to(device)
     ahead = [
         gae(charge, torch.zeros_like(charge), part.sequence, 1.0, 1.0)
         for part, charge in zip(parts, charges, strict=True)
     ]
-    mean = ranks.sum(torch.stack([some.sum() for some in ahead]).sum()) / num_tokens
-    return [some - mean for some in ahead]
+    if loss.scale == "token_std":
+        both = [base[_owner(part)] + some for part, some in zip(parts, ahead, strict=True)]
+        return _whitened(parts, both, batch, ranks)
+    index = batch.groups if loss.scale == "group_std" else torch.zeros_like(batch.groups)
+    ahead, of_charges = _centered(parts, ahead, index, batch.lengths, ranks)
+    both = [base[_owner(part)] + some for part, some in zip(parts, ahead, strict=True)]
+    if loss.scale == "none":
+        return both
+    of_rewards = spreads(rewards, batch.groups, loss.center, loss.scale).to(device)
+    spread = (of_rewards.square() + of_charges.square()).sqrt()
+    return [scaled(values, spread[_owner(part)]) for part, values in zip(parts, both, strict=True)]
+
+
+def _whitened(parts: Sequence[MicroBatch], values: Sequence[Tensor], batch: Batch, ranks: Ranks) -> list[Tensor]:
+    """With mean 0 and standard deviation 1 over all tokens of the step; equal ones become 0."""
+    centered_values, spread = _centered(parts, values, torch.zeros_like(batch.groups), batch.lengths, ranks)
+    return [scaled(some, spread[0]) for some in centered_values]
+
+
+def _centered(
+    parts: Sequence[MicroBatch], values: Sequence[Tensor], index: Tensor, lengths: Tensor, ranks: Ranks
+) -> tuple[list[Tensor], Tensor]:
+    """Values of tokens less the mean of all whose trajectories share an `index` int64[N], float64; and the standard
+    deviation of these, of each trajectory, float64[N]."""
+    counts = torch.zeros(int(index.max()) + 1, dtype=torch.float64).index_add_(0, index, lengths.double())
+    device = values[0].device
+    index, counts = index.to(device), counts.to(device)
+    places = [index[_owner(part)] for part in parts]
+
+    def mean(some: Sequence[Tensor]) -> Tensor:
+        totals = torch.zeros_like(counts)
+        for place, part_values in zip(places, some, strict=True):
+            totals.index_add_(0, place, part_values)
+        return ranks.sum(totals) / counts
+
+    exact = [some.double() for some in values]
+    means = mean(exact)
+    off = [some - means[place] for some, place in zip(exact, places, strict=True)]
+    return off, mean([some.square() for some in off]).sqrt()[index]
 
 
 def _owner(part: MicroBatch) -> Tensor:
@@ -128,7 +181,3 @@ def _owner(part: MicroBatch) -> Tensor:
 def _last(part: MicroBatch) -> Tensor:
     """Place of the last trained token of each trajectory; int64[num_sequences]."""
     return torch.bincount(part.sequence, minlength=part.num_sequences).cumsum(0) - 1
-
-
-def _split(values: Tensor, parts: Sequence[MicroBatch]) -> list[Tensor]:
-    return list(values.split([len(part.advantages) for part in parts]))
