@@ -4,6 +4,9 @@ PYTHON ?= python3
 BIN = .venv/bin
 SGLANG_BIN = .venv-sglang/bin
 export OMP_NUM_THREADS ?= 1
+# Modules are compiled when they are first imported, a fraction of all that pip would compile. Some hundred processes of the
+# tests import them, so they are kept, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: run test ablation test-sglang lint docs clean
 
@@ -31,18 +34,18 @@ docs: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable .
 	touch $@
 
 .venv/installed-test: .venv/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 .venv-sglang/installed: tests/sglang/requirements.txt tests/sglang/requirements-no-deps.txt
 	$(PYTHON) -m venv .venv-sglang
-	$(SGLANG_BIN)/python -m pip install --quiet -r tests/sglang/requirements.txt
-	$(SGLANG_BIN)/python -m pip install --quiet --no-deps -r tests/sglang/requirements-no-deps.txt
-	$(SGLANG_BIN)/python -m pip install --quiet --no-deps --editable .
+	$(SGLANG_BIN)/python -m pip install --quiet --no-compile -r tests/sglang/requirements.txt
+	$(SGLANG_BIN)/python -m pip install --quiet --no-compile --no-deps -r tests/sglang/requirements-no-deps.txt
+	$(SGLANG_BIN)/python -m pip install --quiet --no-compile --no-deps --editable .
 	touch $@
 
 clean:
