@@ -59,6 +59,23 @@ def test_an_environment_that_cannot_show_is_refused(folder):
     assert list((folder.parent / "cache").iterdir()) == []
 
 
+def test_demonstrations_that_fail_or_end_are_told_of(folder):
+    class Failing(Fixed):
+        def demonstrations(self, seed):
+            yield from self.pairs
+            raise KeyError("question")
+
+    class Ending(Fixed):
+        def demonstrations(self, seed):
+            return iter(self.pairs)
+
+    pairs = [([2, 3, 4], [5, 6, 1])]
+    with pytest.raises(ValueError, match=r"Failing.demonstrations\(\) raised KeyError.*test_warmup.py line \d+"):
+        warmed(folder, Failing(pairs), "warmup.num_steps=1")
+    with pytest.raises(ValueError, match=r"Ending.demonstrations\(\) ended, and the warm-up wants more"):
+        warmed(folder, Ending(pairs), "warmup.num_steps=1")
+
+
 def test_the_result_is_made_once_for_each_combination_of_settings(tmp_path):
     words = [*WORDS, "warmup.num_steps=1", f"run_dir={tmp_path}"]
     first = prepare(configuration.load(None, words), quiet=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from asyncrl.config import BUILT_IN, Config
 from asyncrl.envs.base import Env, load_env
+from asyncrl.imports import told
 from asyncrl.model import check_model, load_model, load_tokenizer
 from asyncrl.tiny import build_tiny
 
@@ -88,7 +90,7 @@ def warm_up(model: nn.Module, env: Env, config: Config, *, quiet: bool) -> None:
         )
     torch.set_num_threads(config.learner.num_threads)
     device = next(model.parameters()).device
-    demonstrations = env.demonstrations(config.seed)
+    demonstrations = _shown(env, config.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.warmup.learning_rate, betas=(0.9, 0.95), weight_decay=0)
     for _ in track(range(config.warmup.num_steps), description="warm-up", disable=quiet):
         optimizer.zero_grad(set_to_none=True)
@@ -103,6 +105,13 @@ def warm_up(model: nn.Module, env: Env, config: Config, *, quiet: bool) -> None:
             (total / num_tokens).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+
+
+def _shown(env: Any, seed: int) -> Iterator[tuple[list[int], list[int]]]:
+    named = f"{type(env).__name__}.demonstrations()"
+    with told(named):
+        yield from env.demonstrations(seed)
+    raise ValueError(f"{named} ended, and the warm-up wants more: have it begin again, without end")
 
 
 def _device(config: Config) -> torch.device:
