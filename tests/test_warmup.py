@@ -61,12 +61,12 @@ def test_an_environment_that_cannot_show_is_refused(folder):
 
 def test_demonstrations_that_fail_or_end_are_told_of(folder):
     class Failing(Fixed):
-        def demonstrations(self, seed):
+        def demonstrations(self, _seed):
             yield from self.pairs
             raise KeyError("question")
 
     class Ending(Fixed):
-        def demonstrations(self, seed):
+        def demonstrations(self, _seed):
             return iter(self.pairs)
 
     pairs = [([2, 3, 4], [5, 6, 1])]
