@@ -280,7 +280,8 @@ class RolloutPool:
         return bool(dead)
 
     async def _form_group(self, learner: Publisher) -> None:
-        self._group = group = UpdateGroup([*self._load, *self._retired, *self._joining], self._timeline)
+        actors = [*self._load, *self._retired, *self._joining]
+        self._group = group = UpdateGroup(actors, self._timeline, self.watchdog)
         with self._calling(*group.actors):
             joined = await group.form(learner)
         self._handle_deaths(group.actors, joined)

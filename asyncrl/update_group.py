@@ -7,18 +7,20 @@ A group has the members that it began with. When one of them died or somebody is
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from asyncrl.handles import ActorDied, Publisher, RolloutHandle
 from asyncrl.monitor.timeline import Timeline
+from asyncrl.recovery.watchdog import Watchdog
 from asyncrl.rollout import UpdateReport
 from asyncrl.threads import in_thread
 from asyncrl.transport import Rendezvous, abandon
 from asyncrl.types import Version
 
+T = TypeVar("T")
 Reports: TypeAlias = dict[RolloutHandle, UpdateReport]
 
 _AT_START = UpdateReport(
@@ -30,9 +32,10 @@ _AT_START = UpdateReport(
 class UpdateGroup:
     """Rollout actors in one broadcast group with the learner."""
 
-    def __init__(self, actors: Sequence[RolloutHandle], timeline: Timeline) -> None:
+    def __init__(self, actors: Sequence[RolloutHandle], timeline: Timeline, watchdog: Watchdog | None = None) -> None:
+        """`watchdog` is told of what the learner and each of the actors is waited for."""
         self.actors = list(actors)
-        self._timeline = timeline
+        self._timeline, self._watchdog = timeline, watchdog
         self._where: Rendezvous
 
     async def form(self, learner: Publisher) -> list[Any]:
@@ -45,7 +48,8 @@ class UpdateGroup:
         for actor in self.actors:
             joins.append(self._join(actor, rank))
             rank += actor.num_ranks
-        joined = await asyncio.gather(learner.join(), *joins, return_exceptions=True)
+        joining = self._sending(learner.join, "to join the broadcast group")
+        joined = await asyncio.gather(joining, *joins, return_exceptions=True)
         if not any(isinstance(result, ActorDied) for result in joined[1:]):
             for name, result in zip(["the learner", *(actor.name for actor in self.actors)], joined, strict=True):
                 if isinstance(result, BaseException):
@@ -55,9 +59,10 @@ class UpdateGroup:
     async def update(self, learner: Publisher) -> tuple[Any, list[Any]]:
         """Sends the learner's version to all of them. Returns the digest that was sent, or why it was not, and a report
         or an exception for each actor."""
-        await learner.prepare()  # before any engine pauses
+        await self._sending(learner.prepare, f"to prepare version {learner.version}")  # before any engine pauses
         updates = (self._update(actor, learner) for actor in self.actors)
-        sent, *reports = await asyncio.gather(learner.broadcast(), *updates, return_exceptions=True)
+        sending = self._sending(learner.broadcast, f"to send version {learner.version}")
+        sent, *reports = await asyncio.gather(sending, *updates, return_exceptions=True)
         return sent, reports
 
     def check(self, sent: str, reports: Sequence[Any], version: Version) -> Reports:
@@ -72,17 +77,26 @@ class UpdateGroup:
                 )
         return dict(zip(self.actors, reports, strict=True))
 
+    async def _sending(self, work: Callable[[], Awaitable[T]], what: str) -> T:
+        with self._watched("send", f"the learner {what}"):
+            return await work()
+
     async def _join(self, actor: RolloutHandle, rank: int) -> None:
         async with self._announced(actor):
-            with self._timeline.span(actor.name, "join"):
+            watched = self._watched("update", f"{actor.name} to join the broadcast group", actor)
+            with watched, self._timeline.span(actor.name, "join"):
                 await actor.join(self._where, rank)
 
     async def _update(self, actor: RolloutHandle, learner: Publisher) -> UpdateReport:
         async with self._announced(actor):
-            with self._timeline.span(actor.name, "update", version=learner.version) as facts:
+            watched = self._watched("update", f"{actor.name} to take version {learner.version}", actor)
+            with watched, self._timeline.span(actor.name, "update", version=learner.version) as facts:
                 report = await actor.update_weights(learner.buckets, learner.version)
                 facts |= {"pause_s": report.pause_s, "settle_s": report.settle_s, "receive_s": report.receive_s}
             return report
+
+    def _watched(self, stage: str, waits_for: str, actor: RolloutHandle | None = None) -> AbstractContextManager[None]:
+        return self._watchdog.wait(stage, waits_for, actor) if self._watchdog else nullcontext()
 
     @asynccontextmanager
     async def _announced(self, actor: RolloutHandle) -> AsyncIterator[None]:

@@ -17,6 +17,7 @@ from asyncrl.pool import AllActorsDied, RolloutFailed, RolloutPool
 from asyncrl.recovery import supervisor
 from asyncrl.recovery.journal import Journal
 from asyncrl.recovery.supervisor import Supervisor, request
+from asyncrl.recovery.watchdog import Watchdog
 from asyncrl.rollout import UpdateReport, make_group
 from asyncrl.transport import Rendezvous
 from asyncrl.types import Failure, Prompt
@@ -479,6 +480,42 @@ def test_a_retired_actor_with_prompts_gives_its_memory_back_and_takes_weights():
             actor.gate.set()
         await asyncio.gather(*plays)
         assert (await pool.update_weights(Learner()))["rollout/num_actors"] == 1
+
+    run(body())
+
+
+@pytest.mark.parametrize("when", ["join", "update"])
+def test_an_actor_that_hangs_in_an_update_is_killed_and_the_others_get_the_weights(tmp_path, when):
+    """By the watchdog: the others had failed by then, as no broadcast goes on without a member."""
+
+    async def body():
+        hanging, other = Actor("hanging"), Actor("other")
+        killed = asyncio.Event()
+
+        async def hang(*_):
+            other.update_error = None
+            await killed.wait()
+            raise ActorDied("killed")
+
+        async def stacks():
+            return ""
+
+        setattr(hanging, "join" if when == "join" else "update_weights", hang)
+        other.update_error = RuntimeError("nothing came")
+        pool = RolloutPool([hanging, other], max_attempts=1)
+        pool.watchdog = Watchdog(
+            tmp_path,
+            timeout_s=0.1,
+            action="restart",
+            say=lambda _: None,
+            stacks=stacks,
+            kill=lambda actor: killed.set() if actor is hanging else pytest.fail(actor.name),
+        )
+        watch = asyncio.ensure_future(pool.watchdog.run())
+        with pool.watchdog.wait("sync", "version 3 to be live on every rollout actor"):
+            assert (await pool.update_weights(Learner()))["rollout/num_actors"] == 1
+        assert pool.actors == [other]
+        watch.cancel()
 
     run(body())
 

@@ -26,7 +26,8 @@ from typing import Any, Literal, TypeAlias
 
 Action: TypeAlias = Literal["warn", "restart", "stop"]
 
-_LEARNER_STAGES = {"step", "sync", "save"}
+_LEARNER_STAGES = {"step", "send", "save"}
+"""A "sync" is none: it waits for the learner to "send" and for each actor to "update"."""
 _STACKS_TIMEOUT_S = 20.0
 _EARLY = 0.1
 """Share of the bound after which it is said, once a run, that the learner is still without groups."""
