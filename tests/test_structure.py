@@ -85,6 +85,7 @@ LAYERS = [
         "envs.gym",
         "rollout",
         "handles",
+        "step_row",
         "update_group",
         "pool",
         "training.learner",

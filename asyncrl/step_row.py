@@ -1,0 +1,57 @@
+"""What a step's row of metrics says of its batch, of the buffer, and of the driver's own time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from asyncrl.buffer import Buffer
+from asyncrl.evaluation import by_source
+from asyncrl.types import Group
+
+
+def of_batch(groups: Sequence[Group]) -> dict[str, float]:
+    """Rewards and lengths of a batch, from its metadata."""
+    rewards = [reward for group in groups for reward in group.rewards]
+    lengths = [length for group in groups for length in group.lengths]
+    mean = sum(rewards) / len(rewards)
+    row = {
+        "reward/mean": mean,
+        "reward/std": (sum((reward - mean) ** 2 for reward in rewards) / len(rewards)) ** 0.5,
+        "reward/zero_variance": sum(not group.has_variance for group in groups) / len(groups),
+        "completion/mean_length": sum(lengths) / len(lengths),
+        "completion/max_length": float(max(lengths)),
+        "completion/mixed_versions": sum(group.newest > group.oldest for group in groups) / len(groups),
+    }
+    for name in sorted({name for group in groups for name in group.metrics}):  # environments of a mixture differ
+        values = [group.metrics[name] for group in groups if name in group.metrics]
+        row[f"completion/{name}"] = sum(values) / len(values)
+    return row | by_source(groups, "reward")
+
+
+def of_buffer(buffer: Buffer, wait_s: float) -> dict[str, float]:
+    """How full the buffer is after a step, and how long the batch lay in it."""
+    return {
+        "buffer/staleness": float(buffer.staleness),
+        "buffer/ready": float(buffer.num_ready),
+        "buffer/pending": float(buffer.num_pending),
+        "buffer/wait_s": wait_s,
+        "buffer/dropped": float(sum(buffer.dropped.values())),
+    }
+
+
+class Clock:
+    """Splits the wall time of a step of the driver into named laps."""
+
+    def __init__(self) -> None:
+        self._begin = self._last = time.monotonic()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def metrics(self) -> dict[str, float]:
+        laps = {f"time/{name}_s": seconds for name, seconds in self._laps.items()}
+        return laps | {"time/total_s": self._last - self._begin}
