@@ -37,7 +37,7 @@ def centered(reward, others, center):
 @example((torch.full((2,), 0.125, dtype=torch.float64), torch.zeros(2, dtype=int), torch.ones(2)), "none", "batch_std")
 def test_advantages_follow_their_definition(batch, center, scale):
     rewards, groups, lengths = batch
-    assume((center, scale) != ("batch", "group_std"))  # which `Loss` refuses
+    assume(scale != "group_std" or center not in ("batch", "none"))  # which `Loss` refuses
     expected = []
     for i, reward in enumerate(rewards.tolist()):
         others = [rewards[j].item() for j in range(len(rewards)) if groups[j] == groups[i] and j != i]
