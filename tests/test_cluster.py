@@ -19,15 +19,15 @@ from asyncrl import config as configuration
 from asyncrl.config import Config, LearnerConfig, RolloutConfig
 from asyncrl.engine.base import EngineDied
 from asyncrl.envs.base import load_env
-from asyncrl.handles import ActorDied
+from asyncrl.handles import ActorDied, TokensLost
 from asyncrl.model import load_tokenizer
 from asyncrl.monitor import metrics
 from asyncrl.pool import RolloutPool
 from asyncrl.recovery import checkpoint
-from asyncrl.runtime import cluster
+from asyncrl.runtime import cluster, remotes
 from asyncrl.runtime.cluster import open_actors
 from asyncrl.runtime.placement import Placement
-from asyncrl.runtime.remotes import RemoteRollout
+from asyncrl.runtime.remotes import RemoteLearner, RemoteRollout
 from asyncrl.training.warmup import prepare
 from asyncrl.types import Prompt
 
@@ -76,6 +76,28 @@ def test_an_actor_dies_with_its_engine():
         for call in calls:
             with pytest.raises(ActorDied, match="rollout 3: process 7 ended"):
                 await call
+
+    run(body())
+
+
+@pytest.mark.parametrize(
+    ("others", "error"), [(["lost"], TokensLost), (["begun"], ray.exceptions.ObjectLostError), ([], TokensLost)]
+)
+def test_a_step_without_tokens_is_given_up_only_if_no_rank_has_begun_it(monkeypatch, others, error):
+    monkeypatch.setattr(remotes, "_ALIKE_S", 0.05)
+
+    async def gradient(what):
+        if what == "begun":
+            await asyncio.Event().wait()  # for the other rank, in a collective
+        raise ray.exceptions.ObjectLostError("0" * 56, None, "")
+
+    def rank(what):
+        return SimpleNamespace(gradient=SimpleNamespace(remote=lambda *_: gradient(what)))
+
+    async def body():
+        learner = RemoteLearner([rank(what) for what in ["lost", *others]], 0, [], [])
+        with pytest.raises(error):
+            await learner.gradient([])
 
     run(body())
 

@@ -25,6 +25,8 @@ from asyncrl.types import Group, Prompt, Version
 from asyncrl.weights import Bucket
 
 _CLOSE_S = 60.0  # an engine waits for its processes for 30
+_ALIKE_S = 10.0
+"""Within which the ranks of a learner all find that tokens are lost, or some of them have copies."""
 _DEATHS = (ray.exceptions.RayActorError, EngineDied)  # without its engine an actor is of no use
 
 
@@ -96,9 +98,13 @@ class RemoteLearner:
 
     async def gradient(self, groups: Sequence[Group]) -> None:
         places, batches = unite(groups)
+        calls = [asyncio.ensure_future(rank.gradient.remote(places, *batches)) for rank in self.ranks]
         try:
-            await self._all("gradient", places, *batches)
+            await asyncio.gather(*calls)
         except ray.exceptions.ObjectLostError as error:  # which Ray finds before it calls the learner
+            _, begun = await asyncio.wait(calls, timeout=_ALIKE_S)
+            if begun or not all(isinstance(call.exception(), ray.exceptions.ObjectLostError) for call in calls):
+                raise  # a rank that had a copy is in the step, and would do the next one with the others
             raise TokensLost("the node that held tokens of finished groups is gone") from error
 
     async def apply(self) -> dict[str, float]:
