@@ -4,8 +4,8 @@ PYTHON ?= python3
 BIN = .venv/bin
 SGLANG_BIN = .venv-sglang/bin
 export OMP_NUM_THREADS ?= 1
-# Modules are compiled when they are first imported, a fraction of all that pip would compile. Some hundred processes of the
-# tests import them, so they are kept, whatever the environment says.
+# Modules are compiled when they are first imported, a fraction of all that pip would compile. Some hundred processes
+# of the tests import them, so they are kept, whatever the environment says.
 export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: run test ablation test-sglang lint docs clean

@@ -71,7 +71,8 @@ def make_system(
     pool = RolloutPool(training, config.rollout.max_attempts, metrics.timeline)
     pool.say = metrics.say
     evaluators = RolloutPool(evaluating, config.rollout.max_attempts, metrics.timeline)
-    pool.watchdog = watchdog = make_watchdog(config, folder, learner, pool, metrics.say, evaluators=evaluators)
+    watchdog = make_watchdog(config, folder, learner, pool, metrics.say, evaluators=evaluators)
+    pool.watchdog = evaluators.watchdog = watchdog
     supervisor = Supervisor(
         pool,
         partial(runtime.start_rollout, config, initial, folder / "groups"),
@@ -136,7 +137,7 @@ def make_watchdog(
         timeout_s=config.watchdog.timeout_s,
         action=config.watchdog.action,
         say=say,
-        stacks=lambda: runtime.stacks(learner, [*pool.actors, *(evaluators.actors if evaluators else ())]),
+        stacks=lambda: runtime.stacks(learner, [*pool.members, *(evaluators.members if evaluators else ())]),
         kill=runtime.kill,
     )
 

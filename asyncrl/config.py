@@ -266,8 +266,8 @@ class JournalConfig(_Section, frozen=True, kw_only=True):
 
 class WatchdogConfig(_Section, frozen=True, kw_only=True):
     timeout_s: float = 1800.0
-    """Seconds after which a wait (for a slot, a group, a step, a sync, an evaluation, a checkpoint) is reported as a
-    stall."""
+    """Seconds after which a wait (for a slot, a group, a step, weights, memory, an evaluation, a checkpoint) is
+    reported as a stall."""
     action: Literal["warn", "restart", "stop"] = "warn"
     """Beside the report: go on; kill and replace the rollout actor that is waited for; or save and stop."""
 

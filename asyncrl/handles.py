@@ -64,7 +64,7 @@ class LearnerHandle(LearnerLink, Protocol):
     """The learner as the driver sees it; both runtimes have one."""
 
     async def gradient(self, groups: Sequence[Group]) -> None:
-        """Raises `TokensLost`, the learner being as it was, when those of a group cannot be had any more."""
+        """Raises `TokensLost`, the learner being as it was, when no rank of it can have those of a group any more."""
 
     async def apply(self) -> dict[str, float]: ...
     async def save(self, folder: Path, cursor: Cursor) -> None: ...

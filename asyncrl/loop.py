@@ -19,6 +19,7 @@ A prompt admitted after `release` sees the new weights. A crash of any task canc
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -98,8 +99,8 @@ async def finish(system: System) -> None:
         for task in system.evaluations:
             task.cancel()
         return
-    while system.evaluations:
-        await asyncio.wait(system.evaluations)
+    while waiting := system.evaluations | system.sampling:
+        await asyncio.wait(waiting)
     await update_evaluators(system)
     await evaluate(system)
 
@@ -176,7 +177,8 @@ async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
             continue
         version = learner.version
         system.update = tasks.create_task(publish(system, groups, learnt, clock))
-        tasks.create_task(system.metrics.sample(version, groups))
+        system.sampling.add(task := tasks.create_task(sample(system, version, groups)))
+        task.add_done_callback(system.sampling.discard)
         await asyncio.sleep(0)  # the update begins: weights are asked for before the next gradient
         saves = config.checkpoint.every and version % config.checkpoint.every == 0
         evaluates = config.eval.every and version % config.eval.every == 0
@@ -187,6 +189,15 @@ async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
         if evaluates:
             await start_evaluation(system, tasks)
     await settle(system)
+
+
+async def sample(system: System, version: Version, groups: Sequence[Group]) -> None:
+    """Keeps a few trajectories of a batch to look at, which no run ends for."""
+    try:
+        with system.watchdog.wait("sample", f"trajectories of the batch that made version {version}"):
+            await system.metrics.sample(version, groups)
+    except Exception as error:  # the node that held them may be gone, the disk full
+        system.metrics.say(f"alarm: no trajectories of version {version} are kept: {error!r}")
 
 
 async def take(system: System) -> list[Group]:
@@ -247,13 +258,14 @@ async def discard(system: System, groups: Sequence[Group], reason: str, version:
 
 
 async def to_its_end(step: Coroutine[Any, Any, T], most_s: float) -> T:
-    """What the step returns. Whoever is cancelled meanwhile waits for its end first, up to `most_s` seconds: in the
-    middle of it nobody can say which version the weights are, and none can be saved."""
+    """What the step returns. Whoever is cancelled meanwhile waits for its end first, until the step has taken `most_s`
+    seconds: in the middle of it nobody can say which version the weights are, and none can be saved."""
+    began = time.monotonic()
     task = asyncio.create_task(step)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        await asyncio.wait({task}, timeout=most_s)
+        await asyncio.wait({task}, timeout=max(0.0, began + most_s - time.monotonic()))
         raise
 
 

@@ -65,6 +65,11 @@ class RolloutPool:
         return list(self._load)
 
     @property
+    def members(self) -> list[RolloutHandle]:
+        """Those and the retired that still have some: all that hold weights."""
+        return [*self._load, *self._retired]
+
+    @property
     def num_joining(self) -> int:
         """Actors that wait for their first weights."""
         return len(self._joining)
@@ -139,7 +144,7 @@ class RolloutPool:
 
     async def release(self) -> None:
         """Every engine gives its GPU memory to the learner until the next update. Actors that died are left out."""
-        actors = [*self._load, *self._retired]
+        actors = self.members
         with self._calling(*actors):
             released: list[Any] = await asyncio.gather(*(actor.release() for actor in actors), return_exceptions=True)
         self._handle_deaths(actors, released)
@@ -170,11 +175,11 @@ class RolloutPool:
             self.published[learner.version] = sent
             self._admit_joined(group.actors)
             found = {"sync/total_s": time.monotonic() - begin, **measure(reports, self._reports)}
-            self._reports = reports
+            self._reports = {actor: report for actor, report in reports.items() if actor in self.members}
             return found | {"rollout/failures": float(sum(self.failures.values()))}
 
     async def close(self) -> None:
-        await asyncio.gather(*(actor.close() for actor in self.actors), return_exceptions=True)
+        await asyncio.gather(*(actor.close() for actor in self.members), return_exceptions=True)
 
     def _admit_joined(self, actors: list[RolloutHandle]) -> None:
         for actor in [actor for actor in self._joining if actor in actors]:
@@ -280,7 +285,7 @@ class RolloutPool:
         return bool(dead)
 
     async def _form_group(self, learner: Publisher) -> None:
-        actors = [*self._load, *self._retired, *self._joining]
+        actors = [*self.members, *self._joining]
         self._group = group = UpdateGroup(actors, self._timeline, self.watchdog)
         with self._calling(*group.actors):
             joined = await group.form(learner)

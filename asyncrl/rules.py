@@ -146,6 +146,12 @@ def _check_watchdog(config: Config) -> None:
             "watchdog.action 'restart' kills a rollout actor and runtime 'local' has them in one process, where none "
             "can be: set watchdog.action=stop, or runtime=cluster"
         )
+    if config.watchdog.action == "restart" and config.watchdog.timeout_s <= config.weights.timeout_s:
+        raise ValueError(
+            "watchdog.action 'restart' would kill all that wait in a broadcast for one that hangs: watchdog.timeout_s "
+            f"must be above weights.timeout_s ({config.weights.timeout_s:g}), after which they wait no more, got "
+            f"{config.watchdog.timeout_s:g}; raise the one or lower the other"
+        )
 
 
 _SECRET = re.compile(

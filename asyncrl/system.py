@@ -52,6 +52,8 @@ class System:
     """Engines for evaluation alone, which hold one version still; without them the rollout actors evaluate."""
     evaluations: set[asyncio.Task[None]] = field(default_factory=set)
     """Those under way."""
+    sampling: set[asyncio.Task[None]] = field(default_factory=set)
+    """What keeps trajectories of a batch to look at, while it is under way."""
     control: StalenessControl | None = None
     """Moves the admitted staleness; without one it stays what the buffer was made with."""
 

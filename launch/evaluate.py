@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from asyncrl.types import Prompt
 
 _MAX_NEW_TOKENS = 512
+_OFF = ["warmup.num_steps=0", "rollout.top_p=1", "rollout.top_k=0"]
+"""Settings of training alone, whose rules an evaluation need not keep; `eval.top_p` is its own."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -125,7 +127,7 @@ def resolve(options: argparse.Namespace) -> Config:
             words = tables.agreed(words, flag, "eval.temperature=0")
     if file is None:
         asked.append(f"rollout.max_new_tokens={_MAX_NEW_TOKENS}")
-    return configuration.load(file, [f"model.path={model}", "warmup.num_steps=0", *asked, *words])
+    return configuration.load(file, [f"model.path={model}", *_OFF, *asked, *words])
 
 
 def check_named(name: str) -> None:

@@ -81,6 +81,10 @@ def test_a_resolved_config_reads_back_the_same():
         (["learner.betas=[0.9, 1]"], r"learner.betas must each be at least 0 and below 1, got \[0.9, 1.0\]"),
         (["learner.betas=[nan, 0.9]"], r"learner.betas must each be at least 0 and below 1, got \[nan, 0.9\]"),
         (["learner.weight_decay=-0.1"], "learner.weight_decay must be at least 0, got -0.1"),
+        (
+            ["watchdog.action=restart", "watchdog.timeout_s=120"],
+            r"watchdog.timeout_s must be above weights.timeout_s \(120\), .* got 120; raise",
+        ),
         (["watchdog.action=restart", "runtime=local"], "'local' has them in one process.* set watchdog.action=stop"),
         (["learner.learning_rate=nan"], "learner.learning_rate must be at least 0, got nan"),
         (["learner.learning_rate=inf"], "learner.learning_rate must be finite, got inf"),

@@ -183,8 +183,9 @@ def test_data_of_another_kind_are_told_how_to_convert_them(tmp_path):
         ),
         ('{"question": []}\n', "row 0: unusable row: .* where a text or a list of messages belongs"),
         (
-            '{"question": [{"role": "user", "content": "a"}]}\n{"question": [{"role": "user", "text": "a"}]}\n',
-            "row 1: unusable row: message 0 of column 'question' is .*: a message has a role and a content, both text",
+            '{"question": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}\n'
+            '{"question": [{"role": "user", "text": "a"}]}\n',
+            "row 1: unusable row: message 0 of column 'question' is .*: a message has a role and a content, as in",
         ),
         ('{"question": ["a"]}\n', "row 0: unusable row: message 0 of column 'question' is 'a': a message has"),
     ],

@@ -200,6 +200,16 @@ class Env(LargestDigit):
         lists: list[str] | list[int] = [], **more: int,
     ):
         super().__init__(tokenizer)
+
+
+class Maker:
+    share: str = ""  # of the object, not of the call
+
+    def __call__(self, tokenizer, share: float):
+        return Env(tokenizer)
+
+
+maker = Maker()
 """
 
 
@@ -208,6 +218,7 @@ def test_types_that_a_configuration_cannot_have_are_not_held_against_it(tmp_path
     monkeypatch.syspath_prepend(tmp_path)
     fine = {"bare": "x", "hidden": 1, "call": "math:sin", "path": "some/file", "either": "x", "levels": {"1": 2}}
     assert load_env("annotated_env:Env", TextTokenizer(), fine | {"share": 1, "kind": "b", "lists": ["x"], "also": "x"})
+    assert load_env("annotated_env:maker", TextTokenizer(), {"share": 0.5})
     with pytest.raises(ValueError, match="kind must be 'a' or 'b', got 'c'"):
         load_env("annotated_env:Env", TextTokenizer(), fine | {"kind": "c"})
 

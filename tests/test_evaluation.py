@@ -18,6 +18,7 @@ from asyncrl.evaluation import interval, ks, pass_at_k, summarize
 from asyncrl.handles import ActorDied
 from asyncrl.monitor import metrics
 from asyncrl.recovery import checkpoint
+from asyncrl.recovery.watchdog import Watchdog
 from asyncrl.rollout import Attempts, Rollout, make_group
 from asyncrl.tiny import build_tiny
 from asyncrl.types import Completion, Prompt, Sampling
@@ -277,6 +278,13 @@ def test_without_a_configuration_a_completion_has_room():
     assert evaluate.resolve(evaluate.parse(["tiny", "configs/sort_digits.toml"])).rollout.max_new_tokens < 512
 
 
+def test_rules_of_training_alone_do_not_stop_an_evaluation(tmp_path):
+    config = {"algorithm": {"preset": "gspo"}, "rollout": {"top_k": 50}, "eval": {"top_p": 0.9}}
+    (tmp_path / "old.json").write_text(json.dumps(config))
+    resolved = evaluate.resolve(evaluate.parse(["tiny", str(tmp_path / "old.json")]))
+    assert (resolved.rollout.top_k, resolved.eval.top_p) == (0, 0.9)
+
+
 class Broken(LargestDigit):
     async def play(self, prompt, generate):
         await generate(prompt.token_ids)
@@ -349,7 +357,7 @@ def test_evaluators_hold_a_version_still_and_rollout_actors_do_not(tmp_path, num
 
 @pytest.mark.parametrize("method", ["evaluate", "update_weights"])
 def test_a_run_goes_on_without_evaluators_that_died(tmp_path, monkeypatch, capsys, method):
-    works, calls = getattr(Rollout, method), []
+    works, calls, wait, waited = getattr(Rollout, method), [], Watchdog.wait, []
 
     async def dies(rollout, *arguments):
         if rollout.name.startswith("evaluator"):
@@ -359,11 +367,17 @@ def test_a_run_goes_on_without_evaluators_that_died(tmp_path, monkeypatch, capsy
                 raise ActorDied("gone")
         return await works(rollout, *arguments)
 
+    def noted(watchdog, stage, waits_for, actor=None):
+        waited.append(waits_for)
+        return wait(watchdog, stage, waits_for, actor)
+
     monkeypatch.setattr(Rollout, method, dies)
+    monkeypatch.setattr(Watchdog, "wait", noted)
     words = ["runtime=local", "env.path=helpers:Sevens", "learner.groups_per_step=2", "rollout.num_actors=1"]
     words += ["num_steps=6", "eval.every=2", "eval.num_prompts=2", "eval.num_actors=1", "rollout.max_new_tokens=4"]
     result = run(job.train(configuration.load(None, [*words, f"run_dir={tmp_path}"]), quiet=False))
     assert len(calls) == 2
+    assert "evaluator 0 to take version 0" in waited
     assert {0, 6} <= {row["version"] for row in metrics.read(result.folder) if "eval/accuracy" in row}
     assert "evaluator 0, died: gone: rollout actors evaluate from now on" in capsys.readouterr().out
 

@@ -22,6 +22,7 @@ from asyncrl.handles import ActorDied, TokensLost
 from asyncrl.loop import check_digests
 from asyncrl.model import load_model, load_tokenizer
 from asyncrl.monitor import metrics
+from asyncrl.monitor.samples import Samples
 from asyncrl.pool import AllActorsDied, RolloutFailed
 from asyncrl.recovery import checkpoint, journal
 from asyncrl.recovery.accounts import Dropped
@@ -123,6 +124,18 @@ def test_weights_change_under_requests_and_the_bound_holds(tmp_path):
     assert 0 < max(row["lag/max"] for row in rows) <= bound == 3
     assert max(row["completion/mixed_versions"] for row in rows) > 0
     assert max(row["lag/span"] for row in rows) > 0
+
+
+def test_trajectories_that_cannot_be_kept_are_told_of_and_end_nothing(tmp_path, monkeypatch):
+    said = []
+
+    async def draw(_self, version, _groups):
+        raise TokensLost(f"of {version}")
+
+    monkeypatch.setattr(Samples, "draw", draw)
+    monkeypatch.setattr(metrics.Metrics, "say", lambda _self, text: said.append(text))
+    assert run(job.train(small(tmp_path, "num_steps=2"), quiet=True)).version == 2
+    assert "alarm: no trajectories of version 2 are kept: TokensLost('of 2')" in said
 
 
 def test_a_batch_whose_tokens_are_lost_is_dropped_and_told_of(tmp_path, monkeypatch):

@@ -83,18 +83,23 @@ def test_an_actor_that_hangs_in_an_update_is_killed_and_the_others_get_the_weigh
 
     async def body():
         hanging, other = Actor("hanging"), Actor("other")
-        killed = asyncio.Event()
+        killed, failed = asyncio.Event(), []
 
         async def hang(*_):
-            other.update_error = None
             await killed.wait()
             raise ActorDied("killed")
+
+        async def fail_once(*_):
+            del other.update_weights
+            failed.append(1)
+            raise RuntimeError("nothing came")
 
         async def stacks():
             return ""
 
         setattr(hanging, "join" if when == "join" else "update_weights", hang)
-        other.update_error = RuntimeError("nothing came")
+        if when == "update":
+            other.update_weights = fail_once
         pool = RolloutPool([hanging, other], max_attempts=1)
         pool.watchdog = Watchdog(
             tmp_path,
@@ -108,6 +113,7 @@ def test_an_actor_that_hangs_in_an_update_is_killed_and_the_others_get_the_weigh
         with pool.watchdog.wait("sync", "version 3 to be live on every rollout actor"):
             assert (await pool.update_weights(Learner()))["rollout/num_actors"] == 1
         assert pool.actors == [other]
+        assert len(failed) == (when == "update")
         watch.cancel()
 
     run(body())

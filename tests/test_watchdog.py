@@ -99,14 +99,14 @@ def test_stop_says_whether_the_learner_is_what_hangs(tmp_path, stage, hangs):
 
 def test_stop_gives_a_learner_that_others_wait_for_its_own_time(tmp_path):
     async def body(hangs):
-        watchdog, said, _ = make(tmp_path, "stop", timeout_s=0.2)
+        watchdog, said, _ = make(tmp_path, "stop", timeout_s=0.6)
         with watchdog.wait("admit", "a slot"):
-            await asyncio.sleep(0.15)
+            await asyncio.sleep(0.5)
             watch = asyncio.ensure_future(watchdog.run())
             with watchdog.wait("step", "the gradient"):
                 while not said:
                     await asyncio.sleep(0.01)
-                await asyncio.sleep(1 if hangs else 0)
+                await asyncio.sleep(1.5 if hangs else 0)
             await asyncio.wait({watch})
         return watch.exception()
 

@@ -104,9 +104,12 @@ def load_env(path: str, tokenizer: Tokenizer, args: dict[str, Any], knob: str = 
 
 def check_arguments(function: Callable[..., Any], args: dict[str, Any], knob: str) -> None:
     """Raises `ValueError` for a value that is none of the type that the parameter of its name is annotated with, where
-    that is one of values as they are written in a configuration: "False" is a text, and true as such."""
-    called = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
-    for name, kind in _annotations(called).items():
+    that is one of values as they are written in a configuration: "False" is a text, and true as such. Callables that
+    are neither a function nor a class that is called as classes are go unchecked."""
+    called: Any = function
+    if isinstance(function, type):
+        called = function.__init__ if type(function).__call__ is type.__call__ else None  # type: ignore[misc]
+    for name, kind in _annotations(called).items() if inspect.isfunction(called) else ():
         if name in args and is_plain(kind):
             with suppress(TypeError):  # of a union or a literal that msgspec cannot tell apart
                 check_value(args[name], kind, f"{knob}.{name}")

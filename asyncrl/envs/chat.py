@@ -94,10 +94,11 @@ def check_messages(given: Any, where: str) -> None:
         raise ValueError(f"{given!r} in {where}, where a text or a list of messages belongs")
     for number, message in enumerate(given):
         says = isinstance(message, dict) and isinstance(message.get("role"), str)
-        if not says or not (isinstance(message.get("content"), str) or message.get("tool_calls")):
+        # Some templates take a content in parts, [{"type": "text", "text": ...}].
+        if not says or not (isinstance(message.get("content"), str | list) or message.get("tool_calls")):
             raise ValueError(
-                f"message {number} of {where} is {message!r:.80}: a message has a role and a content, both text, as "
-                'in {"role": "user", "content": "3+4="}'
+                f"message {number} of {where} is {message!r:.80}: a message has a role and a content, as in "
+                '{"role": "user", "content": "3+4="}'
             )
 
 

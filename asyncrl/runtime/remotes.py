@@ -104,7 +104,11 @@ class RemoteLearner:
         except ray.exceptions.ObjectLostError as error:  # which Ray finds before it calls the learner
             _, begun = await asyncio.wait(calls, timeout=_ALIKE_S)
             if begun or not all(isinstance(call.exception(), ray.exceptions.ObjectLostError) for call in calls):
-                raise  # a rank that had a copy is in the step, and would do the next one with the others
+                # One that had a copy is in the step, and would take the others' next one for it.
+                raise RuntimeError(
+                    "the node that held tokens of finished groups is gone, and some ranks of the learner had copies "
+                    "and others not: go on from the last checkpoint, with --resume"
+                ) from error
             raise TokensLost("the node that held tokens of finished groups is gone") from error
 
     async def apply(self) -> dict[str, float]:
