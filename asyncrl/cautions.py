@@ -88,12 +88,11 @@ def _without_learning(config: Config) -> Iterator[str]:
 
 def _without_whole_vocabulary(config: Config) -> Iterator[str]:
     rollout, loss = config.rollout, config.loss
-    if rollout.top_p == 1 and rollout.top_k == 0:
+    if not rollout.truncates:
         return
-    of_sequence = (loss.behavior_weight if loss.anchor == "proximal" else loss.policy_weight) == "sequence"
     effects = [
         (loss.trust in ("tv", "kl") and loss.anchor != "proximal", f"trust {loss.trust} may remove probable ones"),
-        (of_sequence, "the weight of a sequence falls with every token of it"),
+        (loss.engine_weight == "sequence", "the weight of a sequence falls with every token of it"),
         (loss.penalty > 0, "the penalty pulls towards that part alone"),
     ]
     told = "".join(f"; {effect}" for happens, effect in effects if happens)

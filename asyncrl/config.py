@@ -86,6 +86,11 @@ class RolloutConfig(_Section, frozen=True, kw_only=True):
     engine_args: dict[str, Any] = {}
     """Further arguments of SGLang, passed through."""
 
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are drawn from a part of the vocabulary."""
+        return self.top_p < 1 or self.top_k > 0
+
 
 class BufferConfig(_Section, frozen=True, kw_only=True):
     max_staleness: int | Literal["auto"] = 1

@@ -34,6 +34,8 @@ from asyncrl.step_row import Clock, of_batch, of_buffer
 from asyncrl.system import (
     System,
     evaluate,
+    keep,
+    sample,
     save,
     settle,
     start_evaluation,
@@ -177,8 +179,7 @@ async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
             continue
         version = learner.version
         system.update = tasks.create_task(publish(system, groups, learnt, clock))
-        system.sampling.add(task := tasks.create_task(sample(system, version, groups)))
-        task.add_done_callback(system.sampling.discard)
+        keep(system.sampling, tasks.create_task(sample(system, version, groups)))
         await asyncio.sleep(0)  # the update begins: weights are asked for before the next gradient
         saves = config.checkpoint.every and version % config.checkpoint.every == 0
         evaluates = config.eval.every and version % config.eval.every == 0
@@ -189,15 +190,6 @@ async def learn(system: System, tasks: asyncio.TaskGroup) -> None:
         if evaluates:
             await start_evaluation(system, tasks)
     await settle(system)
-
-
-async def sample(system: System, version: Version, groups: Sequence[Group]) -> None:
-    """Keeps a few trajectories of a batch to look at, which no run ends for."""
-    try:
-        with system.watchdog.wait("sample", f"trajectories of the batch that made version {version}"):
-            await system.metrics.sample(version, groups)
-    except Exception as error:  # the node that held them may be gone, the disk full
-        system.metrics.say(f"alarm: no trajectories of version {version} are kept: {error!r}")
 
 
 async def take(system: System) -> list[Group]:
@@ -224,19 +216,17 @@ async def step(system: System, groups: Sequence[Group], clock: Clock) -> dict[st
             await system.rollouts.release()
     system.prompts.training(groups, version + 1)
     span, wait = partial(system.metrics.timeline.span, "learner", "step"), partial(system.watchdog.wait, "step")
-    lost = None
-    with span(version=version + 1), wait(f"the gradient of the learner's step {version + 1}"):
-        try:
+    try:
+        with span(version=version + 1), wait(f"the gradient of the learner's step {version + 1}"):
             await learner.gradient(groups)
-        except TokensLost as error:
-            lost = error
+    except TokensLost as error:
+        await settle(system)
+        system.metrics.say(f"alarm: step skipped: {error}; its {len(groups)} groups are dropped ({LOST})")
+        await discard(system, groups, LOST, version)
+        return None
     clock.lap("step")
     await settle(system)
     clock.lap("sync")
-    if lost is not None:
-        system.metrics.say(f"alarm: step skipped: {lost}; its {len(groups)} groups are dropped ({LOST})")
-        await discard(system, groups, LOST, version)
-        return None
     with span(), wait(f"the learner's step {version + 1}"):
         learnt = await to_its_end(learner.apply(), system.config.watchdog.timeout_s)
     clock.lap("step")

@@ -15,13 +15,13 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 from asyncrl.envs.faults import EnvFault
 from asyncrl.handles import ActorDied, Publisher, RolloutHandle
 from asyncrl.monitor.timeline import Timeline
-from asyncrl.recovery.watchdog import Watchdog
+from asyncrl.recovery.watchdog import Watchdog, watched
 from asyncrl.types import Failure, Group, Prompt, Version
 from asyncrl.update_group import Reports, UpdateGroup, measure
 
@@ -211,8 +211,8 @@ class RolloutPool:
         self._load[actor] += 1
         what = f"{actor.name} to play prompt {prompt.id}"
         try:
-            watched = self.watchdog.wait("produce", what, actor) if self.watchdog else nullcontext()
-            with watched, self._calling(actor), self._timeline.span(actor.name, "group", prompt=prompt.id) as facts:
+            watch = watched(self.watchdog, "produce", what, actor)
+            with watch, self._calling(actor), self._timeline.span(actor.name, "group", prompt=prompt.id) as facts:
                 group = await actor.run(prompt)
                 facts |= {"oldest": group.oldest, "newest": group.newest, "lengths": group.lengths}
                 facts["reward"] = sum(group.rewards) / len(group.rewards)

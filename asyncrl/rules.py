@@ -49,7 +49,7 @@ def _check_correction(config: Config) -> None:
                 f"buffer.reuse is {buffer.reuse} and preset {config.algorithm.preset!r} has no importance correction; "
                 f"{remedy}, or train with {' and '.join(on_policy)}"
             )
-        if rollout.top_p < 1 or rollout.top_k > 0:
+        if rollout.truncates:
             raise ValueError(
                 f"truncated sampling needs a corrected loss: rollout.top_p is {rollout.top_p}, rollout.top_k is "
                 f"{rollout.top_k} and preset {config.algorithm.preset!r} has no importance correction; {remedy}"
@@ -78,7 +78,7 @@ def _check_correction(config: Config) -> None:
 def _check_truncated(config: Config) -> None:
     """The engine's log-probs are of what it draws from and the learner's of the whole vocabulary."""
     rollout = config.rollout
-    if rollout.top_p == 1 and rollout.top_k == 0:
+    if not rollout.truncates:
         return
     least = 0.0 if rollout.top_k > 0 else rollout.top_p  # top_k tokens may have any share of the probability
     if bounds := config.loss.removed_from(least):

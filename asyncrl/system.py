@@ -21,7 +21,7 @@ from asyncrl.recovery.supervisor import Supervisor
 from asyncrl.recovery.watchdog import Watchdog
 from asyncrl.rollout import scored
 from asyncrl.staleness import StalenessControl
-from asyncrl.types import Group, Prompt
+from asyncrl.types import Group, Prompt, Version
 
 
 @dataclass(slots=True)
@@ -93,9 +93,13 @@ async def start_evaluation(system: System, tasks: asyncio.TaskGroup) -> None:
         system.metrics.say(f"eval {system.learner.version} | left out, another is under way: raise eval.every")
         return
     await update_evaluators(system)
-    task = tasks.create_task(evaluate(system))
-    system.evaluations.add(task)
-    task.add_done_callback(system.evaluations.discard)
+    keep(system.evaluations, tasks.create_task(evaluate(system)))
+
+
+def keep(under_way: set[asyncio.Task[None]], task: asyncio.Task[None]) -> None:
+    """The task is in the set until it is done."""
+    under_way.add(task)
+    task.add_done_callback(under_way.discard)
 
 
 async def update_evaluators(system: System) -> None:
@@ -143,6 +147,15 @@ def _give_up_evaluators(system: System, error: AllActorsDied) -> None:
     """Training does not need them."""
     system.evaluators = None
     system.metrics.say(f"alarm: {error}: rollout actors evaluate from now on")
+
+
+async def sample(system: System, version: Version, groups: Sequence[Group]) -> None:
+    """Keeps a few trajectories of a batch to look at, which no run ends for."""
+    try:
+        with system.watchdog.wait("sample", f"trajectories of the batch that made version {version}"):
+            await system.metrics.sample(version, groups)
+    except Exception as error:  # the node that held them may be gone, the disk full
+        system.metrics.say(f"alarm: no trajectories of version {version} are kept: {error!r}")
 
 
 async def save(system: System, *, last: bool = False) -> None:

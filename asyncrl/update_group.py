@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 from asyncrl.handles import ActorDied, Publisher, RolloutHandle
 from asyncrl.monitor.timeline import Timeline
-from asyncrl.recovery.watchdog import Watchdog
+from asyncrl.recovery.watchdog import Watchdog, watched
 from asyncrl.rollout import UpdateReport
 from asyncrl.threads import in_thread
 from asyncrl.transport import Rendezvous, abandon
@@ -78,25 +78,22 @@ class UpdateGroup:
         return dict(zip(self.actors, reports, strict=True))
 
     async def _sending(self, work: Callable[[], Awaitable[T]], what: str) -> T:
-        with self._watched("send", f"the learner {what}"):
+        with watched(self._watchdog, "send", f"the learner {what}"):
             return await work()
 
     async def _join(self, actor: RolloutHandle, rank: int) -> None:
         async with self._announced(actor):
-            watched = self._watched("update", f"{actor.name} to join the broadcast group", actor)
-            with watched, self._timeline.span(actor.name, "join"):
+            watch = watched(self._watchdog, "update", f"{actor.name} to join the broadcast group", actor)
+            with watch, self._timeline.span(actor.name, "join"):
                 await actor.join(self._where, rank)
 
     async def _update(self, actor: RolloutHandle, learner: Publisher) -> UpdateReport:
         async with self._announced(actor):
-            watched = self._watched("update", f"{actor.name} to take version {learner.version}", actor)
-            with watched, self._timeline.span(actor.name, "update", version=learner.version) as facts:
+            watch = watched(self._watchdog, "update", f"{actor.name} to take version {learner.version}", actor)
+            with watch, self._timeline.span(actor.name, "update", version=learner.version) as facts:
                 report = await actor.update_weights(learner.buckets, learner.version)
                 facts |= {"pause_s": report.pause_s, "settle_s": report.settle_s, "receive_s": report.receive_s}
             return report
-
-    def _watched(self, stage: str, waits_for: str, actor: RolloutHandle | None = None) -> AbstractContextManager[None]:
-        return self._watchdog.wait(stage, waits_for, actor) if self._watchdog else nullcontext()
 
     @asynccontextmanager
     async def _announced(self, actor: RolloutHandle) -> AsyncIterator[None]:

@@ -20,11 +20,10 @@ import json
 import statistics
 import tempfile
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from shapes import SHAPES, build
+from shapes import SHAPES, build, prompts_of
 
 from asyncrl import assembly, tables
 from asyncrl import config as configuration
@@ -150,9 +149,7 @@ def tell(result: dict[str, float]) -> None:
 def random_model(shape: str, folder: str) -> list[str]:
     """The words of a run with a model of this shape, which is written to the folder."""
     build(shape, folder)
-    vocabulary = SHAPES[shape]["vocab_size"]
-    prompts = ["env.path=shapes:RandomPrompts", f"env.args={{vocabulary={vocabulary}}}"]
-    return [f"model.path={folder}", *prompts, "warmup.num_steps=0"]
+    return [f"model.path={folder}", *prompts_of(shape), "warmup.num_steps=0"]
 
 
 def main() -> None:
@@ -164,11 +161,8 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     file, words = tables.split(options.words)
     file = file or str(ROOT / "configs" / "largest_digit.toml")
-    with ExitStack() as stack:
-        made = []
-        if options.shape:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            made = random_model(options.shape, folder)
+    with tempfile.TemporaryDirectory() as folder:
+        made = random_model(options.shape, folder) if options.shape else []
         config = configuration.load(file, [*made, *words, *OFF, f"num_steps={options.steps}"])
         result = asyncio.run(measure(config, options.skip))
     tell(result)

@@ -21,7 +21,7 @@ from typing import Any
 
 import ray
 import torch
-from shapes import PROMPT_TOKENS, SHAPES, RandomPrompts, write_config
+from shapes import PROMPT_TOKENS, SHAPES, RandomPrompts, prompts_of, write_config
 
 from asyncrl import config as configuration
 from asyncrl.runtime.actors import RolloutActor
@@ -58,8 +58,7 @@ async def compare(options: argparse.Namespace) -> dict[str, Any]:
         vocabulary = SHAPES[options.shape]["vocab_size"]
         words = [
             "rollout.engine=sglang",
-            "env.path=shapes:RandomPrompts",
-            f"env.args={{vocabulary={vocabulary}}}",
+            *prompts_of(options.shape),
             f"rollout.group_size={options.group_size}",
             f"rollout.max_new_tokens={options.new_tokens}",
             f"rollout.max_running={options.running}",

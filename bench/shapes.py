@@ -45,6 +45,11 @@ def write_config(shape: str, folder: str | Path) -> None:
     config.save_pretrained(folder)
 
 
+def prompts_of(shape: str) -> list[str]:
+    """The words of a run with `RandomPrompts` for a model of the shape."""
+    return ["env.path=shapes:RandomPrompts", f"env.args={{vocabulary={SHAPES[shape]['vocab_size']}}}"]
+
+
 class RandomPrompts:
     """Prompts without meaning; every reply scores 1."""
 

@@ -55,7 +55,7 @@ def advantages(rewards: Tensor, groups: Tensor, lengths: Tensor, center: Center,
         values = values - (weights * values).sum()
         values = scaled(values, (weights * values.square()).sum().sqrt())
     elif scale != "none":
-        values = scaled(values, spreads(rewards, groups, center, scale))
+        values = scaled(values, spreads(rewards, values, groups, scale))
     return values.to(rewards.dtype)
 
 
@@ -83,11 +83,11 @@ def centered(rewards: Tensor, groups: Tensor, center: Center) -> Tensor:
     return deviation
 
 
-def spreads(rewards: Tensor, groups: Tensor, center: Center, scale: Scale) -> Tensor:
-    """Population standard deviation of the rewards of each trajectory's group ("group_std") or of all centered rewards
-    of the batch ("batch_std", ScaleRL 2510.13786); float64[N]."""
+def spreads(rewards: Tensor, values: Tensor, groups: Tensor, scale: Scale) -> Tensor:
+    """Population standard deviation of the rewards of each trajectory's group ("group_std"), or of `values`, which are
+    all of them `centered` ("batch_std", ScaleRL 2510.13786); float64[N]."""
     if scale == "batch_std":
-        return centered(rewards, groups, center).std(correction=0).expand(len(rewards))
+        return values.std(correction=0).expand(len(values))
     _, index, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
     return _group_mean(_deviation(rewards, index, sizes).square(), index, sizes).sqrt()
 

@@ -205,6 +205,11 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return self.center == "critic"
 
     @property
+    def engine_weight(self) -> str:
+        """What weights by a ratio to the probabilities of the engine."""
+        return self.behavior_weight if self.anchor == "proximal" else self.policy_weight
+
+    @property
     def is_corrected(self) -> bool:
         """Whether something in the loss accounts for tokens sampled by other weights than the ones being trained.
 
@@ -229,9 +234,9 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """
         away = -math.log(least) if least else math.inf
         fresh_anchor = self.anchor == "proximal"  # scored by the learner, like the policy itself
-        slot, weight = ("behavior", self.behavior_weight) if fresh_anchor else ("policy", self.policy_weight)
-        lowest = 0.0 if weight == "sequence" else least  # a product over tokens has no bound
-        drops = weight != "none" and getattr(self, f"{slot}_outside") == "drop"
+        slot = "behavior" if fresh_anchor else "policy"
+        lowest = 0.0 if self.engine_weight == "sequence" else least  # a product over tokens has no bound
+        drops = self.engine_weight != "none" and getattr(self, f"{slot}_outside") == "drop"
         found = {
             f"{slot}_floor": drops and lowest < getattr(self, f"{slot}_floor"),
             "trust_low": self.trust == "ratio" and not fresh_anchor and lowest < 1.0 - self.trust_low,

@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -168,6 +168,11 @@ class Watchdog:
                 file.write("\n".join(parts) + "\n")
         except OSError as error:  # of a full disk, say, which is no reason to end a run that is to go on
             self._say(f"alarm: {self._path} could not be written: {error}")
+
+
+def watched(watchdog: Watchdog | None, stage: str, waits_for: str, actor: Any = None) -> AbstractContextManager[None]:
+    """`Watchdog.wait`, where there may be nobody who watches."""
+    return watchdog.wait(stage, waits_for, actor) if watchdog is not None else nullcontext()
 
 
 def _task_stacks() -> Iterator[str]:

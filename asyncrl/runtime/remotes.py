@@ -98,7 +98,8 @@ class RemoteLearner:
 
     async def gradient(self, groups: Sequence[Group]) -> None:
         places, batches = unite(groups)
-        calls = [asyncio.ensure_future(rank.gradient.remote(places, *batches)) for rank in self.ranks]
+        calls = self._calls("gradient", places, *batches)
+        gone = "the node that held tokens of finished groups is gone"
         try:
             await asyncio.gather(*calls)
         except ray.exceptions.ObjectLostError as error:  # which Ray finds before it calls the learner
@@ -106,10 +107,10 @@ class RemoteLearner:
             if begun or not all(isinstance(call.exception(), ray.exceptions.ObjectLostError) for call in calls):
                 # One that had a copy is in the step, and would take the others' next one for it.
                 raise RuntimeError(
-                    "the node that held tokens of finished groups is gone, and some ranks of the learner had copies "
-                    "and others not: go on from the last checkpoint, with --resume"
+                    f"{gone}, and some ranks of the learner had copies and others not: go on from the last checkpoint, "
+                    "with --resume"
                 ) from error
-            raise TokensLost("the node that held tokens of finished groups is gone") from error
+            raise TokensLost(gone) from error
 
     async def apply(self) -> dict[str, float]:
         metrics: dict[str, float]
@@ -135,5 +136,8 @@ class RemoteLearner:
 
     async def _all(self, method: str, *arguments: Any) -> Any:
         """Calls every rank; raises the first failure of any, as the others may then wait for ever."""
-        answers = await asyncio.gather(*(getattr(rank, method).remote(*arguments) for rank in self.ranks))
+        answers = await asyncio.gather(*self._calls(method, *arguments))
         return answers[0]
+
+    def _calls(self, method: str, *arguments: Any) -> list[asyncio.Future[Any]]:
+        return [asyncio.ensure_future(getattr(rank, method).remote(*arguments)) for rank in self.ranks]

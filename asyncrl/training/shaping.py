@@ -125,9 +125,10 @@ def _with_charges(
     """
     rewards, device = batch.rewards, charges[0].device
     if loss.advantage:
-        base = estimate(rewards, batch.groups, batch.lengths, loss).to(device)
+        values = estimate(rewards, batch.groups, batch.lengths, loss)
     else:
-        base = centered(rewards, batch.groups, loss.center).to(device)
+        values = centered(rewards, batch.groups, loss.center)
+    base = values.to(device)
     ahead = [
         gae(charge, torch.zeros_like(charge), part.sequence, 1.0, 1.0)
         for part, charge in zip(parts, charges, strict=True)
@@ -140,9 +141,9 @@ def _with_charges(
     both = [base[_owner(part)] + some for part, some in zip(parts, ahead, strict=True)]
     if loss.scale == "none":
         return both
-    of_rewards = spreads(rewards, batch.groups, loss.center, loss.scale).to(device)
+    of_rewards = spreads(rewards, values, batch.groups, loss.scale).to(device)
     spread = (of_rewards.square() + of_charges.square()).sqrt()
-    return [scaled(values, spread[_owner(part)]) for part, values in zip(parts, both, strict=True)]
+    return [scaled(some, spread[_owner(part)]) for part, some in zip(parts, both, strict=True)]
 
 
 def _whitened(parts: Sequence[MicroBatch], values: Sequence[Tensor], batch: Batch, ranks: Ranks) -> list[Tensor]:
