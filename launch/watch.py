@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
-from asyncrl.monitor.terminal import without_echo
+from asyncrl.monitor.terminal import undisturbed_by_keys
 from asyncrl.monitor.view import View
 
 _REFRESH_S = 0.5
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.once:
         Console().print(view.render())
         return 0
-    with without_echo(), suppress(KeyboardInterrupt):  # detached: the run does not notice
+    with undisturbed_by_keys(), suppress(KeyboardInterrupt):  # detached: the run does not notice
         watch(view)
     return 0
 

@@ -146,6 +146,29 @@ def test_ctrl_c_ends_the_step_and_saves_below_the_view(tmp_path):
     assert len(list(tmp_path.glob("*/checkpoints/step-*"))) == 1
 
 
+SLOWLY_SHOWN = """
+import os, signal, sys
+from asyncrl.monitor.terminal import undisturbed_by_keys
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+with undisturbed_by_keys():
+    os.write(1, "\u256d".encode() * int(sys.argv[1]))
+    open(sys.argv[2], "w").close()
+    signal.sigwait({signal.SIGINT})
+    os.write(1, b"interrupted")
+"""
+
+
+def test_ctrl_c_drops_nothing_that_was_drawn_and_not_shown_yet(tmp_path):
+    drawn = 2500  # 7,500 bytes: Linux holds 4,096 for a reader, and would drop the rest
+    os.mkfifo(tmp_path / "drawn")
+    with in_a_terminal(sys.executable, "-c", SLOWLY_SHOWN, drawn, tmp_path / "drawn") as (process, terminal):
+        (tmp_path / "drawn").read_text()  # comes back when it has
+        os.write(terminal, b"\x03")
+        shown = read(terminal).decode()
+        assert process.wait() == 0
+    assert shown == "╭" * drawn + "interrupted"
+
+
 def test_without_a_terminal_it_says_so_and_writes_lines(tmp_path, capsys):
     words = ["runtime=local", "num_steps=1", "rollout.group_size=2", "learner.groups_per_step=2", "eval.num_prompts=4"]
     helpers.run(job.train(configuration.load(None, [*words, f"run_dir={tmp_path}"]), watch=True))

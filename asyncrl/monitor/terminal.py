@@ -56,13 +56,17 @@ def open_terminal(folder: Path, num_steps: int, first_step: int, *, quiet: bool,
 
 
 @contextmanager
-def without_echo() -> Iterator[None]:
-    """Keys that are pressed, Ctrl-C among them, act as ever but are not written across what is drawn."""
+def undisturbed_by_keys() -> Iterator[None]:
+    """Keys that are pressed, Ctrl-C among them, act as ever, but are not written across what is drawn, nor cut it.
+
+    On Ctrl-C and Ctrl-Z a terminal drops what it was given and has not shown yet, in the middle of a character too,
+    unless NOFLSH is set (termios(3)); over a slow connection that would be a part of a drawing.
+    """
     if not (sys.stdin.isatty() and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()):  # not ours to change
         yield
         return
     before = termios.tcgetattr(sys.stdin)
-    changed = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    changed = [*before[:3], before[3] & ~termios.ECHO | termios.NOFLSH, *before[4:]]
     termios.tcsetattr(sys.stdin, termios.TCSADRAIN, changed)
     try:
         yield
@@ -130,7 +134,7 @@ class LiveView:
         self._console = Console(file=os.fdopen(terminal, "w"), force_terminal=True, highlight=False)
         self._fit()
         self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
-        self._keys.enter_context(without_echo())
+        self._keys.enter_context(undisturbed_by_keys())
         self._live.start()
         self._thread.start()
 
