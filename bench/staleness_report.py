@@ -1,6 +1,6 @@
 """The report of the staleness ablation: tables, and the file of everything that was measured.
 
-Differences are called by bootstrap p-values with Holm's correction over all comparisons of the table.
+Differences are called by the p-values of paired t-tests, with Holm's correction over all comparisons of the table.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from staleness_stats import Cell, Grid, holm, interval, p_value, table
 
 _LEVEL = 0.05
 _FEWEST_SEEDS = 5
-"""A bootstrap over fewer seeds than this has intervals far too narrow to call anything by."""
+"""With fewer seeds a t-test is only as good as its premise, which accuracies near 1 break: that values are normal."""
 
 
 def write(cells: Sequence[Cell], settings: dict[str, Any], folder: Path) -> str:

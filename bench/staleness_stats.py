@@ -7,6 +7,7 @@ A run that ends below the target is a time too: longer than the run. It counts a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,6 @@ from typing import Any
 import numpy as np
 
 Cell = dict[str, Any]
-_RESAMPLES = 4000
 
 
 class Grid:
@@ -53,17 +53,43 @@ class Grid:
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean, over seeds."""
-    picks = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
-    low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
-    return float(low), float(high)
+    """95 % interval of the mean, over seeds, by Student's t; of one seed the value itself.
+
+    A bootstrap of five values holds the mean in 87 % of all cases instead of 95 %.
+    """
+    if len(values) == 1:
+        return float(values[0]), float(values[0])
+    half = _quantile(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)
 
 
 def p_value(values: np.ndarray) -> float:
-    """Two-sided bootstrap p-value of a mean of 0, over seeds; at least 1 / resamples."""
-    picks = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
-    means = values[picks].mean(1)
-    return float(min(1.0, max(1 / _RESAMPLES, 2 * min((means <= 0).mean(), (means >= 0).mean()))))
+    """Two-sided p-value of a mean of 0, over two seeds or more, by Student's t; 1 where all values are 0."""
+    error = values.std(ddof=1) / math.sqrt(len(values))
+    if error == 0:
+        return float(values.mean() == 0)
+    return two_sided(abs(float(values.mean())) / float(error), len(values) - 1)
+
+
+def two_sided(t: float, freedom: int) -> float:
+    """Probability of a larger |t| by chance: Abramowitz and Stegun (1964), 26.7.3 and 26.7.4."""
+    angle = math.atan(t / math.sqrt(freedom))
+    odd = freedom % 2
+    term, total = (math.cos(angle) if odd else 1.0), 0.0
+    for n in range(1 + odd, freedom, 2):
+        total += term
+        term *= n / (n + 1) * math.cos(angle) ** 2
+    share = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+    return 1 - share
+
+
+def _quantile(freedom: int) -> float:
+    """The |t| that is larger in 5 % of all cases."""
+    low, high = 0.0, 100.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if two_sided(middle, freedom) > 0.05 else (low, middle)
+    return high
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

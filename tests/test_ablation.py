@@ -22,7 +22,7 @@ from staleness_cells import Cell, lag_cells
 from staleness_lag import AVERAGED, Ring, assign
 from staleness_mismatch import NoiseGrid
 from staleness_noise import EngineNoise
-from staleness_stats import Grid, Times, holm, p_value
+from staleness_stats import Grid, Times, holm, interval, p_value, two_sided
 from staleness_target import Bound
 
 from asyncrl import config as configuration
@@ -37,11 +37,28 @@ def test_holm_steps_down_from_the_smallest():
     assert holm([]) == []
 
 
-def test_a_difference_has_a_small_p_value_if_every_seed_agrees():
-    assert p_value(np.array([0.1, 0.2, 0.15, 0.12, 0.3])) < 0.001
-    assert p_value(np.array([-0.1, -0.2, -0.15, -0.12, -0.3])) < 0.001
+@pytest.mark.parametrize(
+    ("freedom", "t"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (7, 2.3646), (30, 2.0423)]
+)
+def test_t_has_its_tabulated_quantiles(freedom, t):
+    assert two_sided(t, freedom) == pytest.approx(0.05, abs=1e-5)
+
+
+@pytest.mark.parametrize("num_seeds", [2, 5, 8])
+def test_chance_is_called_a_difference_as_often_as_is_said(num_seeds):
+    draws = np.random.default_rng(0).normal(size=(4000, num_seeds))
+    assert np.mean([p_value(values) < 0.05 for values in draws]) == pytest.approx(0.05, abs=0.01)
+    held = [low <= 0 <= high for low, high in map(interval, draws)]
+    assert np.mean(held) == pytest.approx(0.95, abs=0.01)
+
+
+def test_a_difference_that_every_seed_has_is_called():
+    assert p_value(np.array([0.1, 0.2, 0.15, 0.12, 0.3])) == pytest.approx(0.0082, abs=1e-4)
+    assert p_value(np.array([-0.1, -0.2, -0.15, -0.12, -0.3])) == pytest.approx(0.0082, abs=1e-4)
     assert p_value(np.array([0.1, -0.2, 0.15, -0.12, 0.05])) > 0.5
     assert p_value(np.zeros(5)) == 1
+    assert p_value(np.full(5, 0.5)) == 0
+    assert interval(np.array([0.5])) == (0.5, 0.5)
 
 
 def test_a_learning_rate_is_not_chosen_by_the_seed_that_it_scores():
