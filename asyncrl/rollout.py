@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -235,13 +235,14 @@ def sample_seed(run_seed: int, prompt_id: int, sample: int, turn: int) -> int:
 
 
 def make_group(prompt: Prompt, trajectories: Sequence[Trajectory], failures: Sequence[Failure] = ()) -> Group:
-    """The group's metadata, with its trajectories."""
+    """The group's metadata, with its trajectories. A metric is the mean of the attempts that have it."""
     digests: dict[Version, str] = {}
-    metrics: Counter[str] = Counter()
+    metrics = defaultdict[str, list[float]](list)
     for trajectory in trajectories:
         digests |= trajectory.digests
-        metrics.update(trajectory.metrics)
-        metrics["truncated"] += trajectory.finish == "length"
+        for name, value in trajectory.metrics.items():
+            metrics[name].append(value)
+        metrics["truncated"].append(float(trajectory.finish == "length"))
     versions = [trajectory.versions[trajectory.mask] for trajectory in trajectories]
     return Group(
         prompt=prompt,
@@ -250,7 +251,7 @@ def make_group(prompt: Prompt, trajectories: Sequence[Trajectory], failures: Seq
         oldest=min(int(column.min()) for column in versions),
         newest=max(int(column.max()) for column in versions),
         digests=digests,
-        metrics={name: total / len(trajectories) for name, total in metrics.items()},
+        metrics={name: sum(values) / len(values) for name, values in metrics.items()},
         trajectories=trajectories,
         failures=tuple(failures),
     )

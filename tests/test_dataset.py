@@ -5,6 +5,7 @@ import asyncio
 import itertools
 import json
 import time
+from datetime import datetime
 
 import pyarrow
 import pytest
@@ -12,7 +13,8 @@ from helpers import TextTokenizer, attempt
 from pyarrow import parquet
 
 from asyncrl.envs.base import load_env
-from asyncrl.envs.dataset import DatasetEnv
+from asyncrl.envs.data import read_rows
+from asyncrl.envs.dataset import DatasetEnv, _dumped
 
 ROWS = [{"question": f"What is {n} + 1?", "answer": str(n + 1), "level": n % 3} for n in range(60)]
 
@@ -51,10 +53,10 @@ def last_role_reward(prompts, completions, **_kwargs):
     ]
 
 
-def make(path, rows=ROWS, **args):
+def make(path, rows=ROWS, tokenizer=None, **args):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"source": str(path), "prompt": "question", "reward": "test_dataset:level_reward"}
-    return load_env("asyncrl.envs.dataset:DatasetEnv", TextTokenizer(), settings | args)
+    return load_env("asyncrl.envs.dataset:DatasetEnv", tokenizer or TextTokenizer(), settings | args)
 
 
 def test_an_epoch_has_every_training_row_once_and_no_heldout_row(tmp_path):
@@ -105,6 +107,32 @@ def test_several_reward_functions_are_weighted_and_reported(tmp_path):
     assert played.metrics == {"level_reward": 0.0, "length_reward": 0.5}
 
 
+def same_name(**_kwargs):
+    return [0.25]
+
+
+def reward(**_kwargs):
+    return [0.5]
+
+
+def test_reward_functions_of_one_name_or_of_a_name_of_the_run_are_told_apart(tmp_path):
+    given = ["test_dataset:same_name", "test_dataset:reward", lambda **_kwargs: [1.0]]
+    given[2].__name__, given[2].__module__ = "same_name", "another"
+    played = attempt(env := make(tmp_path / "data.jsonl", reward=given), next(env.prompts("train", 0)), "x")
+    assert played.metrics == {"test_dataset.same_name": 0.25, "test_dataset.reward": 0.5, "another.same_name": 1.0}
+    with pytest.raises(ValueError, match=r"names 'test_dataset\.same_name' more than once: name it once"):
+        make(tmp_path / "data.jsonl", reward=["test_dataset:same_name"] * 2)
+
+
+def test_all_of_the_weights_together_are_a_whole_reward(tmp_path):
+    def full(**_kwargs):
+        return [1.0]
+
+    given, weights = [full, reward, same_name], [0.7, 0.4, 0.4]  # of 1, 0.5 and 0.25
+    env = make(tmp_path / "data.jsonl", reward=given, weights=weights)
+    assert attempt(env, next(env.prompts("train", 0)), "x").reward == 1.0, "0.7 + 0.2 + 0.1 is below 1"
+
+
 def test_conversations_reach_the_template_and_the_reward(tmp_path):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Is it?"}]
     rows = [{"prompt": messages, "number": n} for n in range(30)]
@@ -121,6 +149,81 @@ def test_the_no_skill_score_is_that_of_the_most_frequent_target(tmp_path):
     heldout = list(env.prompts("heldout", 0))
     share = sum(json.loads(prompt.target)["columns"]["answer"] == "b" for prompt in heldout) / len(heldout)
     assert env.baselines(heldout) == {"always 'b'": share}
+
+
+def test_the_reply_without_skill_is_one_with_tokens_and_what_fails_on_it_is_told_so(tmp_path):
+    def ends(completions, completion_ids, **_kwargs):
+        if completions[0] == "error":
+            raise KeyError("judge")
+        return [float(completion_ids[0] == [*map(ord, completions[0]), 0])]
+
+    for answer in ("yes", "error"):
+        rows = [{"question": f"{n}?", "answer": answer} for n in range(100)]
+        env = make(tmp_path / "d.jsonl", rows, reward=ends, target="answer")
+        heldout = list(env.prompts("heldout", 0))
+        if answer == "yes":
+            assert env.baselines(heldout) == {"always 'yes'": 1.0}
+            continue
+        with pytest.raises(ValueError, match=r"the score without skill \(always 'error'\): reward function 'ends'"):
+            env.baselines(heldout)
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        (["train", "heldout", None], None),
+        (["main"], None),
+        (
+            ["train", "test"],
+            "rows have the split 'test', others 'train' or 'heldout': write one of these two",
+        ),
+        (
+            ["train"],
+            "has no rows for 'heldout': a hash .*, unless a row has a 'split', and of 60 it took none",
+        ),
+    ],
+)
+def test_a_split_that_rows_name_wins_over_the_hash(tmp_path, splits, message):
+    rows = [row | {"split": splits[n % len(splits)]} for n, row in enumerate(ROWS)]
+    env = make(tmp_path / "d.jsonl", rows)
+    if message:
+        with pytest.raises(ValueError, match=message):
+            next(env.prompts("heldout", 0))
+        return
+    drawn = {split: list(itertools.islice(env.prompts(split, 0), 60)) for split in ("train", "heldout")}
+    named = {split: {json.loads(p.target)["columns"]["split"] for p in found} for split, found in drawn.items()}
+    assert named == {split: {split, None} if "heldout" in splits else set(splits) for split in drawn}
+
+
+def test_what_a_row_lacks_is_none_and_times_are_text(tmp_path):
+    def seen(level, **_kwargs):
+        return [float(level[0] is None)]
+
+    rows = [{"question": f"{n}?", "answer": "a"} | ({"level": 1} if n % 2 else {}) for n in range(60)]
+    env = make(tmp_path / "d.jsonl", rows, reward=seen)
+    played = [attempt(env, prompt, "").reward for prompt in itertools.islice(env.prompts("train", 0), 40)]
+    assert 0 < sum(played) < 40
+    table = pyarrow.table({"prompt": ["a"], "at": [datetime(2026, 1, 2, 3)], "raw": [b"x"]})
+    parquet.write_table(table.drop_columns("raw"), tmp_path / "times.parquet")
+    (row,) = read_rows(str(tmp_path / "times.parquet"), "train")
+    assert json.loads(_dumped({"columns": row}, "d"))["columns"]["at"] == "2026-01-02T03:00:00"
+    parquet.write_table(table, tmp_path / "bytes.parquet")
+    with pytest.raises(ValueError, match=r"bytes.parquet: column 'raw' holds bytes, .*: remove the column"):
+        next(DatasetEnv(TextTokenizer(), str(tmp_path / "bytes.parquet"), seen).prompts("train", 0))
+
+
+def test_plain_prompts_begin_as_texts_do_and_replies_end_where_the_next_question_begins(tmp_path):
+    class Base(TextTokenizer):
+        chat_template = None
+
+        def encode(self, text, *, add_special_tokens=True):
+            return [1] * add_special_tokens + super().encode(text)
+
+    env = make(tmp_path / "d.jsonl", [row | {"answer": "4"} for row in ROWS], tokenizer=Base(), target="answer")
+    prompt = next(env.prompts("train", 0))
+    assert prompt.token_ids[:10] == (1, *map(ord, "Question:"))
+    env = make(tmp_path / "d.jsonl", tokenizer=Base(), reward=lambda completions, **_: [completions[0] == " 4"])
+    assert attempt(env, prompt, " 4\n\nQuestion: 5? Answer: 7").reward == 1.0
 
 
 @pytest.mark.parametrize(("given", "text"), [(42, "42"), (42.0, "42"), (0.5, "0.5"), ("1.0", "1.0"), ([1], [1])])
@@ -172,10 +275,13 @@ def test_data_of_another_kind_are_told_how_to_convert_them(tmp_path):
         ("", "has no rows in split 'train'"),
         ('{"question": "a"}\nbroken\n', "line 2 is no JSON"),
         ("[1, 2]\n", "line 1: a row is an object with columns"),
-        ('{"question": null}\n{"question": "a"}\n', "row 0: unusable row: nothing in column 'question'; or set"),
+        (
+            '{"question": null}\n{"question": "a"}\n',
+            "row 0: unusable row: nothing in column 'question'; or set",
+        ),
         (
             '{"question": "a"}\n{"quesiton": "b", "answer": 1}\n',
-            "row 1: unusable row: nothing in column 'question', which it lacks; it has quesiton, answer; or set",
+            "row 1: unusable row: nothing in column 'question', only in answer, quesiton; or set",
         ),
         (
             '{"question": 4}\n',

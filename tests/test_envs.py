@@ -339,6 +339,12 @@ def test_held_out_prompts_may_be_few_but_not_none():
         heldout_prompts(Given(), 5)
 
 
+def test_held_out_prompts_that_are_mostly_repetitions_are_warned_of():
+    heldout = [Prompt(number, (number % 2 + 1,), "") for number in range(5)]
+    with pytest.warns(UserWarning, match=r"Given.prompts\('heldout'\) has 2 different prompts in 5: .*num_prompts=2"):
+        assert heldout_prompts(Given(heldout), 5) == heldout
+
+
 @pytest.mark.parametrize("scores", [None, {}, {"guess": float("nan")}, {"guess": "high"}, 0.5])
 def test_no_skill_scores_are_finite_numbers_and_one_at_least(scores):
     assert no_skill(Given(scores={"guess": np.float32(0.5)}), [GOOD]) == {"guess": 0.5}

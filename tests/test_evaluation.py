@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,12 @@ def test_pass_at_more_than_n_is_refused():
 
 def test_the_ks_reported():
     assert [ks(n) for n in (1, 2, 4, 6, 16)] == [[1], [1, 2], [1, 2, 4], [1, 2, 4, 6], [1, 2, 4, 8, 16]]
+
+
+def test_a_metric_is_the_mean_of_the_attempts_that_have_it():
+    played = [trajectory(2, 3, seed=seed) for seed in range(4)]
+    played[:2] = [replace(one, metrics={"judged": 1.0}) for one in played[:2]]
+    assert make_group(Prompt(0, (1, 2), ""), played).metrics == {"judged": 1.0, "truncated": 0.0}
 
 
 def test_one_attempt_a_prompt_gives_wilsons_interval():

@@ -94,6 +94,11 @@ GOOD = trajectory(2, 3, seed=0)
         (gives(replace(GOOD, reward=math.nan)), "env garbage", "gave reward nan"),
         (gives(replace(GOOD, reward="1")), "env garbage", "gave reward '1'"),
         (gives(replace(GOOD, metrics={"score": math.inf})), "env garbage", "gave score inf"),
+        (
+            gives(replace(GOOD, reward=math.nan, metrics={"reward": 1.0})),
+            "env garbage",
+            "gave a metric 'reward', which the run itself counts: give it another name",
+        ),
     ],
 )
 def test_each_fault_has_its_kind(after, kind, text):

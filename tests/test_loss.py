@@ -588,6 +588,27 @@ def test_a_loss_of_the_user_is_a_loss_like_any_other():
     torch.testing.assert_close(outcome.log_weight, known.log_weight)
 
 
+def own_longest(columns):
+    """Fails where there is no trajectory."""
+    return columns.logprobs.sum() / (columns.sequence.max() + 1)
+
+
+def test_a_loss_of_the_user_is_not_asked_about_nothing():
+    """A rank has an empty micro-batch where another one has a micro-batch more."""
+    columns = make_columns(make_data())
+    empty = {
+        field.name: column[:0]
+        for field in dataclasses.fields(columns)
+        if isinstance(column := getattr(columns, field.name), torch.Tensor)
+    }
+    empty["logprobs"] = empty["logprobs"].detach().requires_grad_()
+    loss = Loss(function=f"{__name__}:own_longest")
+    value, outcome = policy_loss(dataclasses.replace(columns, **empty, num_sequences=0), loss)
+    value.backward()
+    assert value == 0
+    assert outcome.coefficient.shape == (0,)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -192,6 +192,15 @@ def test_sql_is_scored_by_its_rows(tokenizer, query, reward):
     assert play(env, tokenizer, f"<answer>{query}</answer>", number=1)[0].reward == reward
 
 
+@pytest.mark.parametrize("order", ["", " ORDER BY 1"])
+def test_sql_compares_numbers_by_their_value(tokenizer, tmp_path, order):
+    schema = "CREATE TABLE t(x); INSERT INTO t VALUES (10), (20);"
+    row = {"schema": schema, "question": "?", "sql": f"SELECT avg(x) FROM t{order}", "split": "train"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    env = load_env(TASKS["sql:TextToSQL"], tokenizer, {"data": str(tmp_path / "rows.jsonl")})
+    assert play(env, tokenizer, "<answer>SELECT 15</answer>")[0].reward == 1
+
+
 def test_queries_may_be_tried_on_a_database_that_cannot_change(tokenizer):
     env = load_env(TASKS["sql:TextToSQL"], tokenizer, {"max_turns": 5, "time_limit_s": 1.5})
     forever = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT count(*) FROM n"
@@ -234,6 +243,7 @@ def test_a_program_that_fails_a_public_test_may_be_replaced(tokenizer):
     [
         ("1 2 \n", "1 2", False, True),
         ("1.50", "1.5", False, True),
+        ("5000000000000000000", "5000000000000000001", False, False),
         ("1\n2", "1 2", False, False),
         ("", "0", False, False),
         ("debug\n[1, 2]", "[1,2]", True, True),
@@ -243,6 +253,26 @@ def test_a_program_that_fails_a_public_test_may_be_replaced(tokenizer):
 )
 def test_outputs_are_compared_as_the_benchmark_does(printed, expected, functional, same):
     assert matches(printed, UnitTest("", expected, functional)) == same
+
+
+LONG = "for number in range(20000): print(number)"
+SHORT_NAMES = (
+    "depth = lambda n: n and 1 + depth(n - 1)\n"
+    "print(len(deque([gcd(4, 6)])), heappop([2]), depth(3000), sorted(accumulate([1, 2])), pow(2, 3, 5))"
+)
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [(LONG, "\n".join(map(str, range(20000)))), (SHORT_NAMES, "1 2 3000 [1, 3] 3")],
+    ids=["long output", "short names"],
+)
+def test_programs_may_print_and_call_what_the_benchmark_lets_them(tokenizer, tmp_path, program, expected):
+    case = json.dumps([{"input": "", "output": expected, "testtype": "stdin"}])
+    row = {"question_content": "?", "public_test_cases": case, "split": "train"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    env = load_env(TASKS["code:CodeTask"], tokenizer, {"data": str(tmp_path / "rows.jsonl")})
+    assert play(env, tokenizer, f"```python\n{program}\n```")[0].reward == 1
 
 
 def test_packed_private_tests_are_read_and_cannot_run_anything():
@@ -281,9 +311,10 @@ def test_changing_the_tests_repairs_nothing(tokenizer):
 class Guess:
     """As SkyRL-Gym has them: guess a number, told whether to go up or down."""
 
-    closed = 0
+    opened = closed = 0
 
     def __init__(self, env_config, extras):
+        Guess.opened += 1
         self.right, self.hint = int(extras["reward_spec"]["ground_truth"]), env_config["hint"]
 
     def init(self, prompt):
@@ -304,12 +335,12 @@ def test_a_class_of_skyrl_gym_is_played_unchanged(tokenizer, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     args = {"env": "test_multi_turn:Guess", "data": str(tmp_path / "rows.jsonl"), "env_config": {"hint": "1 to 9"}}
     env = load_env("asyncrl.envs.gym:GymEnv", tokenizer, args)
-    closed = Guess.closed
+    assert Guess.closed == Guess.opened == 1, "for its prompt"
     attempt, policy = play(env, tokenizer, "2", "8", "5")
     assert tokenizer.decode(policy.contexts[0]) == "user:guess<eos>user:1 to 9<eos>assistant:"
     assert [heard(policy, turn) for turn in (0, 1)] == ["user:up<eos>assistant:", "user:down<eos>assistant:"]
     assert attempt.reward == 0.5
-    assert Guess.closed == closed + 1
+    assert Guess.closed == Guess.opened == 2
     with pytest.raises(ValueError, match="has no 'Gess'"):
         load_env("asyncrl.envs.gym:GymEnv", tokenizer, {**args, "env": "test_multi_turn:Gess"})
 

@@ -54,6 +54,8 @@ def test_an_override_replaces_one_field_and_leaves_the_preset_alone():
         ("reinforce", {"policy_cap": 5}, "policy_cap = 5 has no effect"),
         ("tis2", {"trust_high": 0.1}, "trust_high = 0.1 has no effect"),
         ("tis2", {"penalty_level": "sequence"}, "penalty_level = sequence has no effect"),
+        ("a:b", {"policy_factor": 0.5}, "policy_factor = 0.5 has no effect on loss \"a:b\", where function = 'a:b'"),
+        ("tis2", {"advantage": "a:b", "center": "loo"}, 'center = loo has no effect on loss "tis2", where advantage'),
     ],
 )
 def test_mistakes_are_named(name, overrides, message):

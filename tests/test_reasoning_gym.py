@@ -46,6 +46,20 @@ def test_the_last_number_may_count():
     assert attempt(env, prompt, "none").metrics["answered"] == 0.0
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The sum is 1,234.", "1234"),
+        ("2,000,000", "2000000"),
+        ("= \N{MINUS SIGN}57", "-57"),
+        ("10-3", "3"),
+        ("a half, 1/2", "1/2"),
+    ],
+)
+def test_the_last_number_is_read_as_it_is_meant(text, answer):
+    assert make("gcd", answer="last_number")._extract(text) == answer
+
+
 def test_a_scorer_that_raises_gives_nothing_and_is_counted():
     env = make("gcd")
 

@@ -1,6 +1,7 @@
 """Rows for the environments of several turns: what cannot be used, or cannot be solved, is refused by name."""
 
 import json
+from itertools import islice
 
 import pytest
 from helpers import TextTokenizer
@@ -61,6 +62,14 @@ def test_a_row_that_nobody_could_solve_is_refused(tokenizer, tmp_path, task, row
     path.write_text(json.dumps(row))
     with pytest.raises(ValueError, match=message):
         load_env(TASKS[task], tokenizer, {"data": str(path)})
+
+
+def test_held_out_rows_come_once(tokenizer, tmp_path):
+    rows = [{"question": f"{n}?", "answer": str(n), "split": "train" if n else "heldout"} for n in range(3)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*rows, rows[0] | {"answer": "9"}])))
+    env = load_env(TASKS["tools:ToolUse"], tokenizer, {"data": str(tmp_path / "rows.jsonl")})
+    assert sorted(prompt.target for prompt in env.prompts("heldout", 0)) == ["0", "3"]
+    assert sorted(prompt.target for prompt in islice(env.prompts("train", 0), 4)) == ["1", "1", "2", "2"]
 
 
 def test_turns_need_a_chat_template():

@@ -153,11 +153,13 @@ def _made_up(loss: Loss, num_sequences: int) -> Columns:
 def _own_loss(columns: Columns, loss: Loss) -> tuple[Tensor, Outcome]:
     """A loss of the user in the form of all others: its slope by a log-prob is -n times the token's coefficient.
 
-    ValueError unless it returns a scalar that depends on `columns.logprobs`.
+    It is not asked about a micro-batch of no trajectories, which a rank has where another has one more. ValueError
+    unless it returns a scalar that depends on `columns.logprobs`.
     """
+    function = own.load(loss.function) if columns.num_sequences else _nothing
     with torch.enable_grad():
         leaf = columns.logprobs.detach().requires_grad_()
-        total = own.load(loss.function)(replace(columns, logprobs=leaf))
+        total = function(replace(columns, logprobs=leaf))
         if not isinstance(total, Tensor) or total.dim() or not total.requires_grad:
             got: Any = total
             if isinstance(total, Tensor):
@@ -176,6 +178,10 @@ def _own_loss(columns: Columns, loss: Loss) -> tuple[Tensor, Outcome]:
     nonfinite = ~(log_ratio.isfinite() & coefficient.isfinite())
     value = total.detach() + (slope * (current - current.detach())).sum()
     return value, Outcome(coefficient, weight.log(), nothing, nothing, nothing, log_ratio, nonfinite)
+
+
+def _nothing(columns: Columns) -> Tensor:
+    return columns.logprobs.sum()
 
 
 def concatenate(columns: Sequence[Columns], outcomes: Sequence[Outcome]) -> tuple[Columns, Outcome]:

@@ -148,6 +148,12 @@ def resolve(name: str, overrides: Mapping[str, Any]) -> Loss:
         loss = msgspec.convert({**msgspec.structs.asdict(base), **overrides}, Loss)
     except msgspec.ValidationError as error:
         raise ValueError(f'loss "{name}" with {dict(overrides)}: {error}') from error
+    for replacement, key in (("function", "policy_factor"), ("advantage", "center")):
+        if getattr(loss, replacement) and key in overrides:
+            raise ValueError(
+                f'{key} = {overrides[key]} has no effect on loss "{name}", where {replacement} = '
+                f"{getattr(loss, replacement)!r} takes its place; remove {key}"
+            )
     for key in overrides:
         switch = _SWITCHES.get(key)
         if switch is not None and getattr(loss, switch) in ("none", 0):

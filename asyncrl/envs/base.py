@@ -28,6 +28,10 @@ Generate: TypeAlias = Callable[[Sequence[int]], Awaitable[Completion]]
 """Token ids of the context -> completion, with the sampling settings and seed of the attempt already bound."""
 
 
+RESERVED = frozenset({"reward", "truncated", "mean_length", "max_length", "mixed_versions"})
+"""What the run counts of every attempt; an environment's metrics have other names."""
+
+
 class Tokenizer(Protocol):
     """The part of a Hugging Face tokenizer that environments use."""
 
@@ -65,7 +69,11 @@ class Env(Protocol):
         """
 
     async def play(self, prompt: Prompt, generate: Generate) -> Trajectory:
-        """One scored attempt. An exception is a failed rollout: retried, counted, never a silent zero."""
+        """One scored attempt. An exception is a failed rollout: retried, counted, never a silent zero.
+
+        What scoring needs is in the prompt's `target`. Its `id` and `source` are the run's, and a mixture gives the
+        prompts of its environments new ones: they name no row of the data.
+        """
 
     def baselines(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """What policies without skill score on these prompts, by name, one at least; printed beside every curve."""
@@ -169,8 +177,17 @@ def _broken_rule(prompt: Prompt, number: int, max_tokens: int) -> str | None:
 
 
 def heldout_prompts(env: Env, most: int) -> list[Prompt]:
-    """The first `most` held-out prompts, or all if there are fewer. Raises `ValueError` if there is none."""
+    """The first `most` held-out prompts, or all if there are fewer. Raises `ValueError` if there is none; warns if most
+    of them are repetitions, which intervals would take for independent ones."""
     prompts = list(islice(checked_prompts(env, "heldout", 0), most))
+    num_different = len({(prompt.token_ids, prompt.target) for prompt in prompts})
+    if 2 * num_different < len(prompts):
+        warnings.warn(
+            f"{type(env).__name__}.prompts('heldout') has {num_different} different prompts in {len(prompts)}: the "
+            f"intervals of held-out scores are too narrow; end it after each came once, or set "
+            f"eval.num_prompts={num_different}",
+            stacklevel=2,
+        )
     if not prompts:
         raise ValueError(
             f"{type(env).__name__}.prompts('heldout') gives no prompt, and without one nothing can be evaluated"
@@ -200,8 +217,9 @@ def import_object(path: str, knob: str) -> Any:
     return getattr(module, name)
 
 
-def single_turn(prompt: Prompt, completion: Completion, reward: float, **metrics: float) -> Trajectory:
-    """The trajectory of an attempt that is one prompt and one completion."""
+def single_turn(prompt: Prompt, completion: Completion, /, reward: float, **metrics: float) -> Trajectory:
+    """The trajectory of an attempt that is one prompt and one completion. Metrics may not have the names that the run
+    itself counts under (`RESERVED`)."""
     num_prompt, num_new = len(prompt.token_ids), len(completion.token_ids)
     return Trajectory(
         token_ids=np.concatenate([np.array(prompt.token_ids, np.int32), completion.token_ids]),

@@ -9,12 +9,14 @@ from typing import Any, Literal, TypeAlias
 from asyncrl.envs.base import Tokenizer
 
 Style: TypeAlias = Literal["auto", "chat", "plain", "raw"]
-""" "chat" applies the tokenizer's template; "plain" writes "Question: ... Answer:"; "raw" adds nothing; "auto" is
-"chat" where the tokenizer has a template and "plain" elsewhere."""
+""" "chat" applies the tokenizer's template; "plain" writes "Question: ... Answer:", after the token that begins a text
+if the tokenizer has one; "raw" adds nothing; "auto" is "chat" where the tokenizer has a template and "plain"
+elsewhere."""
 
 Message: TypeAlias = dict[str, str]
 """`role` and `content`."""
 
+_LABELS = {"user": "Question: ", "assistant": "Answer: "}
 _REPLY = "(the reply of the model)"
 
 
@@ -38,7 +40,16 @@ class ChatFormat:
 
     def encode(self, question: str | Sequence[Message]) -> list[int]:
         """Token ids of the prompt for a question, or for a conversation that the model has to go on with."""
-        return self._tokens(self.render(question))
+        text = self.render(question)
+        token_ids = self._tokens(text)
+        if self._resolved != "plain":
+            return token_ids
+        begun: list[int] = list(self.tokenizer.encode(text, add_special_tokens=True))
+        return begun if begun[-len(token_ids) :] == token_ids else token_ids  # with the token that begins a text
+
+    def reply_in(self, text: str) -> str:
+        """What of a generated text is the reply: a base model may go on with a question of its own."""
+        return text.partition(f"\n\n{_LABELS['user']}")[0] if self._resolved == "plain" else text
 
     def encode_answer(self, answer: str | Sequence[Message], last: int) -> list[int]:
         """Token ids between the end of a reply, whose last token is `last`, and the start of the next.
@@ -107,5 +118,4 @@ def _messages(said: str | Sequence[Message]) -> list[Message]:
 
 
 def _plain(message: Message) -> str:
-    label = {"user": "Question: ", "assistant": "Answer: "}.get(message["role"], "")
-    return label + message["content"]
+    return _LABELS.get(message["role"], "") + message["content"]

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,31 @@ if __name__ == "__main__":
     _function = getattr(Solution(), {name!r}) if "Solution" in globals() else globals()[{name!r}]
     print(_json.dumps(_function(*_arguments)))
 """
-# What LiveCodeBench's solutions take for granted.
-_IMPORTS = "import bisect, collections, functools, heapq, itertools, math, re, string, sys\nfrom typing import *\n"
+# What LiveCodeBench's solutions take for granted: modules by name, what is in them, and calls this deep.
+_IMPORTS = """
+import bisect, collections, copy, datetime, functools, heapq, io, itertools, json, math, operator, random, re
+import statistics, string, sys
+from string import *
+from re import *
+from collections import *
+from heapq import *
+from bisect import *
+from copy import *
+from math import *
+from random import *
+from statistics import *
+from itertools import *
+from functools import *
+from operator import *
+from io import *
+from sys import *
+from typing import *
+from builtins import *
+from datetime import date, time, timedelta
+sys.setrecursionlimit(50000)
+"""
+_ROOM = 1 << 16
+"""Bytes that a program may print at least; or twice the longest output that the data expect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +87,14 @@ class CodeTask(MultiTurn):
         time_limit_s: float = 6.0,
         memory_mb: int = 512,
     ) -> None:
-        self._sandbox = Sandbox(Limits(time_s=time_limit_s, memory_mb=memory_mb))
+        self._longest = 0
         super().__init__(tokenizer, data=data, max_turns=max_turns, max_context_tokens=max_context_tokens)
+        room = max(_ROOM, 2 * self._longest)
+        self._sandbox = Sandbox(Limits(time_s=time_limit_s, memory_mb=memory_mb, output_bytes=room))
 
     def opening(self, row: Row) -> list[Message]:
         tests = read_tests(field(row, "public_test_cases")) + read_tests(row.get("private_test_cases", "[]"))
+        self._longest = max([self._longest, *(len(test.output.encode()) for test in tests)])
         if not tests:
             raise ValueError(f"a row has no tests: {row['question_content'][:200]!r}")
         if any(test.functional for test in tests) and not _function(row):
@@ -139,9 +166,10 @@ def matches(printed: str, test: UnitTest) -> bool:
 
 
 def _same_word(a: str, b: str) -> bool:
+    """Numbers are compared exactly: as floats, large integers would be equal to their neighbours."""
     try:
-        return a == b or float(a) == float(b)
-    except ValueError:
+        return a == b or Decimal(a) == Decimal(b)
+    except InvalidOperation:
         return False
 
 

@@ -38,12 +38,13 @@ def read_rows(source: str, split: str, name: str | None = None) -> list[Row]:
     return rows
 
 
-def check_columns(rows: Sequence[Row], columns: Sequence[str], where: str) -> None:
-    """Raises `ValueError` for a column that no row has, naming those that there are."""
+def check_columns(rows: Sequence[Row], columns: Sequence[str], where: str) -> list[str]:
+    """The columns that there are. Raises `ValueError` for one of `columns` that no row has, naming them."""
     known = sorted({column for row in rows for column in row})
     for column in columns:
         if column not in known:
             raise ValueError(f"{where} has no column {column!r}: name one that it has, which are {', '.join(known)}")
+    return known
 
 
 def _check_kind(path: Path) -> None:

@@ -16,15 +16,21 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import date, time
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from asyncrl.envs.base import Generate, Split, Tokenizer, single_turn, split_of
 from asyncrl.envs.chat import ChatFormat, Style, check_messages
 from asyncrl.envs.data import Row, check_columns, read_rows
 from asyncrl.envs.rewards import Reward, Rewards
 from asyncrl.types import Prompt, Trajectory
+
+_SPLITS = get_args(Split)
+_CALLS_AT_ONCE = 4
+"""Of reward functions for the score without skill: fewer than `Threads` has room for, so that nobody waits there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +74,9 @@ class DatasetEnv:
         what completions are; `reply` is a right completion, which worked examples (`num_shots`, the first rows of
         `train`) and the supervised warm-up need. `source_column`: a column, such as a level, by whose values rewards
         are reported and a curriculum may choose. `train`, `heldout`: splits; without `heldout` a tenth of the rows is
-        held out by hash. A row whose prompt is longer than `max_prompt_tokens`, or that cannot be used for another
-        reason, is an error, or skipped and counted in `skipped`. `end_required`: a completion that ran out of tokens
-        has reward 0.
+        held out by hash, and a row's own `split` ("train" or "heldout") wins over that. A row whose prompt is longer
+        than `max_prompt_tokens`, or that cannot be used for another reason, is an error, or skipped and counted in
+        `skipped`. `end_required`: a completion that ran out of tokens has reward 0.
         """
         self.max_prompt_tokens = max_prompt_tokens
         self.skipped: Counter[str] = Counter()
@@ -105,7 +111,7 @@ class DatasetEnv:
     async def play(self, prompt: Prompt, generate: Generate) -> Trajectory:
         completion = await generate(prompt.token_ids)
         token_ids = completion.token_ids.tolist()
-        text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        text = self._bare_format.reply_in(self._tokenizer.decode(token_ids, skip_special_tokens=True))
         reward, parts = await self._score(text, token_ids, prompt)
         if self._end_required and completion.finish != "stop":
             reward = 0.0
@@ -116,12 +122,23 @@ class DatasetEnv:
         targets = Counter(str(json.loads(prompt.target)["columns"].get("target", "")) for prompt in prompts)
         best = max(targets, key=lambda target: (targets[target], target))
 
-        async def score() -> float:
-            scored = [await self._score(best, (), prompt) for prompt in prompts]
-            return sum(reward for reward, _ in scored) / len(scored)
+        name = f"always {best[:20]!r}" if best else "empty reply"
+        token_ids = [*self._tokenizer.encode(best, add_special_tokens=False), self._tokenizer.eos_token_id]
+        room = asyncio.Semaphore(_CALLS_AT_ONCE)
 
-        with ThreadPoolExecutor(1) as pool:  # the caller's thread may run an event loop already
-            return {f"always {best[:20]!r}" if best else "empty reply": pool.submit(asyncio.run, score()).result()}
+        async def score(prompt: Prompt) -> float:
+            async with room:
+                return (await self._score(best, token_ids, prompt))[0]
+
+        async def mean() -> float:
+            scores = await asyncio.gather(*map(score, prompts))
+            return sum(scores) / len(scores)
+
+        try:
+            with ThreadPoolExecutor(1) as pool:  # the caller's thread may run an event loop already
+                return {name: pool.submit(asyncio.run, mean()).result()}
+        except (ValueError, TimeoutError) as error:
+            raise ValueError(f"the score without skill ({name}): {error}") from error
 
     def demonstrations(self, seed: int) -> Iterator[tuple[list[int], list[int]]]:
         """Training prompts with the right replies of their column, in endless epochs."""
@@ -142,8 +159,8 @@ class DatasetEnv:
         """The row as it is used. Raises `ValueError` for one that cannot be."""
         missing = [column for column in self.columns if row.get(column) is None]
         if missing:
-            there = "" if missing[0] in row else f", which it lacks; it has {', '.join(row)}"
-            raise ValueError(f"nothing in column {missing[0]!r}{there}")
+            has = ", ".join(column for column, value in row.items() if value is not None)
+            raise ValueError(f"nothing in column {missing[0]!r}{', only in ' if has else ''}{has}")
         if not isinstance(prompt := row[self._prompt], str):
             check_messages(prompt, f"column {self._prompt!r}")
         return row
@@ -164,20 +181,31 @@ class DatasetEnv:
         if self._heldout:
             rows = self._read(self._heldout) if split == "heldout" else rest
         else:
-            rows = [row for row in rest if split_of(str(row[self._prompt])) == split]
+            rows = [row for row, belongs in zip(rest, self._splits_of(rest), strict=True) if belongs == split]
         examples = [example for row in rows if (example := self._example(row, chat))]
         if not examples:
             why = self._why_none(split, missed=0 if rows or self._heldout else len(rest))
             raise ValueError(f"the data set {self._source!r} has no rows for {split!r}: {why}")
         return examples
 
+    def _splits_of(self, rows: Sequence[Row]) -> list[Split]:
+        """Where each row belongs: as its column `split` says, if that is what the column is for, else by hash."""
+        said = [row.get("split") for row in rows]
+        own = [split if split in _SPLITS else None for split in said]
+        if any(own) and (others := {split for split in said if split and split not in _SPLITS}):
+            raise ValueError(
+                f"{self._source}: rows have the split {min(map(repr, others))}, others 'train' or 'heldout': write one "
+                "of these two, or nothing, or rename the column"
+            )
+        return [split or split_of(str(row[self._prompt])) for row, split in zip(rows, own, strict=True)]
+
     def _why_none(self, split: Split, *, missed: int) -> str:
         """The reason and the remedy; `missed` rows are there that the hash gave to the other split."""
         if missed:
             taken = "none" if split == "heldout" else "all"
             return (
-                f"a hash of the prompt holds out a tenth of the rows, and of {missed} it took {taken}; add rows, or "
-                "name a split in env.args.heldout"
+                f"a hash of the prompt holds out a tenth of the rows, unless a row has a 'split', and of {missed} it "
+                f"took {taken}; add rows, or name a split in env.args.heldout"
             )
         if self.skipped:
             return (
@@ -188,11 +216,11 @@ class DatasetEnv:
 
     def _read_split(self, split: str) -> list[Row]:
         rows = read_rows(self._source, split, self._name)
-        check_columns(rows, self.columns, self._source)
+        known = check_columns(rows, self.columns, self._source)
         cleaned = []
         for number, row in enumerate(rows):
             try:
-                cleaned.append(self.clean(row))
+                cleaned.append(self.clean(dict.fromkeys(known) | row))
             except ValueError as error:
                 self._refuse(f"{self._source}, split {split!r}, row {number}", "unusable row", str(error))
         return cleaned
@@ -206,10 +234,7 @@ class DatasetEnv:
             self._refuse(what, f"prompt {reason}", f"it has {len(token_ids)} tokens: raise env.args.max_prompt_tokens")
             return None
         columns = row | ({"target": _as_text(row[self._target])} if self._target else {})
-        try:
-            scoring = json.dumps({"prompt": prompt, "columns": columns})
-        except TypeError as error:
-            raise ValueError(f"{self._source}: a column holds more than text, numbers and lists: {error}") from error
+        scoring = _dumped({"prompt": prompt, "columns": columns}, self._source)
         reply, source = (str(row[name]) if name else "" for name in (self._reply, self._source_column))
         return _Example(token_ids, scoring, reply, source)
 
@@ -217,6 +242,28 @@ class DatasetEnv:
         if self._bad_rows == "error":
             raise ValueError(f"{what}: {reason}: {detail}; or set env.args.bad_rows='skip', which counts such rows")
         self.skipped[reason] += 1
+
+
+def _dumped(scoring: dict[str, Any], source: str) -> str:
+    """As JSON, times as texts. Raises `ValueError` that names the column for what has no such form."""
+    try:
+        return json.dumps(scoring, default=_time_as_text)
+    except TypeError as error:
+        for name, value in scoring["columns"].items():
+            with suppress(TypeError):
+                json.dumps(value, default=_time_as_text)
+                continue
+            raise ValueError(
+                f"{source}: column {name!r} holds {type(value).__name__}, and rows travel as JSON: remove the column, "
+                "or write text, numbers, lists or tables in it"
+            ) from error
+        raise
+
+
+def _time_as_text(value: Any) -> str:
+    if isinstance(value, date | time):
+        return value.isoformat()
+    raise TypeError(type(value).__name__)
 
 
 def _as_text(target: Any) -> Any:

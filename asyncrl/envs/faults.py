@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
-from asyncrl.envs.base import Env, Generate
+from asyncrl.envs.base import RESERVED, Env, Generate
 from asyncrl.imports import line_of
 from asyncrl.types import Completion, Failure, Prompt, Trajectory
 
@@ -122,6 +122,9 @@ async def attempt(env: Env, prompt: Prompt, generate: Generate, patience: Patien
         raise _fault("garbage", env, prompt, f"gave a {type(trajectory).__name__}, not a Trajectory")
     if (num_trained := int(trajectory.mask.sum())) > num_sampled:
         text = f"trains {num_trained} tokens and {num_sampled} were sampled (the mask is True for sampled tokens alone)"
+        raise _fault("garbage", env, prompt, text)
+    if reserved := RESERVED & trajectory.metrics.keys():
+        text = f"gave a metric {min(reserved)!r}, which the run itself counts: give it another name;"
         raise _fault("garbage", env, prompt, text)
     for name, value in {"reward": trajectory.reward, **trajectory.metrics}.items():
         if not isinstance(value, Real) or not math.isfinite(value):

@@ -20,9 +20,13 @@ from asyncrl.envs.dataset import DatasetEnv
 SYSTEM_PROMPT = "Solve the problem step by step. End with the answer on a line of its own, as #### and the number."
 
 # A minus after a digit, a letter or a closing bracket subtracts. Commas only part thousands.
-_NUMBER = re.compile(r"(?:(?<![\w.)\]])-)?(?:[$€£]\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\d\w])-?\.\d+")
+NUMBER = r"(?:(?<![\w.)\]])-)?(?:[$€£]\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\d\w])-?\.\d+"
+"""A pattern of what is read as a number; `plain` first."""
+_NUMBER = re.compile(NUMBER)
 _FRACTION = re.compile(r"(-?)\\[dt]?frac\{(\d+)\}\{(\d+)\}")
-_MARKUP = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{[^{}]*\}|\\[$%,!;: ]|[\s%°$€£]")
+_WRAPPED = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")
+_UNIT = re.compile(r"(?<=\d)\s+[A-Za-z][A-Za-z ./]*$")
+_MARKUP = re.compile(r"\^\{?\\circ\}?|\\[$%,!;: ]|[\s%°$€£]")
 
 
 class GSM8K(DatasetEnv):
@@ -35,7 +39,7 @@ class GSM8K(DatasetEnv):
         *,
         heldout: str = "validation",
         form: Literal["any", "marked"] = "any",
-        math_verify: Literal["auto", "on", "off"] = "auto",
+        math_verify: Literal["on", "off"] = "off",
         style: Style = "auto",
         system_prompt: str = SYSTEM_PROMPT,
         num_shots: int = 0,
@@ -44,12 +48,11 @@ class GSM8K(DatasetEnv):
         end_required: bool = True,
     ) -> None:
         """`heldout`: "validation", or "test" for the final score. `form`: "marked" wants `####` or `\\boxed{}`.
-        `math_verify`: judge a boxed expression that is no plain number by that package; "auto" is where installed. The
-        rest is as in `DatasetEnv`."""
-        installed = importlib.util.find_spec("math_verify") is not None
-        if math_verify == "on" and not installed:
+        `math_verify`: judge a boxed expression that is no plain number by that package. The rest is as in
+        `DatasetEnv`."""
+        if math_verify == "on" and importlib.util.find_spec("math_verify") is None:
             raise ValueError("env.args.math_verify is 'on', but it is not installed: pip install 'asyncrl[math]'")
-        self._marked, self._verify = form == "marked", installed and math_verify != "off"
+        self._marked, self._verify = form == "marked", math_verify == "on"
         super().__init__(
             tokenizer,
             source,
@@ -110,7 +113,7 @@ def final_number(text: str, *, marked: bool = False) -> Fraction | None:
     An answer is looked for in the last `\\boxed{}`, then after the last `####`, then as the last number of the text. A
     box that holds anything but a number has no number, whatever comes before it.
     """
-    text = text.replace("\N{MINUS SIGN}", "-").replace("{,}", ",").replace("**", "")
+    text = plain(text)
     if (boxed := _last_boxed(text)) is not None:
         return _boxed_number(boxed)
     _, mark, after = text.rpartition("####")
@@ -122,6 +125,16 @@ def final_number(text: str, *, marked: bool = False) -> Fraction | None:
     return _parse(found[-1]) if found else None
 
 
+def plain(text: str) -> str:
+    """The text with numbers as they are typed: no typographic minus, no LaTeX around commas, no bold print."""
+    return text.replace("\N{MINUS SIGN}", "-").replace("{,}", ",").replace("**", "")
+
+
+def value_of(number: str) -> str:
+    """A match of `NUMBER` without currency and commas."""
+    return re.sub(r"[,$€£\s]", "", number)
+
+
 def _plain_number(text: str) -> Fraction | None:
     """The first number of a short text such as `$1,200 per week`."""
     found = _NUMBER.search(text)
@@ -129,7 +142,7 @@ def _plain_number(text: str) -> Fraction | None:
 
 
 def _parse(text: str) -> Fraction:
-    return Fraction(Decimal(re.sub(r"[,$€£\s]", "", text)))
+    return Fraction(Decimal(value_of(text)))
 
 
 def _write(number: Fraction) -> str:
@@ -137,11 +150,14 @@ def _write(number: Fraction) -> str:
 
 
 def _boxed_number(boxed: str) -> Fraction | None:
-    plain = _MARKUP.sub("", boxed).rpartition("=")[2].rstrip(".")
-    if fraction := _FRACTION.fullmatch(plain):
+    unwrapped = _WRAPPED.sub(lambda found: found[1] if re.search(r"\d", found[1]) else "", boxed)
+    bare = _MARKUP.sub("", _UNIT.sub("", unwrapped)).rpartition("=")[2].rstrip(".")
+    if bare[:1] + bare[-1:] == "()":
+        bare = bare[1:-1]
+    if fraction := _FRACTION.fullmatch(bare):
         sign, above, below = fraction.groups()
         return Fraction(int(sign + above), int(below)) if int(below) else None
-    return _parse(plain) if _NUMBER.fullmatch(plain) else None
+    return _parse(bare) if _NUMBER.fullmatch(bare) else None
 
 
 def _last_boxed(text: str) -> str | None:

@@ -27,7 +27,8 @@ from asyncrl.threads import Threads
 class GymEnv(MultiTurn):
     """Rows of `prompt` (messages) and whatever else the class reads from `extras`, such as `reward_spec`.
 
-    Its calls run in threads, as they may block. `init` must return the same messages for a row each time.
+    Its calls run in threads, as they may block. `init` must return the same messages for a row each time: beside the
+    attempts, every process that has the environment makes each row's once as it starts, for the prompt, and closes it.
     """
 
     def __init__(
@@ -46,21 +47,33 @@ class GymEnv(MultiTurn):
         super().__init__(tokenizer, data=data, max_turns=max_turns, max_context_tokens=max_context_tokens)
 
     def opening(self, row: Row) -> list[Message]:
-        return self._start(row)[1]
+        env = self._make(row)
+        try:
+            return _init(env, row)
+        finally:
+            _close(env)
 
     @asynccontextmanager
     async def episode(self, row: Row) -> AsyncIterator[Episode]:
-        env, _ = await self._threads.run(partial(self._start, row))
+        env = await self._threads.run(partial(self._make, row))
         try:
+            await self._threads.run(partial(_init, env, row))
             yield _GymEpisode(env, self._threads)
         finally:
-            if hasattr(env, "close"):
-                await self._threads.run(env.close)
+            await self._threads.run(partial(_close, env))
 
-    def _start(self, row: Row) -> tuple[Any, list[Message]]:
-        env = self._class(env_config=self._env_config, extras={"max_turns": self._max_turns, **row})
-        messages, _ = env.init(list(field(row, "prompt")))
-        return env, messages
+    def _make(self, row: Row) -> Any:
+        return self._class(env_config=self._env_config, extras={"max_turns": self._max_turns, **row})
+
+
+def _init(env: Any, row: Row) -> list[Message]:
+    messages: list[Message] = env.init(list(field(row, "prompt")))[0]
+    return messages
+
+
+def _close(env: Any) -> None:
+    if hasattr(env, "close"):
+        env.close()
 
 
 class _GymEpisode:

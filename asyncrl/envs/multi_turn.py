@@ -88,13 +88,14 @@ class MultiTurn:
         raise NotImplementedError
 
     def prompts(self, split: Split, seed: int) -> Iterator[Prompt]:
-        """Pass after pass over the rows of the split, each in an order of its own. `target` names the row."""
+        """Pass after pass over the training rows, each in an order of its own; held-out rows come once. `target` names
+        the row."""
         names = self._names[split]
         if not names:
             raise ValueError(f"the data of {type(self).__name__} has no {split} rows: add some, or give rows a 'split'")
         rng = random.Random(f"{split} {seed}")
         count = 0
-        while True:
+        while split == "train" or count == 0:
             for name in rng.sample(names, len(names)):
                 yield Prompt(count, self._prompts[name], name)
                 count += 1

@@ -15,12 +15,13 @@ from typing import Any, Literal
 
 from asyncrl.envs.base import Generate, Split, Tokenizer, single_turn, split_of
 from asyncrl.envs.chat import ChatFormat, Style
+from asyncrl.envs.gsm8k import NUMBER, plain, value_of
 from asyncrl.types import Prompt, Trajectory
 
 _SIZE = 10**9
 """Examples that a task is asked for, which are made when drawn. A few tasks want less: `config = { size = 1000 }`."""
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")
+_NUMBER = re.compile(rf"(?:{NUMBER})(?:/\d+)?")
 
 
 class ReasoningGym:
@@ -83,7 +84,7 @@ class ReasoningGym:
     async def play(self, prompt: Prompt, generate: Generate) -> Trajectory:
         completion = await generate(prompt.token_ids)
         text = self._tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
-        answer = self._extract(text)
+        answer = self._extract(self._chat.reply_in(text))
         score = self._score(answer, prompt)
         counted = completion.finish == "stop" or not self._end_required
         told = {"answered": float(answer is not None), "scorer_raised": float(score is None)}
@@ -114,5 +115,8 @@ class ReasoningGym:
     def _extract(self, text: str) -> str | None:
         if self._answer == "whole":
             return text.strip()
-        found = (_TAG if self._answer == "tag" else _NUMBER).findall(text)
+        if self._answer == "last_number":
+            numbers = _NUMBER.findall(plain(text))
+            return value_of(numbers[-1]) if numbers else None
+        found = _TAG.findall(text)
         return found[-1].strip() if found else None

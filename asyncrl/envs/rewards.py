@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-from asyncrl.envs.base import import_object
+from asyncrl.envs.base import RESERVED, import_object
 from asyncrl.imports import line_of
 from asyncrl.threads import Threads
 
@@ -36,7 +36,7 @@ class Rewards:
         for name, function in zip(each, self._functions, strict=True):
             if not callable(function):
                 raise ValueError(f"env.args.reward {name!r} is {function!r}: name a function")
-        self._names: list[str] = [getattr(one, "__name__", type(one).__name__) for one in self._functions]
+        self._names = _names(self._functions)
         self._parameters = [inspect.signature(function).parameters for function in self._functions]
         self._weights = [1.0] * len(self._functions) if weights is None else list(weights)
         if len(self._weights) != len(self._functions) or not self._functions:
@@ -63,7 +63,7 @@ class Rewards:
             "completion_ids": [list(token_ids)],
         }
         each: dict[str, float] = {}
-        total = 0.0
+        weighted = []
         for name, weight, function, parameters in zip(
             self._names, self._weights, self._functions, self._parameters, strict=True
         ):
@@ -71,9 +71,10 @@ class Rewards:
             value = _single(name, await self._call(name, function, taken))
             if value is not None:
                 each[name] = value
-                total += weight * value
+                weighted.append(weight * value)
         if not each:
             raise ValueError(f"every reward function ({', '.join(self._names)}) said None: one must give a number")
+        total = math.fsum(weighted)  # 0.7 + 0.2 + 0.1 is below 1 otherwise, and what is all right would not pass
         return total, each if len(self._functions) > 1 else {}
 
     async def _call(self, name: str, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
@@ -91,6 +92,19 @@ class Rewards:
             raise TimeoutError(
                 f"reward function {name!r} took longer than {self._timeout_s:g} s; env.args.timeout_s bounds it"
             ) from error
+
+
+def _names(functions: Sequence[Callable[..., Any]]) -> list[str]:
+    """A name for each, with its module where the run or another one has the short name."""
+    short = [getattr(one, "__name__", type(one).__name__) for one in functions]
+    names = [
+        f"{function.__module__}.{name}" if name in RESERVED or short.count(name) > 1 else name
+        for name, function in zip(short, functions, strict=True)
+    ]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"env.args.reward names {name!r} more than once: name it once, and raise its weight")
+    return names
 
 
 @contextmanager

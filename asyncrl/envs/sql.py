@@ -104,7 +104,7 @@ class _SQLEpisode:
             raise RuntimeError(f"the data's own query {self._right!r} fails: {error}") from error
         if "order by" in self._right.lower():
             return float(found == right)
-        return float(Counter(map(json.dumps, found)) == Counter(map(json.dumps, right)))
+        return float(Counter(map(tuple, found)) == Counter(map(tuple, right)))
 
     async def _rows(self, query: str) -> list[Any]:
         outcome = await self._sandbox.run(_RUN, stdin=query, files={"data.sqlite": self._database})

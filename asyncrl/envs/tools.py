@@ -11,6 +11,7 @@ import operator
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TypeAlias
 
@@ -119,10 +120,10 @@ def shorten(text: str) -> str:
 
 
 def same_answer(given: str, right: str) -> bool:
-    """Equal as numbers if both are numbers, as texts otherwise."""
+    """Exactly equal as numbers if both are numbers, as texts otherwise."""
     try:
-        return float(given.replace(",", "")) == float(right.replace(",", ""))
-    except ValueError:
+        return Decimal(given.replace(",", "")) == Decimal(right.replace(",", ""))
+    except InvalidOperation:
         return given.strip() == right.strip()
 
 
