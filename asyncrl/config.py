@@ -170,7 +170,8 @@ class AlgorithmConfig(_Section, frozen=True, kw_only=True):
     loss: dict[str, Any] = {}
     """Single fields of the preset's loss to replace."""
     drop_zero_variance: bool = False
-    """Replace groups whose rewards are all equal by new prompts, counted (dynamic sampling)."""
+    """Replace groups whose rewards are all equal by new prompts, counted (dynamic sampling). `reward/mean` is then of
+    the others alone, and `reward/generated` of all."""
     mask_truncated: bool = False
     """Give no gradient to trajectories that ran out of tokens (overlong filtering)."""
     overlong_tail: int = 0
@@ -374,6 +375,18 @@ def from_tree(tree: dict[str, Any]) -> Config:
         raise ValueError(f"configuration: {error}") from error
     rules.check(config)
     return config
+
+
+def checked(config: Config) -> Config:
+    """A `Config` that was made in Python, after the checks of one from a file. Raises `ValueError` as those do."""
+    try:
+        tree = to_tree(config)
+    except TypeError as error:
+        raise ValueError(
+            f"a configuration is written to the run folder, and {error}: write numbers, texts, lists and tables, and "
+            "name a function by its import path, 'package.module:function'"
+        ) from error
+    return from_tree(tree)
 
 
 def to_tree(config: Config) -> dict[str, Any]:

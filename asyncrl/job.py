@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from asyncrl import config as configuration
 from asyncrl import run_folder
 from asyncrl.assembly import load_runtime, make_buffer, make_prompts, make_system, try_prompts
 from asyncrl.buffer import Buffer
@@ -71,8 +72,12 @@ def load_task(config: Config, *, quiet: bool = False) -> Task:
 
 
 async def train(config: Config, resume: Path | None = None, *, quiet: bool = False, watch: bool = False) -> Result:
-    """Runs the job to its last step, or to Ctrl-C; `resume` is the run folder of an earlier job to go on with, `watch`
-    shows a view of the run where there is a terminal."""
+    """Runs the job to its last step, or to Ctrl-C, which it hears of in the main thread alone; `resume` is the run
+    folder of an earlier job to go on with, `watch` shows a view of the run where there is a terminal.
+
+    Raises `ValueError` for a configuration that breaks a rule, and for what the run could not start with.
+    """
+    config = configuration.checked(config)
     runtime = load_runtime(config)
     changes = run_folder.differences(resume, config) if resume else []  # before a warm-up is made for nothing
     with _ctrl_c_at_once():
@@ -224,10 +229,11 @@ def _stop_on_ctrl_c(buffer: Buffer, metrics: Metrics) -> Iterator[None]:
         buffer.close()
 
     with kept_handlers(*signals) as before:
-        for number in signals:
+        heard = list(before)  # none outside the main thread
+        for number in heard:
             loop.add_signal_handler(number, stop)
         try:
             yield
         finally:
-            for number in signals:
+            for number in heard:
                 loop.remove_signal_handler(number)

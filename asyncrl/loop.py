@@ -54,6 +54,12 @@ _UNSTORED = (
     "the group of prompt {} could not be written to groups/ (is the disk full?); after a crash it is played again"
 )
 
+_MANY_EQUAL = 200
+_ALL_EQUAL = (
+    f"{_MANY_EQUAL} groups in a row had equal rewards and were dropped (algorithm.drop_zero_variance), so nothing is "
+    "trained: are all replies right, or all wrong? Take easier or harder prompts, or a larger rollout.group_size"
+)
+
 
 async def run(system: System) -> None:
     """Trains until `num_steps`, or until the buffer is closed from outside (Ctrl-C); then evaluates and saves."""
@@ -128,10 +134,13 @@ async def produce(system: System) -> None:
                 give_up(system, ticket, prompt, error)
                 continue
             system.failed_in_a_row = 0
+            system.generated.add(group)
             if not system.prompts.generated(group) and system.prompts.num_unstored == 1:
                 system.metrics.say(f"alarm: {_UNSTORED.format(prompt.id)}")
             finished = Finished(group, uses=0)
         if drop_equal and not finished.group.has_variance:
+            if system.generated.equal_in_a_row == _MANY_EQUAL:
+                system.metrics.say(f"alarm: {_ALL_EQUAL}")
             system.buffer.drop(ticket, "zero variance")
             dropped = finished.group.lengths
             system.metrics.timeline.mark("buffer", "drop", reason="zero variance", lengths=dropped)
@@ -267,7 +276,7 @@ async def publish(system: System, groups: Sequence[Group], learnt: dict[str, flo
         clock.lap("sync")  # else what the learner waited for weights is a part of the step after
     buffered = buffer.release()
     row = of_batch(groups) | learnt | synced | clock.metrics() | of_buffer(buffer, buffered)
-    row |= system.prompts.metrics()
+    row |= system.generated.take() | system.prompts.metrics()
     system.metrics.step(version, row, buffer.max_lag)
     if system.control is not None and (decision := system.control.decide(row)) is not None:
         buffer.allow(system.control.staleness)

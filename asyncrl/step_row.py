@@ -1,7 +1,9 @@
-"""What a step's row of metrics says of its batch, of the buffer, and of the driver's own time."""
+"""What a step's row of metrics says of its batch, of all that was generated, of the buffer, and of the driver's own
+time."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -38,6 +40,33 @@ def of_buffer(buffer: Buffer, wait_s: float) -> dict[str, float]:
         "buffer/wait_s": wait_s,
         "buffer/dropped": float(sum(buffer.dropped.values())),
     }
+
+
+class Generated:
+    """What was generated since the last step, whatever became of it: of what is dropped at once no batch tells."""
+
+    def __init__(self) -> None:
+        self.equal_in_a_row = 0
+        """Groups without variance since the last one with some."""
+        self._rewards: list[float] = []
+        self._num_groups = self._num_equal = 0
+
+    def add(self, group: Group) -> None:
+        self._rewards += group.rewards
+        self._num_groups += 1
+        self._num_equal += not group.has_variance
+        self.equal_in_a_row = 0 if group.has_variance else self.equal_in_a_row + 1
+
+    def take(self) -> dict[str, float]:
+        """Of all since the last call; nan if there was none."""
+        row = {"reward/generated": math.nan, "reward/generated_zero_variance": math.nan}
+        if self._num_groups:
+            row = {
+                "reward/generated": sum(self._rewards) / len(self._rewards),
+                "reward/generated_zero_variance": self._num_equal / self._num_groups,
+            }
+        self._rewards, self._num_groups, self._num_equal = [], 0, 0
+        return row
 
 
 class Clock:

@@ -21,6 +21,7 @@ from asyncrl.recovery.supervisor import Supervisor
 from asyncrl.recovery.watchdog import Watchdog
 from asyncrl.rollout import scored
 from asyncrl.staleness import StalenessControl
+from asyncrl.step_row import Generated
 from asyncrl.types import Group, Prompt, Version
 
 
@@ -45,6 +46,8 @@ class System:
     """Held while a version goes to the rollout actors."""
     update: asyncio.Task[None] | None = None
     """What makes the newest version live, while it is under way or done."""
+    generated: Generated = field(default_factory=Generated)
+    """Of rewards since the last step."""
     failed_in_a_row: int = 0
     """Prompts that were given up since the last one that was finished."""
     evaluated: set[int] = field(default_factory=set)

@@ -151,7 +151,7 @@ def check_named(name: str) -> None:
 
 
 async def evaluate(config: Config, numbers: Sequence[int]) -> list[dict[str, Any]]:
-    """Plays every held-out prompt on one engine in this process: the metrics, and each prompt's rewards.
+    """Plays held-out prompts, eval.num_prompts at most, on one engine in this process: metrics, each prompt's rewards.
 
     Once for each of the `numbers` of attempts; with none, as the configuration says.
     """

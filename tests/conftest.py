@@ -1,6 +1,7 @@
-"""Settings for all tests: one thread (the machine has few cores and Ray actors need them), no network."""
+"""Settings for all tests: one thread (the machine has few cores and Ray actors need them), no network, Ctrl-C heard."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what it runs in the background
 
 
 def pytest_collection_modifyitems(items):

@@ -61,6 +61,14 @@ def test_the_data_set_of_the_guide_runs(tmp_path, monkeypatch):
     assert run_coroutine(job.train(configuration.load(None, words), quiet=True)).version == 1
 
 
+def test_a_run_from_python_is_as_the_guide_shows_it(tmp_path, monkeypatch, capsys):
+    (source,) = [block for block in re.findall(r"```python\n(.*?)```", GUIDE, re.S) if "job.train" in block]
+    monkeypatch.chdir(ROOT)
+    small = ["rollout.group_size=2", "learner.groups_per_step=2", "eval.num_prompts=2", f"run_dir={tmp_path}"]
+    exec(source.replace('"runtime=local"', f'"runtime=local", *{small}'), {})
+    assert str(tmp_path) in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_the_environment_and_the_loss_of_the_guide_run(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", GUIDE, re.S)
     for name in ("class LastDigit", "def capped", "def only_better"):

@@ -7,10 +7,12 @@ import os
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from helpers import Sevens, run
@@ -473,6 +475,34 @@ def test_zero_variance_groups_are_replaced_not_lost(tmp_path):
     rows = [row for row in metrics.read(result.folder) if "buffer/dropped" in row]
     assert rows[-1]["buffer/dropped"] > 0
     assert all(row["reward/zero_variance"] == 0 for row in rows)
+    assert any(row["reward/generated_zero_variance"] > 0 for row in rows)
+    assert any(row["reward/generated"] != row["reward/mean"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"algorithm": configuration.AlgorithmConfig(preset="reinforce")},
+            "off-policy training needs a corrected loss",
+        ),
+        ({"num_steps": "5"}, "num_steps must be a whole number, got '5'"),
+        (
+            {"env": configuration.EnvConfig(args={"reward": run})},
+            "name a function by its import path, 'package.module:f",
+        ),
+    ],
+)
+def test_a_configuration_from_python_is_checked_like_one_from_a_file(tmp_path, changed, message):
+    with pytest.raises(ValueError, match=message):
+        run(job.train(msgspec.structs.replace(small(tmp_path), **changed), quiet=True))
+    assert not list(tmp_path.glob("*/config.json"))
+
+
+def test_a_run_may_be_in_a_thread(tmp_path):
+    config = small(tmp_path, "num_steps=1")
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run, job.train(config, quiet=True)).result().version == 1
 
 
 class Same(Sevens):
@@ -480,6 +510,23 @@ class Same(Sevens):
 
     async def play(self, prompt, generate):
         return replace(await super().play(prompt, generate), reward=0.5)
+
+
+def test_groups_that_are_all_dropped_are_an_alarm_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "_MANY_EQUAL", 5)
+    words = ["env.path=test_loop:Same", "algorithm.drop_zero_variance=true", "rollout.max_new_tokens=1"]
+
+    async def until_many_were_dropped():
+        task = asyncio.create_task(job.train(small(tmp_path, *words)))
+        while not buffers or buffers[0].dropped["zero variance"] < 20:
+            await asyncio.sleep(0.01)
+        buffers[0].close()
+        return await task
+
+    buffers, make = [], job.make_buffer
+    monkeypatch.setattr(job, "make_buffer", lambda config: buffers.append(make(config)) or buffers[0])
+    assert run(until_many_were_dropped()).version == 0
+    assert capsys.readouterr().out.count("had equal rewards and were dropped") == 1
 
 
 def test_rewards_that_teach_nothing_are_an_alarm_once(tmp_path, capsys):

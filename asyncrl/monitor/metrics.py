@@ -27,9 +27,13 @@ from asyncrl.training.shaping import METRICS as SHAPING
 from asyncrl.types import Group
 
 METRICS: dict[str, str] = {
-    "reward/mean": "mean reward of the batch, made by lagged policies",
+    "reward/mean": "mean reward of the batch, made by lagged policies; with algorithm.drop_zero_variance or a "
+    "curriculum, of groups that were chosen by their rewards",
     "reward/std": "standard deviation of the rewards of the batch",
     "reward/zero_variance": "share of groups whose rewards are all equal: they teach nothing",
+    "reward/generated": "mean reward of all groups finished since the last step, those that drop_zero_variance keeps "
+    "out of the batch included",
+    "reward/generated_zero_variance": "share of them whose rewards are all equal",
     "eval/accuracy": "held-out reward, mean over the attempts at every prompt (greedy unless configured otherwise)",
     "eval/low": "lower end of its 95 % confidence interval, over prompts",
     "eval/high": "upper end of its 95 % confidence interval, over prompts",
