@@ -195,7 +195,7 @@ def server_arguments(
         "sampling_backend": "pytorch",
         "max_running_requests": max_running,
         "mem_fraction_static": gpu_memory_utilization,
-        "random_seed": seed,
+        "random_seed": seed % 2**32,  # numpy takes no other; what is drawn follows the seeds of the requests
         "skip_tokenizer_init": True,
         "enable_memory_saver": release_memory and device == "cuda",
     }
