@@ -59,6 +59,9 @@ class RolloutConfig(_Section, frozen=True, kw_only=True):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    stop: tuple[str, ...] = ()
+    """Texts that end a reply, beside the model's end tokens, such as ["</answer>"]. They are part of the reply, as is
+    what else their last token holds. With `on_update` "abort" one that a weight update cuts in two is missed."""
     max_running: int = 256
     """Requests that one engine generates at the same time; more wait their turn."""
     on_update: Literal["keep", "recompute", "abort"] = "keep"

@@ -136,6 +136,8 @@ def _check_rollout(config: Config) -> None:
             f"algorithm.overlong_tail ({config.algorithm.overlong_tail}) must be at most rollout.max_new_tokens "
             f"({rollout.max_new_tokens}): it is the last part of it; lower it"
         )
+    if "" in rollout.stop:
+        raise ValueError(f"rollout.stop has an empty text, which would end every reply: remove it, got {rollout.stop}")
     if rollout.temperature == 0:
         raise ValueError("rollout.temperature must be above 0: greedy samples of a group are all equal")
 

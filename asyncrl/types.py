@@ -19,7 +19,7 @@ Version: TypeAlias = int
 """Learner steps baked into a set of weights; 0 is the initial checkpoint."""
 
 Finish: TypeAlias = Literal["stop", "length", "abort"]
-"""Why a completion ended: a stop token, the token budget, or an abort."""
+"""Why a completion ended: a stop token or text, the token budget, or an abort."""
 
 Ints: TypeAlias = npt.NDArray[np.int32]
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -52,14 +52,15 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 are off; stop tokens end a completion
-    and are part of it."""
+    """How tokens are drawn. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 are off. A stop token, or one that
+    completes a text in `stop`, ends a completion and is part of it."""
 
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -100,13 +100,16 @@ class Lab:
         self._sampler = load_model(folder, dtype=self.dtype, device=device)
         length = self.env.max_prompt_tokens + settings.max_new_tokens
         self._noise = EngineNoise(self._sampler, noise, length, config.seed)
-        self._engine = EmbeddedEngine(self._sampler, max_running=settings.max_running, max_length=length)
+        self._engine = EmbeddedEngine(
+            self._sampler, max_running=settings.max_running, max_length=length, decode=tokenizer.decode
+        )
         sampling = Sampling(
             settings.max_new_tokens,
             settings.temperature,
             settings.top_p,
             settings.top_k,
             stop_token_ids(folder, tokenizer),
+            settings.stop,
         )
         greedy = Attempts(replace(sampling, temperature=0.0, top_p=1.0, top_k=0), max_running=config.eval.max_running)
         self._rollout = Rollout(

@@ -115,7 +115,15 @@ def _difference_table(grid: Grid) -> str:
         low, high = interval(difference)
         resolved = "not resolved" if p >= _LEVEL else "above" if difference.mean() > 0 else "below"
         verdict = resolved if len(grid.seeds) >= _FEWEST_SEEDS else "too few seeds"
-        body.append([preset, str(lag), f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]", f"{p:.3f}" if p >= 0.001 else "< 0.001", verdict])
+        body.append(
+            [
+                preset,
+                str(lag),
+                f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]",
+                f"{p:.3f}" if p >= 0.001 else "< 0.001",
+                verdict,
+            ]
+        )
     return f"**Against {first}**, paired by seed, final accuracy\n\n" + table(
         ["preset", "lag S", "difference, 95 % interval", "p (Holm)", "verdict"], body
     )

@@ -56,6 +56,7 @@ def test_a_resolved_config_reads_back_the_same():
         (["learner.betas=[0.9]"], r"learner.betas must be a list of 2 \(a number, a number\), got \[0.9\]"),
         (["lora.targets=q"], r"lora.targets must be a list \(of a text each\) or 'all-linear', got 'q'"),
         (["env.args=5"], "env.args must be a table, got 5"),
+        (['rollout.stop=[""]'], "rollout.stop has an empty text, which would end every reply"),
         (["env.args.reward=[a:f,b:g]"], r"texts in a list .* have quotes, .* such as 'env.args.reward=\[\"first\", "),
         (["buffer.max_staleness=high"], "buffer.max_staleness must be a whole number or 'auto', got 'high'"),
         (["seed=99999999999999999999"], r"seed must be a whole number of 64 bits, .* got 99999999999999999999"),

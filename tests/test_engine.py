@@ -3,6 +3,7 @@
 import asyncio
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 from asyncrl.engine import kv_cache
 from asyncrl.engine.embedded import EmbeddedEngine
 from asyncrl.engine.sampler import sample, uniforms
-from asyncrl.model import load_model
+from asyncrl.model import load_model, load_tokenizer
 from asyncrl.tiny import build_tiny
 from asyncrl.transport import BroadcastGroup, open_rendezvous
 from asyncrl.types import Completion, Sampling
@@ -25,17 +26,24 @@ PROMPTS = [[19, 6, 2, 9, 3, 12], [5], [20, 4, 8], [7] * 17, [3, 14, 15, 9, 2, 6,
 
 @dataclass
 class Setup:
-    """An engine under test, the model it started from, and how close its log-probs must come to that model's."""
+    """An engine under test, the model it started from, how close its log-probs must come to that model's, and the
+    folder of its tokenizer."""
 
     engine: Any
     model: Any
     tolerance: float
+    folder: Path
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     build_tiny(folder, init_std=0.1, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(folder):
     return load_model(folder, torch.float32, "cpu")
 
 
@@ -55,9 +63,9 @@ def embedded_engine(model, **options) -> EmbeddedEngine:
 
 
 @pytest.fixture(params=["embedded"])
-def setup(request, tiny) -> Setup:
+def setup(request, folder, tiny) -> Setup:
     make = {"embedded": embedded_engine}[request.param]
-    return Setup(make(tiny), tiny, 1e-5)
+    return Setup(make(tiny, decode=load_tokenizer(folder).decode), tiny, 1e-5, folder)
 
 
 def full_logits(model, prompt, completion: Completion) -> torch.Tensor:
@@ -170,6 +178,24 @@ def test_a_stop_token_ends_a_completion_and_is_part_of_it(setup):
     first = free.token_ids.tolist().index(stop)
     assert stopped.token_ids.tolist() == free.token_ids[: first + 1].tolist()
     assert len(stopped.logprobs) == len(stopped.versions) == first + 1
+
+
+def test_a_stop_text_ends_a_completion_with_the_token_that_completes_it(setup):
+    decode = load_tokenizer(setup.folder).decode
+
+    async def body():
+        free = await setup.engine.generate(PROMPTS[0], Sampling(30), 1)
+        text = decode(free.token_ids[11:14].tolist())
+        calls = [
+            setup.engine.generate(PROMPTS[0], Sampling(30, stop=stop), 1) for stop in (("never said", text), ("never",))
+        ]
+        return free.token_ids.tolist(), text, await asyncio.gather(*calls)
+
+    free, text, (stopped, unstopped) = run(body())
+    length = next(n for n in range(30) if text in decode(free[:n]))
+    assert (stopped.finish, stopped.token_ids.tolist()) == ("stop", free[:length])
+    assert len(stopped.logprobs) == len(stopped.versions) == length
+    assert (unstopped.finish, unstopped.token_ids.tolist()) == ("length", free)
 
 
 def test_versions_and_digests_follow_an_update(setup, trained):
@@ -496,6 +522,7 @@ def test_an_error_in_the_model_reaches_every_request(tiny, monkeypatch):
         ([5], Sampling(5, temperature=-1.0), "temperature must be 0"),
         ([5], Sampling(5, top_p=0.0), "top_p must be above 0"),
         ([5], Sampling(5, top_k=-1), "top_k must be 0"),
+        ([5], Sampling(5, stop=("5",)), "stop texts need an engine with a tokenizer"),
     ],
 )
 def test_what_cannot_be_run_is_refused(tiny, prompt, sampling, message):

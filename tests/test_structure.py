@@ -67,6 +67,7 @@ LAYERS = [
     {
         "engine.kv_cache",
         "engine.sampler",
+        "engine.stops",
         "engine.embedded",
         "engine.sglang",
         "engine.sglang_calls",

@@ -29,6 +29,7 @@ from torch import Tensor
 from asyncrl.engine import sampler
 from asyncrl.engine.base import CHECKPOINT, OnUpdate
 from asyncrl.engine.kv_cache import SlotCache
+from asyncrl.engine.stops import Decode, is_ended
 from asyncrl.threads import in_thread
 from asyncrl.transport import BroadcastGroup, Rendezvous
 from asyncrl.types import Completion, Finish, Sampling, Version
@@ -66,15 +67,18 @@ class EmbeddedEngine:
         on_update: OnUpdate = "keep",
         address: str = "127.0.0.1",
         updated: Mapping[str, Tensor] | None = None,
+        decode: Decode | None = None,
     ) -> None:
         """At most `max_running` requests run at once, the rest wait; prompt and completion fit in `max_length` tokens.
 
         `address` is this node's own, for the broadcast group. The weights that the model comes with are version 0.
-        `updated`: those of its parameters that an update brings, by default all.
+        `updated`: those of its parameters that an update brings, by default all. `decode`: the tokenizer's, which stop
+        texts need.
         """
         self.num_tokens = 0
         self.num_prefill_tokens = 0
         self._model, self._on_update, self._address = model, on_update, address
+        self._decode = decode
         self._max_running, self._max_length = max_running, max_length
         self._vocabulary: int = model.config.vocab_size
         self._cache = SlotCache(model, max_running, max_length)
@@ -112,6 +116,8 @@ class EmbeddedEngine:
             raise RuntimeError("the engine is closed")
         prompt = tuple(token_ids)
         sampler.check_request(prompt, sampling, self._vocabulary, self._max_length)
+        if sampling.stop and self._decode is None:
+            raise ValueError(f"stop texts need an engine with a tokenizer, got {sampling.stop}: give it `decode`")
         request = _Request(prompt, sampling, seed, asyncio.get_running_loop().create_future())
         self._waiting.append(request)
         if self._task is None:
@@ -289,13 +295,16 @@ class EmbeddedEngine:
         request.tokens.append(token)
         request.logprobs.append(logprob)
         request.versions.append(self._version)
-        if token in request.sampling.stop_token_ids:
+        if token in request.sampling.stop_token_ids or self._said_stop(request):
             self._finish(request, "stop")
         elif len(request.tokens) == request.sampling.max_new_tokens:
             self._finish(request, "length")
         else:
             return
         self._remove(row)
+
+    def _said_stop(self, request: _Request) -> bool:
+        return self._decode is not None and is_ended(request.tokens, request.sampling.stop, self._decode)
 
     def _finish(self, request: _Request, finish: Finish) -> None:
         if request.future.done():

@@ -261,6 +261,7 @@ class SGLangEngine:
                 "top_k": sampling.top_k or -1,
                 "stop_token_ids": list(sampling.stop_token_ids),
                 "sampling_seed": seed % 2**63,
+                "custom_params": {sglang_scheduler.STOP_KEY: list(sampling.stop)} if sampling.stop else None,
             },
             return_logprob=True,
             # Nothing is lost without streaming: an end by an update brings the tokens along.
@@ -307,7 +308,7 @@ def _finish(reason: Mapping[str, Any]) -> Finish:
     kind, matched = reason["type"], reason.get("matched")
     if kind == "length":
         return "length"
-    if kind == "stop" and isinstance(matched, int):
+    if kind == "stop" and isinstance(matched, int | str):
         return "stop"
     if kind == "abort" and reason.get("message") == sglang_scheduler.ABORTED:
         return "abort"

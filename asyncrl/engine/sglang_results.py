@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from asyncrl.engine.stops import is_ended
+
 VERSIONS_KEY = "asyncrl_versions"
 """Where in an output's `meta_info` the version of each token is."""
 
@@ -68,11 +70,13 @@ def book(processor: Any, batch: Any, result: Any) -> None:
 
 
 def may_end(req: Any, token: int) -> bool:
-    """Whether `update_finish_state` has to look at the request: it was aborted, is long enough, or has a stop token."""
+    """Whether `update_finish_state` has to look at the request: it was aborted, is long enough, or has a stop token or
+    text."""
     limits = req.sampling_params
     return (
         req.to_finish is not None
         or len(req.output_ids) >= limits.max_new_tokens
         or token in (limits.stop_token_ids or ())
         or not 0 <= token < req.vocab_size
+        or (bool(limits.stop_strs) and is_ended(req.output_ids, limits.stop_strs, req.tokenizer.decode))
     )

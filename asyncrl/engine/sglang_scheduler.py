@@ -39,6 +39,8 @@ from asyncrl.engine.sglang_memory import replace_memory
 from asyncrl.engine.sglang_results import VERSIONS_KEY, replace_results
 from asyncrl.engine.sglang_sampling import replace_sampling
 from asyncrl.engine.sglang_weights import ReceivedWeights
+from asyncrl.engine.stops import reach
+from asyncrl.model import load_tokenizer
 from asyncrl.transport import Rendezvous
 from asyncrl.weights import Bucket
 
@@ -61,6 +63,10 @@ _PREFILL_STEPS = {"cuda": 4, "cpu": 1}
 
 ABORTED = "ended by a weight update"
 """The message of a completion that an update cut short."""
+
+STOP_KEY = "asyncrl_stop"
+"""Of a request's custom parameters: its stop texts. SGLang takes them itself only where it has the tokenizer in every
+process, and then ends completions at that tokenizer's end tokens, too."""
 
 START_ERRORS = "ASYNCRL_SGLANG_START_ERRORS"
 """Environment variable with the folder in which a scheduler that cannot start leaves a file that says why."""
@@ -115,6 +121,15 @@ class Refill:
         return False
 
 
+class _Texts:
+    """What SGLang asks of a request's tokenizer where it looks for stop texts; end tokens are the request's own."""
+
+    eos_token_id = additional_stop_token_ids = None
+
+    def __init__(self, folder: str) -> None:
+        self.decode = load_tokenizer(folder).decode
+
+
 class SchedulerMixin(_Scheduler):  # type: ignore[misc]
     """Goes in front of SGLang's `Scheduler`: versions, and the commands of `SGLangEngine`."""
 
@@ -157,7 +172,15 @@ class SchedulerMixin(_Scheduler):  # type: ignore[misc]
         # Its keys and values are made by the weights of now, or made again if it was retracted. The sender cannot know
         # the salt: a request may be sent before an update and arrive after it.
         req.extra_key = str(self._salt)
+        params = req.sampling_params
+        if stop := (params.custom_params or {}).get(STOP_KEY):
+            params.stop_strs, params.stop_str_max_len = stop, reach(stop)
+            req.tokenizer = self._texts
         super()._add_request_to_queue(req, is_retracted)
+
+    @functools.cached_property
+    def _texts(self) -> _Texts:
+        return _Texts(self.server_args.model_path)
 
     def run_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         result = super().run_batch(batch, *args, **kwargs)

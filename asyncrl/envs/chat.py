@@ -49,7 +49,7 @@ class ChatFormat:
 
     def reply_in(self, text: str) -> str:
         """What of a generated text is the reply: a base model may go on with a question of its own."""
-        return text.partition(f"\n\n{_LABELS['user']}")[0] if self._resolved == "plain" else text
+        return text.partition(f"\n\n{_LABELS['user'].strip()}")[0] if self._resolved == "plain" else text
 
     def encode_answer(self, answer: str | Sequence[Message], last: int) -> list[int]:
         """Token ids between the end of a reply, whose last token is `last`, and the start of the next.

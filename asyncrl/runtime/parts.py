@@ -14,6 +14,7 @@ from asyncrl.algo.loss import try_own
 from asyncrl.config import Config
 from asyncrl.engine.base import Engine
 from asyncrl.engine.embedded import EmbeddedEngine
+from asyncrl.engine.stops import Decode
 from asyncrl.envs.base import load_env
 from asyncrl.model import empty_model, load_model, load_tokenizer, stop_token_ids
 from asyncrl.recovery import checkpoint
@@ -78,10 +79,15 @@ async def build_rollout(
     settings = config.rollout
     tokenizer = load_tokenizer(folder)
     env = load_env(config.env.path, tokenizer, config.env.args)
-    engine = await _build_engine(config, folder, placement, env.max_prompt_tokens + settings.max_new_tokens, address)
-    stops = stop_token_ids(folder, tokenizer)
-    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k, stops)
-    tried = Sampling(settings.max_new_tokens, config.eval.temperature, config.eval.top_p, stop_token_ids=stops)
+
+    def decode(token_ids: list[int]) -> str:
+        return str(tokenizer.decode(token_ids))
+
+    longest = env.max_prompt_tokens + settings.max_new_tokens
+    engine = await _build_engine(config, folder, placement, longest, address=address, decode=decode)
+    most, ends, stop = settings.max_new_tokens, stop_token_ids(folder, tokenizer), settings.stop
+    sampling = Sampling(most, settings.temperature, settings.top_p, settings.top_k, ends, stop)
+    tried = Sampling(most, config.eval.temperature, config.eval.top_p, stop_token_ids=ends, stop=stop)
     return Rollout(
         engine,
         env,
@@ -96,7 +102,9 @@ async def build_rollout(
     )
 
 
-async def _build_engine(config: Config, folder: str, placement: Placement, max_length: int, address: str) -> Engine:
+async def _build_engine(
+    config: Config, folder: str, placement: Placement, max_length: int, *, address: str, decode: Decode
+) -> Engine:
     settings = config.rollout
     if settings.engine == "embedded":
         model = load_model(folder, dtype=DTYPES[settings.dtype], device=placement.device)
@@ -110,6 +118,7 @@ async def _build_engine(config: Config, folder: str, placement: Placement, max_l
             on_update=settings.on_update,
             address=address,
             updated=adapters,
+            decode=decode,
         )
     from asyncrl.engine.sglang import SGLangEngine  # an optional package
 
