@@ -1,5 +1,7 @@
 """The preflight: each check passes and fails for its own reason, without the hardware that it is about."""
 
+import errno
+import fcntl
 import importlib.util
 import json
 import shutil
@@ -28,7 +30,7 @@ def config(*words):
 
 
 def raising(error):
-    def action():
+    def action(*_):
         raise error
 
     return action
@@ -362,11 +364,15 @@ def test_an_error_keeps_its_own_remedy():
     assert (check.finding, check.remedy) == ("OSError: disk: gone", "other")
 
 
-def test_the_run_folder(tmp_path):
+def test_the_run_folder(tmp_path, monkeypatch):
     doctor.write(tmp_path / "new" / "runs")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     assert doctor.attempt("run folder", "", lambda: doctor.write(tmp_path / "file")).status == "FAIL"
+    monkeypatch.setattr(fcntl, "flock", raising(OSError(errno.ENOSYS, "Function not implemented")))
+    check = doctor.attempt("run folder", "", lambda: doctor.write(tmp_path))
+    assert (check.status, "cannot be locked" in check.finding) == ("FAIL", True)
+    assert check.remedy.startswith("mount its file system with locks")
 
 
 def test_exit_codes(capsys, monkeypatch):

@@ -1,6 +1,8 @@
 """The journal against crashes: torn and damaged files, and accounts that hold whatever is killed whenever."""
 
 import asyncio
+import errno
+import fcntl
 import itertools
 import os
 import subprocess
@@ -9,6 +11,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from random import Random
+from unittest.mock import Mock
 
 import pytest
 from helpers import run, trajectory
@@ -20,7 +23,7 @@ from asyncrl.buffer import Buffer
 from asyncrl.loop import check_digests
 from asyncrl.recovery import groups as files
 from asyncrl.recovery.accounts import Accounts, Admitted, Batch, Dropped, Generated, Resumed, Saved, Started, Synced
-from asyncrl.recovery.journal import Journal, read
+from asyncrl.recovery.journal import Journal, in_use, read
 from asyncrl.recovery.prompts import BrokenPrompts, PromptQueue
 from asyncrl.rollout import make_group
 from asyncrl.types import Prompt
@@ -114,6 +117,16 @@ def test_two_processes_cannot_run_the_same_run(tmp_path):
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "another process runs this run" in other.stderr
     holder.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+@pytest.mark.parametrize("ask", [Journal, in_use])
+def test_a_file_system_without_locks_is_told_of_with_a_remedy(tmp_path, monkeypatch, number, ask):
+    """Lustre without -o flock, and NFS without a lock daemon."""
+    path = filled(tmp_path / "journal.bin")
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(number, os.strerror(number))))
+    with pytest.raises(ValueError, match=rf"journal.bin cannot be locked .*{os.strerror(number)}.*run_dir to"):
+        ask(path)
 
 
 def test_a_journal_that_cannot_be_written_says_so_and_stays_whole(tmp_path, monkeypatch):

@@ -44,7 +44,8 @@ class Journal:
         """Opens or makes the file at `path` and reads it; with None the accounts live in memory only.
 
         An incomplete last record, which a crash leaves behind, is cut off; `torn_bytes` says how much that was. Raises
-        `ValueError` if a record before the last one is damaged, or if another process holds the journal.
+        `ValueError` if a record before the last one is damaged, if another process holds the journal, or if it cannot
+        be locked.
         """
         self.accounts = Accounts(reuse=reuse, max_lag=max_lag)
         self.torn_bytes = 0
@@ -56,7 +57,7 @@ class Journal:
             return
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._file, path)
             records, self.num_bytes, size = read(path)
         except BlockingIOError as error:
             os.close(self._file)
@@ -125,13 +126,31 @@ def read(path: Path) -> tuple[list[Record], int, int]:
     return records, end, len(data)
 
 
+def lock(file: int, path: Path, kind: int = fcntl.LOCK_EX) -> None:
+    """Locks the open file at `path`, without waiting.
+
+    Raises `BlockingIOError` if another process holds a lock on it, `ValueError` if the file system gives none.
+    """
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be locked ({error}), which is what keeps two processes from running the same run: mount "
+            "its file system with locks (Lustre with -o flock, NFS with a lock daemon), or set run_dir to a folder on "
+            "another one"
+        ) from error
+
+
 def in_use(path: Path) -> bool:
-    """Whether a process holds the journal: the run that it belongs to is in progress."""
+    """Whether a process holds the journal: the run that it belongs to is in progress. Raises `ValueError` if it cannot
+    be locked."""
     if not path.exists():
         return False
     with path.open("rb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            lock(file.fileno(), path, fcntl.LOCK_SH)
         except BlockingIOError:
             return True
     return False

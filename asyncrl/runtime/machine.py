@@ -61,10 +61,13 @@ def nearest(folder: Path) -> Path:
 
 
 def write(folder: Path) -> str:
-    """Writes a file to the nearest existing folder; nothing is left behind."""
+    """Writes a file to the nearest existing folder and locks it, as a run does its journal; nothing is left behind."""
+    from asyncrl.recovery.journal import lock
+
     with tempfile.TemporaryFile(dir=nearest(folder)) as file:
         file.write(b"x")
-    return f"{folder} can be written"
+        lock(file.fileno(), folder)
+    return f"{folder} can be written, and files in it locked"
 
 
 def count_cores() -> int:
