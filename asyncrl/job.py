@@ -104,6 +104,7 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
                 metrics.say(
                     f"going on from step {first_step}, {'the newest checkpoint' if saved else 'as none was saved'}"
                 )
+                _clear_checkpoints(metrics, folder / "checkpoints")
             for line in changes:
                 metrics.say(f"changed at step {first_step}: {line}")
             _say_how_it_begins(metrics, config, journal, task)
@@ -164,6 +165,14 @@ def open_journal(folder: Path, buffer: Buffer, *, resumed: bool) -> tuple[Journa
     else:
         journal.append(Resumed(version=cursor.version))
     return journal, saved
+
+
+def _clear_checkpoints(metrics: Metrics, root: Path) -> None:
+    """Not before the journal is held: another process might be writing one of them."""
+    count, num_bytes = checkpoint.clear(root)
+    if count:
+        size = f"{num_bytes / 1e6:,.1f} MB"
+        metrics.say(f"unfinished folders in checkpoints/, left by a kill, are deleted: {count}, {size}")
 
 
 def _say_how_it_begins(metrics: Metrics, config: Config, journal: Journal, task: Task) -> None:

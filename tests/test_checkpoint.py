@@ -1,5 +1,7 @@
 """Checkpoints: whole or not there, damage found by checksum, the one before used, the random state kept."""
 
+import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -7,11 +9,14 @@ import torch
 from helpers import run
 from safetensors import SafetensorError
 from test_loop import small
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from asyncrl import job
 from asyncrl.monitor import metrics
 from asyncrl.recovery import checkpoint, groups
 from asyncrl.recovery.checkpoint import Cursor
+from asyncrl.recovery.journal import Journal
 
 
 def fill(folder):
@@ -104,15 +109,52 @@ def test_a_save_that_fails_leaves_nothing_and_what_was_there_stays(tmp_path):
     assert [folder.name for folder in tmp_path.iterdir()] == ["step-000001"]
 
 
-def test_a_file_that_is_cut_short_by_the_disk_is_an_error_of_the_disk(tmp_path):
-    """safetensors has an error of its own for it, which would end a run that can go on without this checkpoint."""
+def fail_like_safetensors(_folder):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    def cut(_folder):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
+@pytest.mark.parametrize(
+    "cut",
+    [
+        fail_like_safetensors,
+        pytest.param(
+            lambda _folder: Tokenizer(BPE()).save("/dev/full"),
+            marks=pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has such a device"),
+        ),
+    ],
+)
+def test_a_file_that_is_cut_short_by_the_disk_is_an_error_of_the_disk(tmp_path, cut):
+    """Libraries have errors of their own for it, which would end a run that can go on without this checkpoint."""
     with pytest.raises(OSError, match=r"could not be written: .*No space left"):
         checkpoint.write(tmp_path, Cursor(1, 0, []), cut, keep=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_old_one_that_cannot_be_deleted_fails_no_save_is_not_taken_for_a_whole_one_and_goes_with_the_next(
+    tmp_path, monkeypatch
+):
+    saved(tmp_path, 1)
+
+    def half(folder, ignore_errors=False):
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        if not ignore_errors:
+            raise OSError(39, "Directory not empty", ".nfs0001")
+
+    monkeypatch.setattr(shutil, "rmtree", half)
+    with pytest.warns(UserWarning, match=r"step-000001.* goes with the next save: .*Directory not empty"):
+        (second,) = saved(tmp_path, 2, keep=1)
+    monkeypatch.undo()
+    assert checkpoint.folders(tmp_path) == [second]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".step-000001.old", "step-000002"]
+    saved(tmp_path, 3, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
+
+
+def test_one_of_the_same_version_gives_way_whatever_keeps_its_files(tmp_path, monkeypatch):
+    saved(tmp_path, 1)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    (again,) = saved(tmp_path, 1)
+    assert checkpoint.latest(tmp_path) == again
 
 
 def test_the_weights_of_the_folder_are_the_models_alone(tmp_path):
@@ -152,6 +194,23 @@ def test_a_run_goes_on_without_a_checkpoint_that_the_disk_refused_and_from_one_b
     assert again.version == 4
     rows = [row["version"] for row in metrics.read(result.folder) if "reward/mean" in row]
     assert rows == [1, 2, 3, 4]
+
+
+def test_what_a_killed_save_left_is_deleted_and_told_of_once_no_other_process_holds_the_run(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(metrics.Metrics, "say", lambda _self, text: said.append(text))
+    folder = run(job.train(small(tmp_path, "num_steps=1"), quiet=True)).folder
+    partial = folder / "checkpoints" / ".step-000002.partial"
+    (partial / "learner").mkdir(parents=True)
+    (partial / "learner" / "optimizer.safetensors").write_bytes(bytes(2_500_000))
+    config = small(tmp_path, "num_steps=3", "checkpoint.every=1")
+    with closing(Journal(folder / "journal.bin")), pytest.raises(ValueError, match="another process"):
+        run(job.train(config, folder, quiet=True))
+    assert partial.exists()
+    assert run(job.train(config, folder, quiet=True)).version == 3
+    assert not partial.exists()
+    told = "unfinished folders in checkpoints/, left by a kill, are deleted: 1, 2.5 MB"
+    assert [line for line in said if "unfinished" in line] == [told]
 
 
 def test_a_run_goes_on_when_groups_cannot_be_written_and_says_so(tmp_path, monkeypatch, capsys):

@@ -5,10 +5,10 @@
                                adapter/: adapter_model.safetensors, adapter_config.json (runs with LoRA)
                                manifest.json: the BLAKE2 checksum of each of these files
 The learner's part has a folder of its own because engines take every *.safetensors beside the model's for weights.
-Written under a temporary name, synced to disk file by file and renamed when complete, so a folder of this name was
-whole once. What happened to it since is checked when a run is resumed: a damaged checkpoint is set aside with a warning
-and the one before it is used. Safetensors and JSON: nothing is unpickled. The learning rate is a function of the
-version, so no scheduler has a state of its own.
+Written under a hidden name, synced to disk file by file and renamed when complete, so a folder of this name was whole
+once; to be deleted it is hidden again. What happened to it since is checked when a run is resumed: a damaged checkpoint
+is set aside with a warning and the one before it is used. Safetensors and JSON: nothing is unpickled. The learning rate
+is a function of the version, so no scheduler has a state of its own.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def write(root: Path, cursor: Cursor, fill: Callable[[Path], None], *, keep: int
 
     Raises `OSError` if the disk does not take it.
     """
-    folder = root / f"step-{cursor.version:06d}"
+    folder = folder_of(root, cursor.version)
     partial = root / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True, mode=0o700)
@@ -99,17 +99,60 @@ def write(root: Path, cursor: Cursor, fill: Callable[[Path], None], *, keep: int
         (partial / _MANIFEST).write_bytes(msgspec.json.encode(manifest))
         for path in (partial / _MANIFEST, *(path for path in partial.iterdir() if path.is_dir()), partial):
             _sync(path)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            _hide(folder)
         partial.rename(folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # what it makes of a full disk
+        if _of_disk(error):
             raise OSError(f"{partial} could not be written: {error}") from error
         raise
     _sync(root)
-    for old in folders(root)[:-keep]:
-        shutil.rmtree(old)
+    _rotate(root, keep)
     return folder
+
+
+def _of_disk(error: BaseException) -> bool:
+    """Whether it is what a library in Rust makes of an error of the system: safetensors has a class for it, tokenizers
+    raises an `Exception` that ends in "(os error 28)"."""
+    return isinstance(error, SafetensorError) or (type(error) is Exception and "(os error " in str(error))
+
+
+def _rotate(root: Path, keep: int) -> None:
+    """Deletes all but the newest `keep`. What fails is tried again after the next save: this one is complete."""
+    try:
+        for old in folders(root)[:-keep]:
+            _hide(old)
+    except OSError as error:
+        warnings.warn(f"an old checkpoint stays for now: {error}", stacklevel=2)
+    clear(root)
+
+
+def _hide(folder: Path) -> None:
+    """Renames a checkpoint that is to be deleted: half of one must never be taken for a whole one."""
+    folder.rename(folder.with_name(f".{folder.name}.old"))
+
+
+def clear(root: Path) -> tuple[int, int]:
+    """Deletes what is left of saves and deletions that were cut short. Returns how many folders went, and their bytes.
+
+    One that cannot be deleted is warned of: NFS keeps the files that another process still reads.
+    """
+    count = num_bytes = 0
+    for folder in root.glob(".step-*"):
+        try:
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            shutil.rmtree(folder)
+        except OSError as error:
+            warnings.warn(f"{folder} stays for now and goes with the next save: {error}", stacklevel=2)
+        else:
+            count, num_bytes = count + 1, num_bytes + size
+    return count, num_bytes
+
+
+def folder_of(root: Path, version: Version) -> Path:
+    """Where the checkpoint of a version is."""
+    return root / f"step-{version:06d}"
 
 
 def folders(root: Path) -> list[Path]:
