@@ -24,6 +24,9 @@ from asyncrl.staleness import StalenessControl
 from asyncrl.step_row import Generated
 from asyncrl.types import Group, Prompt, Version
 
+_LOOKS, _LOOK_S = 70, 1.0
+"""How often the driver looks for a checkpoint, and the seconds in between: NFS may show an old listing for 60 s."""
+
 
 @dataclass(slots=True)
 class System:
@@ -165,6 +168,7 @@ async def save(system: System, *, last: bool = False) -> None:
     """A checkpoint of the current version. The learner waits for it, generation does not.
 
     A disk that refuses it is reported and the run goes on from the checkpoints before, unless this was its last chance.
+    Raises `ValueError` if the driver does not see what the learner wrote: that would be so for every one.
     """
     version = system.learner.version
     if system.prompts.is_saved(version):
@@ -176,10 +180,26 @@ async def save(system: System, *, last: bool = False) -> None:
                 system.watchdog.wait("save", f"the checkpoint of version {version}"),
             ):
                 await system.learner.save(system.checkpoints, system.prompts.cursor(version))
+                kept = await _look_for(version, system.checkpoints)
     except OSError as error:
         if last:
             raise
         system.metrics.say(f"alarm: no checkpoint of version {version}: {error}; the next try is at the next one")
         return
-    kept = [checkpoint.version_of(folder) for folder in checkpoint.folders(system.checkpoints)]
-    system.prompts.saved(version, kept or [version])
+    system.prompts.saved(version, kept)
+
+
+async def _look_for(version: Version, root: Path) -> list[Version]:
+    """The versions whose checkpoints the driver sees, this one among them."""
+    for look in range(_LOOKS):
+        if look:
+            await asyncio.sleep(_LOOK_S)
+        folders = await asyncio.to_thread(checkpoint.folders, root)
+        kept = [checkpoint.version_of(folder) for folder in folders]
+        if version in kept:
+            return kept
+    raise ValueError(
+        f"the learner wrote the checkpoint of version {version} and the driver does not see it in {root}: both must "
+        "see the same run_dir; set run_dir to a folder that every node mounts, or place the learner on the driver's "
+        "node (cluster.learner_resources)"
+    )

@@ -40,6 +40,8 @@ from asyncrl.algo.diagnostics import METRICS as DIAGNOSTICS
 from asyncrl.config import Config
 from asyncrl.loop import run
 from asyncrl.monitor.metrics import Metrics
+from asyncrl.recovery import checkpoint
+from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.recovery.journal import Journal
 from asyncrl.recovery.prompts import PromptQueue
 from asyncrl.rollout import UpdateReport, make_group
@@ -138,8 +140,8 @@ class SimulatedLearner:
     def broadcast(self, _audience: Audience) -> str:
         return DIGEST
 
-    def save(self, *_arguments: Any) -> None:
-        pass
+    def save(self, root: Path, cursor: Cursor) -> None:
+        checkpoint.folder_of(root, cursor.version).mkdir(parents=True)  # the driver looks for it
 
 
 class CpuClock(Metrics):

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, damage found by checksum, the one before used, the random state kept."""
 
+import itertools
 import shutil
 from contextlib import closing
 from pathlib import Path
@@ -12,11 +13,12 @@ from test_loop import small
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from asyncrl import job
+from asyncrl import job, system
 from asyncrl.monitor import metrics
 from asyncrl.recovery import checkpoint, groups
 from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.recovery.journal import Journal
+from asyncrl.runtime.local import LocalLearner
 
 
 def fill(folder):
@@ -194,6 +196,36 @@ def test_a_run_goes_on_without_a_checkpoint_that_the_disk_refused_and_from_one_b
     assert again.version == 4
     rows = [row["version"] for row in metrics.read(result.folder) if "reward/mean" in row]
     assert rows == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_checkpoint_that_the_driver_does_not_see_is_not_booked_and_ends_the_run_unless_it_shows_later(
+    tmp_path, monkeypatch, shown
+):
+    """A learner on another node writes to a disk of its own, or to a network file system that shows it late."""
+    real_save, real_folders = LocalLearner.save, checkpoint.folders
+    elsewhere, looks = tmp_path / "own", itertools.count()
+
+    async def save(self, _root, cursor):
+        await real_save(self, elsewhere, cursor)
+
+    def look(root):
+        if root != elsewhere and shown and next(looks) == 2:
+            root.symlink_to(elsewhere)
+        return real_folders(root)
+
+    monkeypatch.setattr(LocalLearner, "save", save)
+    monkeypatch.setattr(checkpoint, "folders", look)
+    monkeypatch.setattr(system, "_LOOK_S", 0)
+    train = job.train(small(tmp_path, "checkpoint.every=1"), quiet=True)
+    if shown:
+        assert run(train).version == 4
+    else:
+        with pytest.raises(ValueError, match=r"version 1 and the driver does not see .*checkpoints: .*; set run_dir"):
+            run(train)
+    (folder,) = tmp_path.glob("*-sevens")
+    with closing(Journal(folder / "journal.bin")) as journal:
+        assert journal.accounts.kept == ((3, 4) if shown else (0,))
 
 
 def test_what_a_killed_save_left_is_deleted_and_told_of_once_no_other_process_holds_the_run(tmp_path, monkeypatch):
