@@ -258,13 +258,17 @@ def test_outputs_are_compared_as_the_benchmark_does(printed, expected, functiona
 LONG = "for number in range(20000): print(number)"
 SHORT_NAMES = (
     "depth = lambda n: n and 1 + depth(n - 1)\n"
-    "print(len(deque([gcd(4, 6)])), heappop([2]), depth(3000), sorted(accumulate([1, 2])), pow(2, 3, 5))"
+    "print(len(deque([gcd(4, 6)])), heappop([2]), depth(3000), sorted(accumulate([1, 2])), pow(2, 3, 5))\n"
+    "print(bisect.bisect([1], 1), copy.copy(1), random.Random, date.min)"
 )
 
 
 @pytest.mark.parametrize(
     ("program", "expected"),
-    [(LONG, "\n".join(map(str, range(20000)))), (SHORT_NAMES, "1 2 3000 [1, 3] 3")],
+    [
+        (LONG, "\n".join(map(str, range(20000)))),
+        (SHORT_NAMES, "1 2 3000 [1, 3] 3\n1 1 <class 'random.Random'> 0001-01-01"),
+    ],
     ids=["long output", "short names"],
 )
 def test_programs_may_print_and_call_what_the_benchmark_lets_them(tokenizer, tmp_path, program, expected):

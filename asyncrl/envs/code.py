@@ -34,12 +34,12 @@ if __name__ == "__main__":
     _function = getattr(Solution(), {name!r}) if "Solution" in globals() else globals()[{name!r}]
     print(_json.dumps(_function(*_arguments)))
 """
-# What LiveCodeBench's solutions take for granted: modules by name, what is in them, and calls this deep.
+# What LiveCodeBench's solutions take for granted: what is in these modules, the modules by name (which come second, as
+# some hold a function of their own name), and calls this deep.
 _IMPORTS = """
-import bisect, collections, copy, datetime, functools, heapq, io, itertools, json, math, operator, random, re
-import statistics, string, sys
 from string import *
 from re import *
+from datetime import *
 from collections import *
 from heapq import *
 from bisect import *
@@ -52,9 +52,11 @@ from functools import *
 from operator import *
 from io import *
 from sys import *
+from json import *
 from typing import *
 from builtins import *
-from datetime import date, time, timedelta
+import bisect, collections, copy, datetime, functools, heapq, io, itertools, json, math, operator, random, re
+import statistics, string, sys, typing
 sys.setrecursionlimit(50000)
 """
 _ROOM = 1 << 16

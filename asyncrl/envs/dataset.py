@@ -16,7 +16,6 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date, time
 from functools import cache
@@ -249,15 +248,19 @@ def _dumped(scoring: dict[str, Any], source: str) -> str:
     try:
         return json.dumps(scoring, default=_time_as_text)
     except TypeError as error:
-        for name, value in scoring["columns"].items():
-            with suppress(TypeError):
-                json.dumps(value, default=_time_as_text)
-                continue
-            raise ValueError(
-                f"{source}: column {name!r} holds {type(value).__name__}, and rows travel as JSON: remove the column, "
-                "or write text, numbers, lists or tables in it"
-            ) from error
-        raise
+        name, value = next((name, value) for name, value in scoring["columns"].items() if not _has_json(value))
+        raise ValueError(
+            f"{source}: column {name!r} holds {type(value).__name__}, and rows travel as JSON: remove the column, or "
+            "write text, numbers, lists or tables in it"
+        ) from error
+
+
+def _has_json(value: Any) -> bool:
+    try:
+        json.dumps(value, default=_time_as_text)
+    except TypeError:
+        return False
+    return True
 
 
 def _time_as_text(value: Any) -> str:
