@@ -48,33 +48,41 @@ UNLEARNT = [
 
 
 class Remotely:
-    """A Ray actor whose engine has died."""
+    """A Ray actor whose calls all fail."""
 
-    class method:
-        @staticmethod
-        def remote(*_arguments):
-            return asyncio.ensure_future(Remotely.fail())
+    def __init__(self, error):
+        async def fail():
+            raise error
 
-    class exchange:
-        @staticmethod
-        def remote(prompts):
+        def exchange(prompts):
             answers: Future = Future()
-            answers.set_result([(number, EngineDied("process 7 ended")) for number, _ in prompts])
+            if isinstance(error, EngineDied):  # the process lives, and says so of each prompt
+                answers.set_result([(number, error) for number, _ in prompts])
+            else:
+                answers.set_exception(error)
             return SimpleNamespace(future=lambda: answers), []
 
-    evaluate = join = release = update_weights = method
-
-    @staticmethod
-    async def fail():
-        raise EngineDied("process 7 ended")
+        method = SimpleNamespace(remote=lambda *_: asyncio.ensure_future(fail()))
+        self.evaluate = self.join = self.release = self.update_weights = method
+        self.exchange = SimpleNamespace(remote=exchange)
 
 
-def test_an_actor_dies_with_its_engine():
+@pytest.mark.parametrize(
+    "error",
+    [
+        EngineDied("process 7 ended"),
+        ray.exceptions.ActorUnavailableError("process 7 ended", None),
+        ray.exceptions.OutOfMemoryError("process 7 ended"),
+        ray.exceptions.NodeDiedError("process 7 ended"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_actor_dies_with_its_engine_its_node_or_its_memory(error):
     async def body():
-        actor = RemoteRollout("rollout 3", Remotely(), {"num_ranks": 1})
+        actor = RemoteRollout("rollout 3", Remotely(error), {"num_ranks": 1})
         calls = [actor.run(Prompt(0, (1,), "")), actor.evaluate([]), actor.release(), actor.update_weights([], 1)]
         for call in calls:
-            with pytest.raises(ActorDied, match="rollout 3: process 7 ended"):
+            with pytest.raises(ActorDied, match="process 7 ended"):
                 await call
 
     run(body())

@@ -27,7 +27,12 @@ from asyncrl.weights import Bucket
 _CLOSE_S = 60.0  # an engine waits for its processes for 30
 _ALIKE_S = 10.0
 """Within which the ranks of a learner all find that tokens are lost, or some of them have copies."""
-_DEATHS = (ray.exceptions.RayActorError, EngineDied)  # without its engine an actor is of no use
+_DEATHS = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.OutOfMemoryError,  # Ray's memory monitor ended it, which Ray does not call a death
+    ray.exceptions.NodeDiedError,
+    EngineDied,  # without its engine an actor is of no use
+)
 
 
 class RemoteRollout:
@@ -82,7 +87,9 @@ class RemoteRollout:
         return asyncio.wrap_future(answers.future()), tokens
 
     def _explain(self, error: BaseException) -> Exception:
-        return (ActorDied if isinstance(error, _DEATHS) else RuntimeError)(f"{self.name}: {error}")
+        if isinstance(error, _DEATHS):
+            return ActorDied(str(error))  # whose name is told by whoever takes it out
+        return RuntimeError(f"{self.name}: {error}")
 
 
 class RemoteLearner:
