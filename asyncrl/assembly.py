@@ -69,8 +69,8 @@ def make_system(
     for number, actor in enumerate(evaluating):
         actor.name = f"evaluator {number}"
     pool = RolloutPool(training, config.rollout.max_attempts, metrics.timeline)
-    pool.say = metrics.say
     evaluators = RolloutPool(evaluating, config.rollout.max_attempts, metrics.timeline)
+    pool.say = evaluators.say = metrics.say
     watchdog = make_watchdog(config, folder, learner, pool, metrics.say, evaluators=evaluators)
     pool.watchdog = evaluators.watchdog = watchdog
     supervisor = Supervisor(

@@ -12,6 +12,7 @@ waits for it any more, and is closed then.
 from __future__ import annotations
 
 import asyncio
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,9 @@ from asyncrl.monitor.timeline import Timeline
 from asyncrl.recovery.watchdog import Watchdog, watched
 from asyncrl.types import Failure, Group, Prompt, Version
 from asyncrl.update_group import Reports, UpdateGroup, measure
+
+_TOLD_CHARACTERS = 400
+"""Of why an actor died: Ray names node, process and reason first, and goes on for a page."""
 
 
 class RolloutFailed(RuntimeError):
@@ -42,7 +46,7 @@ class RolloutPool:
         self.watchdog: Watchdog | None = None
         """Told of every prompt that is waited for."""
         self.say: Callable[[str], None] = lambda _line: None
-        """Told of the first failure of each kind; all of them are counted."""
+        """Told of every death and of the first failure of each other kind; all of them are counted."""
         self._load: dict[RolloutHandle, int] = dict.fromkeys(actors, 0)
         self._joining: list[RolloutHandle] = []  # without weights so far
         self._retired: list[RolloutHandle] = []  # those with prompts of before, and weights
@@ -277,6 +281,7 @@ class RolloutPool:
         self.failures["actor died"] += 1
         if not self._load and not self._expects_more:
             raise AllActorsDied(f"the last rollout actor, {actor.name}, died: {error}") from error
+        self.say(f"alarm: {actor.name} died: {textwrap.shorten(str(error), _TOLD_CHARACTERS, placeholder=' ...')}")
 
     def _handle_deaths(self, actors: list[RolloutHandle], results: Sequence[object]) -> bool:
         dead = [(a, r) for a, r in zip(actors, results, strict=True) if isinstance(r, ActorDied)]

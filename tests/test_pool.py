@@ -98,6 +98,13 @@ def supervised(pool, start, folder, **options):
     return asyncio.ensure_future(supervisor.run(asyncio.Lock(), lambda: pool.update_weights(Learner())))
 
 
+async def ask(folder, wanted):
+    """Another number of actors, of a supervisor that looks often; comes back once it has read that."""
+    (folder / "control.json").write_text(f'{{"num_rollout_actors": {wanted}}}')
+    while (folder / "control.json").exists():
+        await asyncio.sleep(0.01)
+
+
 def test_prompts_go_to_the_least_loaded():
     async def body():
         slow, fast = Actor("slow"), Actor("fast")
@@ -201,13 +208,18 @@ def test_a_prompt_out_of_attempts_is_named():
 def test_the_dead_leave_and_the_last_death_ends_the_run():
     async def body():
         dying, other = Actor("dying"), Actor("other")
-        pool = RolloutPool([dying, other], max_attempts=3)
+        pool, said = RolloutPool([dying, other], max_attempts=3), []
+        pool.say = said.append
         await pool.update_weights(Learner())
         assert [dying.joined, other.joined] == [[(3, 1)], [(3, 2)]]
-        dying.error = ActorDied("gone")
+        dying.error = ActorDied("gone:\n\tpid 7\n" + "and more " * 100)
         dying.update_error = dying.error
         assert [group.prompt for group in await pool.evaluate(PROMPTS)] == PROMPTS
         assert pool.actors == [other]
+        (line,) = said
+        assert line.startswith("alarm: dying died: gone: pid 7 and more")
+        assert line.endswith(" ...")
+        assert len(line) < 450
         await pool.update_weights(Learner())
         assert other.joined[-1] == (2, 1), "the survivors form a group of their own"
         other.error = ActorDied("gone too")
@@ -341,23 +353,18 @@ def test_starts_under_way_are_stopped_before_an_actor_is_retired(tmp_path, monke
             if wanted > 4:
                 raise ValueError(f"no room for {wanted}")
 
-        async def ask(wanted):
-            (tmp_path / "control.json").write_text(f'{{"num_rollout_actors": {wanted}}}')
-            while (tmp_path / "control.json").exists():
-                await asyncio.sleep(0.01)
-
         pool = RolloutPool([Actor("rollout 0"), Actor("rollout 1")], max_attempts=1)
         await pool.update_weights(Learner())
         options = {"target": 2, "first_number": 2, "max_replacements": 0, "check_number": check_number}
         watch = supervised(pool, start, tmp_path, **options)
-        await ask(5)
+        await ask(tmp_path, 5)
         await asyncio.sleep(0)  # they start
-        await ask(3)
+        await ask(tmp_path, 3)
         await asyncio.sleep(0)
         assert stopped == [4, 3]
         gate.set()
         for wanted in (3, 4):
-            await ask(wanted)
+            await ask(tmp_path, wanted)
             while len(pool.actors) < wanted:
                 await asyncio.sleep(0.01)
         assert [actor.name for actor in pool.actors] == [f"rollout {number}" for number in (0, 1, 2, 5)]
@@ -369,6 +376,34 @@ def test_starts_under_way_are_stopped_before_an_actor_is_retired(tmp_path, monke
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "alarm" in line] == ["alarm: no room for 5"]
     assert [line.split()[2] for line in lines if "its start is stopped" in line] == ["4", "3"]
+
+
+def test_used_up_replacements_are_told_once_and_asking_again_starts_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(supervisor, "_LOOK_S", 0.01)
+
+    async def body():
+        async def start(number):
+            return Actor(f"rollout {number}")
+
+        pool = RolloutPool([Actor("rollout 0"), Actor("rollout 1"), Actor("rollout 2")], max_attempts=3)
+        await pool.update_weights(Learner())
+        watch = supervised(pool, start, tmp_path, target=3, first_number=3, max_replacements=0)
+        for number in range(3):
+            dying = pool.actors[0]
+            dying.error = dying.update_error = ActorDied("gone")
+            await pool.evaluate(PROMPTS)
+            await asyncio.sleep(0.05)  # several looks
+            if number == 1:
+                await ask(tmp_path, 3)
+                while len(pool.actors) < 3:
+                    await asyncio.sleep(0.01)
+        watch.cancel()
+        assert [actor.name for actor in pool.actors] == ["rollout 3", "rollout 4"]
+
+    run(body())
+    alarms = [line for line in capsys.readouterr().out.splitlines() if "alarm" in line]
+    remedy = f"rollout.max_replacements are used up: launch/scale.py {tmp_path} 3 allows as many starts as are missing"
+    assert alarms == [f"alarm: 2 of 3 rollout actors are left and {remedy}"] * 2, "again after somebody asked"
 
 
 @pytest.mark.parametrize("what", ["evaluate", "update"])
@@ -490,9 +525,7 @@ def test_fewer_are_asked_for_while_the_last_replacement_starts(tmp_path):
         watch = supervised(pool, start, tmp_path, target=2, first_number=1, max_replacements=1)
         play = asyncio.ensure_future(pool.run(PROMPTS[0]))
         await asyncio.sleep(0.05)
-        (tmp_path / "control.json").write_text('{"num_rollout_actors": 1}')
-        while (tmp_path / "control.json").exists():
-            await asyncio.sleep(0.01)
+        await ask(tmp_path, 1)
         gate.set()
         assert (await play).prompt == PROMPTS[0]
         watch.cancel()

@@ -66,6 +66,7 @@ class Supervisor:
         self._say, self._check_number = say, check_number
         self._next_number = first_number
         self._starting: dict[int, asyncio.Task[None]] = {}  # by the actor's number
+        self._told_of_lack = False  # since somebody asked last
         pool.expect(max_replacements > 0)
         (folder / _CONTROL).unlink(missing_ok=True)  # asked of an earlier life
 
@@ -108,10 +109,10 @@ class Supervisor:
         except msgspec.MsgspecError as error:
             self._say(f"alarm: {path} is ignored: {error}")
         else:
-            self._say(f"rollout actors: {self._target} -> {wanted}")
+            self._say(f"rollout actors: {self._num_actors} -> {wanted}")
             self._check_room(wanted)
-            self._left += max(0, wanted - self._target)
-            self._target = wanted
+            self._left += max(0, wanted - self._num_actors)
+            self._target, self._told_of_lack = wanted, False
         path.unlink()
 
     def _check_room(self, wanted: int) -> None:
@@ -122,7 +123,7 @@ class Supervisor:
             self._say(f"alarm: {error}")
 
     def _stop_surplus_starts(self) -> None:
-        """Before actors that work are retired. No replacement is given back: a target that rises brings its own."""
+        """Before actors that work are retired. No replacement is given back: who asks for more allows their starts."""
         while self._starting and self._num_actors > self._target:
             number, task = self._starting.popitem()  # the newest
             task.cancel()
@@ -133,6 +134,12 @@ class Supervisor:
             self._left -= 1
             self._starting[self._next_number] = asyncio.create_task(self._start_one(self._next_number))
             self._next_number += 1
+        if 0 < self._num_actors < self._target and not self._told_of_lack:
+            self._told_of_lack = True
+            self._say(
+                f"alarm: {self._num_actors} of {self._target} rollout actors are left and rollout.max_replacements are "
+                f"used up: launch/scale.py {self._folder} {self._target} allows as many starts as are missing"
+            )
         self._pool.expect(self._left > 0 or bool(self._starting) or self._pool.num_joining > 0)
 
     def _retire_surplus(self) -> None:
