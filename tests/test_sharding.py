@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import shutil
+import sys
 import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -21,6 +22,7 @@ from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.runtime.parts import LearnerPart
 from asyncrl.runtime.placement import plan
 from asyncrl.tiny import build_tiny
+from asyncrl.training import sharding
 from asyncrl.training.learner import Learner
 from asyncrl.training.sharding import Ranks, join_ranks
 from asyncrl.transport import BroadcastGroup, open_rendezvous
@@ -138,6 +140,32 @@ def assert_close(some, others, rtol=0.0, atol=1e-5):
         torch.testing.assert_close(
             value, others[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def gloo_interface(_ranks):
+    return os.environ.get("GLOO_SOCKET_IFNAME")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="interfaces are left alone elsewhere")
+def test_ranks_meet_over_the_interface_of_their_node(on_ranks):
+    assert on_ranks(2, gloo_interface) == ["lo", "lo"]
+    assert sharding.interface_of("203.0.113.7") is None, "an address for documentation, which nobody has"
+
+
+@pytest.mark.parametrize(
+    ("address", "given", "found"),
+    [
+        ("127.0.0.1", {}, {"GLOO_SOCKET_IFNAME": "eth7"}),
+        ("198.51.100.3", {}, {"GLOO_SOCKET_IFNAME": "eth7", "NCCL_SOCKET_IFNAME": "=eth7"}),
+        ("198.51.100.3", {"GLOO_SOCKET_IFNAME": "ib0"}, {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "=eth7"}),
+        ("198.51.100.3", {"NCCL_SOCKET_IFNAME": "ib"}, {"GLOO_SOCKET_IFNAME": "eth7", "NCCL_SOCKET_IFNAME": "ib"}),
+    ],
+)
+def test_an_interface_that_the_user_names_is_left_and_nccl_gets_no_loopback(monkeypatch, address, given, found):
+    monkeypatch.setattr(sharding, "interface_of", lambda _address: "eth7")
+    monkeypatch.setattr(os, "environ", dict(given))
+    sharding.prefer_interface(address)
+    assert os.environ == found
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])

@@ -85,7 +85,8 @@ class LearnerActor:
         """Meets the other ranks, if there are any, and builds the learner."""
         ranks = None
         if where is not None:
-            ranks = join_ranks(where, rank, self._arguments[-1].device, self._store if rank == 0 else None)
+            store = self._store if rank == 0 else None
+            ranks = join_ranks(where, rank, self._arguments[-1].device, _own_address(), store)
         self._part = LearnerPart(*self._arguments, address=_own_address(), ranks=ranks)
         self._learner = self._part.learner
         garbage.settle()

@@ -10,6 +10,12 @@ All of these wait for every rank, so ranks make the same calls in the same order
 
 from __future__ import annotations
 
+import fcntl
+import ipaddress
+import os
+import socket
+import struct
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,6 +33,7 @@ from asyncrl.transport import Rendezvous
 
 TIMEOUT_S = 1800.0
 """Bound on one collective of the learner ranks. The driver hears of a rank that died long before."""
+_SIOCGIFADDR = 0x8915  # of Linux: the IPv4 address of an interface, in the bytes 20 to 23 of the answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +67,12 @@ class Ranks:
         return items or []
 
 
-def join_ranks(where: Rendezvous, rank: int, device: str, store: TCPStore | None = None) -> Ranks:
-    """Blocks until every learner rank has come; `store` is the opened meeting point, at the first rank."""
+def join_ranks(
+    where: Rendezvous, rank: int, device: str, address: str = "127.0.0.1", store: TCPStore | None = None
+) -> Ranks:
+    """Blocks until every learner rank has come; `address` is this rank's own node, `store` the opened meeting point, at
+    the first rank."""
+    prefer_interface(address)
     timeout = timedelta(seconds=where.timeout_s)
     if device == "cuda":
         torch.cuda.set_device(0)  # the only GPU that the process sees
@@ -73,6 +84,34 @@ def join_ranks(where: Rendezvous, rank: int, device: str, store: TCPStore | None
         timeout=timeout,
     )
     return Ranks(rank, where.world_size, init_device_mesh(device, (where.world_size,)))
+
+
+def prefer_interface(address: str) -> None:
+    """Has gloo and NCCL of this process use the interface that has this address, unless the environment names one.
+
+    Of its own accord gloo tells the others the address that the host's name resolves to, often a loopback one.
+    """
+    name = interface_of(address)
+    if name is None:
+        return
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    if not ipaddress.ip_address(address).is_loopback:  # over which NCCL reaches nobody
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # this one, and not all whose names begin so
+
+
+def interface_of(address: str) -> str | None:
+    """The interface whose IPv4 address this is; None if there is none, and on other systems than Linux."""
+    if sys.platform != "linux":
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(asking, _SIOCGIFADDR, struct.pack("40s", name.encode()))
+            except OSError:  # it has no address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None
 
 
 def shard(module: nn.Module, layers: Iterable[nn.Module], ranks: Ranks, *, bfloat16: bool, hold: bool) -> None:
