@@ -4,6 +4,9 @@
                          [--dry-run] [--resume RUN_DIR]
 
 Without CONFIG.toml it runs configs/largest_digit.toml.
+
+Exit code: 0 after the last step; 75 when Ctrl-C or SIGTERM ended the run before it, saved, for --resume to go on;
+130 or 143 when one of them interrupted it at once; 2 for what the last line says, and 1 with a stack for anything else.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -23,6 +27,8 @@ from asyncrl.config import Config
 from asyncrl.threads import kept_handlers
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "largest_digit.toml"
+STOPPED = os.EX_TEMPFAIL
+"""The exit code of a run that was saved before its last step: what starts it again is not to take it for finished."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,7 +66,7 @@ def start(config: Config, options: argparse.Namespace) -> int:
 
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(train(config, options.resume, watch=options.watch))
+            result = runner.run(train(config, options.resume, watch=options.watch))
     except (ValueError, EnvFault, RolloutFailed) as error:
         return fail(error)
     except ExceptionGroup as group:
@@ -68,7 +74,7 @@ def start(config: Config, options: argparse.Namespace) -> int:
         if known is None or others is not None:
             raise
         return fail(known)
-    return 0
+    return 0 if result.version >= config.num_steps else STOPPED
 
 
 def interrupted(number: signal.Signals) -> int:

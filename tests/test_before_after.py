@@ -76,14 +76,15 @@ def test_a_process_that_should_end_is_told_and_one_that_fails_is_an_error(tmp_pa
     monkeypatch.setattr(before_after, "LAUNCH", tmp_path)
     (tmp_path / "waits.py").write_text(
         "import pathlib, signal, sys\n"
-        "signal.signal(signal.SIGINT, lambda *_: (pathlib.Path(sys.argv[1]).write_text('told'), sys.exit(0)))\n"
+        "signal.signal(signal.SIGINT, lambda *_: (pathlib.Path(sys.argv[1]).write_text('told'), sys.exit(75)))\n"
         "signal.pause()\n"
     )
     before_after.call("waits.py", [str(tmp_path / "told")], minutes=1 / 60)
     assert (tmp_path / "told").read_text() == "told"
-    (tmp_path / "fails.py").write_text("raise SystemExit(3)")
-    with pytest.raises(Exception, match="exit status 3"):
-        before_after.call("fails.py", [])
+    for code, minutes in ((3, None), (3, 1), (75, None)):
+        (tmp_path / "fails.py").write_text(f"raise SystemExit({code})")
+        with pytest.raises(Exception, match=f"exit status {code}"):
+            before_after.call("fails.py", [], minutes)
 
 
 def test_too_few_minutes_are_told_in_one_line(tmp_path, monkeypatch, capfd):

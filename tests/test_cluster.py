@@ -199,7 +199,7 @@ def test_sigterm_saves_no_process_or_open_port_is_left_and_the_run_goes_on(tmp_p
             if line.startswith("step 3 "):
                 addresses = listening(session_of(process.pid))
                 os.kill(process.pid, signal.SIGTERM)
-    assert process.returncode == 0, "".join(lines)
+    assert process.returncode == 75, "".join(lines)
     (folder,) = [path for path in tmp_path.iterdir() if path.name != "cache"]
     assert f"--resume {folder}" in "".join(lines)
     saved = checkpoint.load_cursor(checkpoint.latest(folder / "checkpoints"))

@@ -5,6 +5,7 @@ of these the script, the flags and the settings have to exist.
 """
 
 import json
+import os
 import re
 import runpy
 import shlex
@@ -183,6 +184,24 @@ def test_there_are_commands():
     assert len(SENTENCES) > 20
     assert {command for command in ONLY_PARSED if command not in LINES} == set()
     assert configuration.load(None, SMALL).num_steps == 2
+
+
+def test_the_job_of_the_guide_goes_on_with_the_newest_run_while_it_ends_with_75(tmp_path):
+    guide = (ROOT / "docs" / "guide.md").read_text()
+    (job,) = re.findall(r"```bash\n(.*?)```", guide, re.S)
+    (tmp_path / "job.sh").write_text(job)
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
+        '#!/bin/sh\necho "$@" >> told\nnumber=$(wc -l < told)\nmkdir -p runs/night/cache "runs/night/2026-$number"\n'
+        '[ "$number" -eq 3 ] || exit 75\n'
+    )
+    stand_in.chmod(0o700)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    again = re.search(r"`(while bash job\.sh.*?)`", guide)[1]
+    subprocess.run(["bash", "-c", again], cwd=tmp_path, env=environment, check=True, timeout=60)
+    first, *others = (tmp_path / "told").read_text().splitlines()
+    assert others == [f"launch/run.py --resume runs/night/2026-{number}" for number in (1, 2)]
+    run.resolve(run.parse(first.split()[1:]))
 
 
 def test_an_interrupt_at_the_start_is_one_line(monkeypatch, capsys):

@@ -135,7 +135,7 @@ def test_ctrl_c_ends_the_step_and_saves_below_the_view(tmp_path):
         data = read(terminal, until="learner for groups")
         os.write(terminal, b"x\r\x03")
         data += read(terminal)
-        assert process.wait() == 0
+        assert process.wait() == 75
     lines = screen_of(data.decode())
     assert sum(line.startswith("╭") for line in lines) == 1, "\n".join(lines)
     assert not any(line.startswith(("step ", "x", "^C")) for line in lines)
