@@ -21,6 +21,7 @@ from asyncrl.recovery.journal import Journal
 from asyncrl.recovery.prompts import PromptQueue
 from asyncrl.recovery.supervisor import Supervisor
 from asyncrl.recovery.watchdog import Watchdog
+from asyncrl.runtime.machine import show_token
 from asyncrl.staleness import StalenessControl
 from asyncrl.system import System
 from asyncrl.training.learner import row_length
@@ -98,15 +99,17 @@ def make_system(
 def load_runtime(config: Config) -> ModuleType:
     """The module that starts the actors; Ray is imported only where it is used.
 
-    A Ray of the run's own stays on loopback. Ray knows that for other systems only, and by a variable that it reads
-    when it is imported: too late if something else did so already.
+    A Ray of the run's own stays on loopback, and a cluster is shown the user's token. Ray knows the former for other
+    systems only, and both by variables that it reads when it is imported: too late if something else did so already.
     """
     if config.runtime == "local":
         from asyncrl.runtime import local
 
         return local
-    if config.cluster.address is None and "ray" not in sys.modules:
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    if "ray" not in sys.modules:
+        if config.cluster.address is None:
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        show_token(config.cluster.address)
     from asyncrl.runtime import cluster
 
     return cluster

@@ -34,6 +34,7 @@ try:
         listen,
         nearest,
         reach,
+        show_token,
         write,
     )
     from asyncrl.runtime.preflight import (
@@ -297,6 +298,7 @@ def draw_prompt(config: Config, tokenizer: Any) -> tuple[str, int]:
 
 def try_ray(config: Config, start: bool) -> str:
     """Imports Ray and, where asked to, starts it or joins the cluster, and stops it again."""
+    show_token(config.cluster.address)
     import ray
 
     if not start:

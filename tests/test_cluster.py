@@ -225,3 +225,21 @@ def test_of_rays_token_only_that_there_is_none_is_a_line(caplog, monkeypatch):
     assert not caplog.messages
     tokens._warn_token_auth_disabled()
     assert "Token authentication is disabled" in caplog.text
+
+
+SHOWN = """
+from asyncrl import assembly, config
+assembly.load_runtime(config.load(None, ["cluster.address=head:6379"]))
+from ray._raylet import AuthenticationMode, get_authentication_mode
+print(get_authentication_mode() == AuthenticationMode.TOKEN)
+"""
+
+
+def test_ray_hears_in_time_that_it_is_to_show_a_cluster_the_token(tmp_path):
+    """It reads the variable when it is imported."""
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("made-up")
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    told = subprocess.run([sys.executable, "-c", SHOWN], env=environment, capture_output=True, text=True, check=False)
+    assert told.stdout == "True\n", told.stderr

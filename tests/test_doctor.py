@@ -4,6 +4,7 @@ import errno
 import fcntl
 import importlib.util
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -308,6 +309,27 @@ def test_a_cluster_is_reached_or_not(monkeypatch, tmp_path):
         assert doctor.reach("auto") == f"{address} answers"
     with pytest.raises(ConnectionRefusedError):
         doctor.reach(address)
+
+
+@pytest.mark.parametrize(
+    ("address", "has_token", "modes"),
+    [
+        ("head:6379", True, (None, "token")),
+        ("head:6379", True, ("disabled", "disabled")),
+        ("head:6379", False, (None, None)),
+        (None, True, (None, None)),
+    ],
+)
+def test_a_cluster_is_shown_the_token_that_there_is_unless_the_user_says_otherwise(
+    monkeypatch, tmp_path, address, has_token, modes
+):
+    if has_token:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("made-up")
+    before, after = modes
+    monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path)} | ({"RAY_AUTH_MODE": before} if before else {}))
+    doctor.show_token(address)
+    assert os.environ.get("RAY_AUTH_MODE") == after
 
 
 def test_an_own_loss_is_tried():

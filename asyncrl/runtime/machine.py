@@ -87,6 +87,17 @@ def has_wandb_key() -> bool:
     return False
 
 
+def show_token(address: str | None) -> None:
+    """Has Ray show the cluster that it joins the token of `~/.ray/auth_token`, unless RAY_AUTH_MODE is set. To be
+    called before Ray is imported, which reads that variable then.
+
+    With an address Ray shows none of its own accord, and a head that was started where there is a token refuses it; a
+    cluster that asks for no token takes no notice of one.
+    """
+    if address is not None and (Path.home() / ".ray" / "auth_token").exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
 def reach(address: str) -> str:
     """Connects to the Ray cluster's head; "auto" is the one that was started on this machine."""
     if address == "auto":
