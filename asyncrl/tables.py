@@ -77,10 +77,10 @@ def assign(tree: dict[str, Any], word: str) -> None:
         if not isinstance(tree, dict):
             raise ValueError(f"cannot set {name!r}: {table!r} is a value, not a table")
     tree[key] = _parse(text)
-    if isinstance(tree[key], str) and text.startswith(("[", "{")):
+    if isinstance(tree[key], str) and text[:1] + text[-1:] in ("[]", "{}"):
         raise ValueError(
-            f"cannot read {word!r}: texts in a list or a table have quotes, and the shell leaves those alone in a word "
-            f'that has others around it, such as \'{name}=["first", "second"]\''
+            f"cannot read {word!r}: texts in a list or a table have quotes, and so does a text that looks like one; "
+            f'the shell leaves quotes alone within others, as in \'{name}=["first", "second"]\' or \'{name}="[one]"\''
         )
 
 

@@ -19,7 +19,8 @@ Version: TypeAlias = int
 """Learner steps baked into a set of weights; 0 is the initial checkpoint."""
 
 Finish: TypeAlias = Literal["stop", "length", "abort"]
-"""Why a completion ended: a stop token or text, the token budget, or an abort."""
+"""Why a completion ended: a stop token or text, even where it is the last token that the budget allows; the budget; or
+an abort."""
 
 Ints: TypeAlias = npt.NDArray[np.int32]
 Floats: TypeAlias = npt.NDArray[np.float32]

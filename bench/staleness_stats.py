@@ -64,7 +64,9 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def p_value(values: np.ndarray) -> float:
-    """Two-sided p-value of a mean of 0, over two seeds or more, by Student's t; 1 where all values are 0."""
+    """Two-sided p-value of a mean of 0, over seeds, by Student's t; 1 of one seed, and where all values are 0."""
+    if len(values) == 1:
+        return 1.0
     error = values.std(ddof=1) / math.sqrt(len(values))
     if error == 0:
         return float(values.mean() == 0)

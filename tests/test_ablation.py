@@ -59,6 +59,7 @@ def test_a_difference_that_every_seed_has_is_called():
     assert p_value(np.zeros(5)) == 1
     assert p_value(np.full(5, 0.5)) == 0
     assert interval(np.array([0.5])) == (0.5, 0.5)
+    assert p_value(np.array([0.5])) == 1
 
 
 def test_a_learning_rate_is_not_chosen_by_the_seed_that_it_scores():

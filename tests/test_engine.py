@@ -12,9 +12,11 @@ import torch
 from helpers import run
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 
+from asyncrl.config import TINY_BYTES
 from asyncrl.engine import kv_cache
 from asyncrl.engine.embedded import EmbeddedEngine
 from asyncrl.engine.sampler import sample, uniforms
+from asyncrl.engine.stops import is_stopped
 from asyncrl.model import load_model, load_tokenizer
 from asyncrl.tiny import build_tiny
 from asyncrl.transport import BroadcastGroup, open_rendezvous
@@ -196,6 +198,29 @@ def test_a_stop_text_ends_a_completion_with_the_token_that_completes_it(setup):
     assert (stopped.finish, stopped.token_ids.tolist()) == ("stop", free[:length])
     assert len(stopped.logprobs) == len(stopped.versions) == length
     assert (unstopped.finish, unstopped.token_ids.tolist()) == ("length", free)
+
+
+def test_a_stop_at_the_last_token_that_is_allowed_is_a_stop(setup):
+    decode = load_tokenizer(setup.folder).decode
+
+    async def body():
+        free = await setup.engine.generate(PROMPTS[0], Sampling(12), 1)
+        first = free.token_ids.tolist().index(free.token_ids[-1]) + 1
+        stops = {"stop_token_ids": (int(free.token_ids[-1]),)}, {"stop": (decode(free.token_ids[-1:].tolist()),)}
+        return first, [await setup.engine.generate(PROMPTS[0], Sampling(first, **stop), 1) for stop in stops]
+
+    first, stopped = run(body())
+    assert [(one.finish, len(one.token_ids)) for one in stopped] == [("stop", first)] * 2
+
+
+@pytest.mark.parametrize("text", ["</answer>", "né\N{EURO SIGN}", "\N{WHITE HEAVY CHECK MARK}", "\n\n"])
+def test_a_stop_text_is_found_with_its_last_byte_and_not_before(tmp_path, text):
+    build_tiny(tmp_path, name=TINY_BYTES, seed=0)
+    tokenizer = load_tokenizer(tmp_path)
+    sampling = Sampling(99, stop=("never", text))
+    tokens = tokenizer.encode(f"\N{PARTY POPPER}some {text}", add_special_tokens=False)
+    found = [length for length in range(1, len(tokens) + 1) if is_stopped(tokens[:length], sampling, tokenizer.decode)]
+    assert found == [len(tokens)]
 
 
 def test_versions_and_digests_follow_an_update(setup, trained):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from helpers import TextTokenizer, attempt, run
 
-from asyncrl.envs.base import checked_prompts, heldout_prompts, load_env, no_skill
+from asyncrl.envs.base import RESERVED_SOURCES, checked_prompts, heldout_prompts, load_env, no_skill
 from asyncrl.envs.chat import ChatFormat
 from asyncrl.model import load_tokenizer
+from asyncrl.monitor.metrics import METRICS
 from asyncrl.tiny import build_tiny
 from asyncrl.types import Completion, Prompt
 
@@ -317,6 +318,7 @@ GOOD = Prompt(0, (1, 2, 3), "x")
         (Prompt(1, (1,) * 4, "x"), "has 4 tokens"),
         (Prompt(1, (1,), 7), r"has the target 7: a target is text, so write str\(\)"),
         ({"id": 1}, "is a dict: yield asyncrl.types.Prompt"),
+        (Prompt(1, (1,), "x", "generated"), "has the source 'generated', under which the run reports something else"),
     ],
 )
 def test_a_prompt_that_breaks_the_protocol_is_named_when_it_is_drawn(bad, message):
@@ -333,6 +335,13 @@ def test_a_training_prompt_that_is_held_out_is_warned_of_once():
     assert len(told) == 1
 
 
+def test_sources_may_not_have_the_names_of_what_the_run_reports_beside_them():
+    areas = {name.partition("/")[0]: set() for name in METRICS}
+    for name in METRICS:
+        areas[name.partition("/")[0]].add(name.partition("/")[2])
+    assert areas["reward"] | areas["eval"] == RESERVED_SOURCES
+
+
 def test_held_out_prompts_may_be_few_but_not_none():
     assert heldout_prompts(Given([GOOD]), 5) == [GOOD]
     with pytest.raises(ValueError, match=r"Given.prompts\('heldout'\) gives no prompt"):
@@ -340,7 +349,7 @@ def test_held_out_prompts_may_be_few_but_not_none():
 
 
 def test_held_out_prompts_that_are_mostly_repetitions_are_warned_of():
-    heldout = [Prompt(number, (number % 2 + 1,), "") for number in range(5)]
+    heldout = [Prompt(number, [number % 2 + 1], "") for number in range(5)]
     with pytest.warns(UserWarning, match=r"Given.prompts\('heldout'\) has 2 different prompts in 5: .*num_prompts=2"):
         assert heldout_prompts(Given(heldout), 5) == heldout
 

@@ -6,11 +6,17 @@ import numpy as np
 import pytest
 from helpers import run
 
+from asyncrl import config as configuration
 from asyncrl.engine.base import Engine
 from asyncrl.envs.faults import EnvFault
+from asyncrl.model import load_tokenizer
 from asyncrl.rollout import Rollout, sample_seed
+from asyncrl.runtime.parts import build_rollout
+from asyncrl.runtime.placement import plan
+from asyncrl.tiny import build_tiny
 from asyncrl.types import Completion, Prompt, Sampling
 
+DIGITS = '["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]'
 PROMPTS = [Prompt(number, (1, 2), "") for number in range(8)]
 
 
@@ -82,3 +88,23 @@ def test_an_attempt_that_fails_ends_the_others_of_its_group():
         assert env.cancelled == 3
 
     run(body())
+
+
+def test_replies_end_at_the_texts_that_the_configuration_names(tmp_path):
+    build_tiny(tmp_path, init_std=0.1, seed=3)
+    config = configuration.load(None, ["rollout.max_new_tokens=40", f"rollout.stop={DIGITS}", "eval.num_samples=1"])
+
+    async def play():
+        rollout = await build_rollout(config, str(tmp_path), plan(config, 0))
+        group = await rollout.run(PROMPTS[0])
+        (held,) = await rollout.evaluate([PROMPTS[1]])
+        await rollout.close()
+        return group.trajectories, held
+
+    played, held = run(play())
+    decode = load_tokenizer(tmp_path).decode
+    replies = [decode(one.token_ids[one.mask].tolist()) for one in played]
+    assert all(not any(map(str.isdigit, reply[:-1])) for reply in replies)
+    assert any(reply[-1].isdigit() and one.finish == "stop" for reply, one in zip(replies, played, strict=True))
+    assert held.metrics["truncated"] == 0
+    assert held.lengths[0] < 40

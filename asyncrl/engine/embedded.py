@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asyncrl.engine import sampler
+from asyncrl.engine import sampler, stops
 from asyncrl.engine.base import CHECKPOINT, OnUpdate
 from asyncrl.engine.kv_cache import SlotCache
-from asyncrl.engine.stops import Decode, is_ended
+from asyncrl.engine.stops import Decode
 from asyncrl.threads import in_thread
 from asyncrl.transport import BroadcastGroup, Rendezvous
 from asyncrl.types import Completion, Finish, Sampling, Version
@@ -116,8 +116,7 @@ class EmbeddedEngine:
             raise RuntimeError("the engine is closed")
         prompt = tuple(token_ids)
         sampler.check_request(prompt, sampling, self._vocabulary, self._max_length)
-        if sampling.stop and self._decode is None:
-            raise ValueError(f"stop texts need an engine with a tokenizer, got {sampling.stop}: give it `decode`")
+        stops.check(sampling, self._decode)
         request = _Request(prompt, sampling, seed, asyncio.get_running_loop().create_future())
         self._waiting.append(request)
         if self._task is None:
@@ -295,16 +294,13 @@ class EmbeddedEngine:
         request.tokens.append(token)
         request.logprobs.append(logprob)
         request.versions.append(self._version)
-        if token in request.sampling.stop_token_ids or self._said_stop(request):
+        if stops.is_stopped(request.tokens, request.sampling, self._decode):
             self._finish(request, "stop")
         elif len(request.tokens) == request.sampling.max_new_tokens:
             self._finish(request, "length")
         else:
             return
         self._remove(row)
-
-    def _said_stop(self, request: _Request) -> bool:
-        return self._decode is not None and is_ended(request.tokens, request.sampling.stop, self._decode)
 
     def _finish(self, request: _Request, finish: Finish) -> None:
         if request.future.done():

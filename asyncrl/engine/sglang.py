@@ -22,10 +22,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from asyncrl.engine import sampler, sglang_launch, sglang_scheduler
+from asyncrl.engine import sampler, sglang_launch, sglang_scheduler, stops
 from asyncrl.engine.base import CHECKPOINT, LENGTH_IN_A_RUN, OnUpdate
 from asyncrl.engine.sglang_calls import Calls
 from asyncrl.engine.sglang_results import VERSIONS_KEY
+from asyncrl.engine.stops import Decode
 from asyncrl.transport import Rendezvous
 from asyncrl.types import Completion, Finish, Sampling, Version
 from asyncrl.weights import Bucket
@@ -48,14 +49,22 @@ class SGLangEngine:
     """
 
     def __init__(
-        self, engine: Any, *, num_ranks: int, max_length: int, on_update: OnUpdate, dtype: str, address: str
+        self,
+        engine: Any,
+        *,
+        num_ranks: int,
+        max_length: int,
+        on_update: OnUpdate,
+        dtype: str,
+        address: str,
+        decode: Decode | None,
     ) -> None:
         """Takes over a started `sglang.Engine`; use `start`."""
         self.num_open = self.num_tokens = self.num_cached_tokens = 0
         self.on_update = on_update
         self._engine, self._manager = engine, engine.tokenizer_manager
         self._num_ranks, self._max_length, self._address = num_ranks, max_length, address
-        self._dtype = dtype
+        self._dtype, self._decode = dtype, decode
         self._vocabulary: int = self._manager.model_config.vocab_size
         self._digests: dict[Version, str] = {0: CHECKPOINT}
         self._version: Version = 0
@@ -82,13 +91,14 @@ class SGLangEngine:
         seed: int = 0,
         address: str = "127.0.0.1",
         engine_args: Mapping[str, Any] | None = None,
+        decode: Decode | None = None,
     ) -> SGLangEngine:
         """Starts SGLang's processes and blocks the event loop until the model is loaded.
 
         At most `max_running` requests run at once; prompt and completion fit in `max_length` tokens. `address` is this
         node's own, for the broadcast group. `release_memory` prepares for `release`. `engine_args` are further
-        arguments of SGLang. Raises `ValueError` for settings that cannot work, `RuntimeError` when a process ends while
-        it starts.
+        arguments of SGLang; `decode` is the tokenizer's, which stop texts need. Raises `ValueError` for settings that
+        cannot work, `RuntimeError` when a process ends while it starts.
         """
         sglang_launch.check_version()
         arguments = sglang_launch.server_arguments(
@@ -106,8 +116,15 @@ class SGLangEngine:
             known=sglang_launch.known_arguments(),
         )
         engine = sglang_launch.launch(arguments)
-        ranks = tensor_parallel_size
-        started = cls(engine, num_ranks=ranks, max_length=max_length, on_update=on_update, dtype=dtype, address=address)
+        started = cls(
+            engine,
+            num_ranks=tensor_parallel_size,
+            max_length=max_length,
+            on_update=on_update,
+            dtype=dtype,
+            address=address,
+            decode=decode,
+        )
         await started._check_room()
         return started
 
@@ -127,6 +144,7 @@ class SGLangEngine:
         process has ended.
         """
         sampler.check_request(token_ids, sampling, self._vocabulary, self._max_length)
+        stops.check(sampling, self._decode)
         self._calls.check()
         self._num_requests += 1
         # SGLang aborts every request whose id begins with the given one: ids of equal length are never such a prefix.
@@ -276,7 +294,9 @@ class SGLangEngine:
 
     def _completion(self, output: Mapping[str, Any], sampling: Sampling) -> Completion:
         info = output["meta_info"]
-        finish = _finish(info["finish_reason"])
+        finish = _finish(info["finish_reason"], sampling)
+        if finish == "length" and stops.is_stopped(output["output_ids"], sampling, self._decode):
+            finish = "stop"  # SGLang looks at the length first
         tokens = np.array(output["output_ids"], dtype=np.int32)
         logprobs = [entry[0] for entry in info["output_token_logprobs"]]
         if sampling.top_k == 1 and sampling.temperature > 0:
@@ -304,11 +324,11 @@ class SGLangEngine:
         self._busy_s, self._busy_since = busy_s, time.perf_counter()
 
 
-def _finish(reason: Mapping[str, Any]) -> Finish:
+def _finish(reason: Mapping[str, Any], sampling: Sampling) -> Finish:
     kind, matched = reason["type"], reason.get("matched")
     if kind == "length":
         return "length"
-    if kind == "stop" and isinstance(matched, int | str):
+    if kind == "stop" and (isinstance(matched, int) or matched in sampling.stop):  # another text tells of a fault
         return "stop"
     if kind == "abort" and reason.get("message") == sglang_scheduler.ABORTED:
         return "abort"

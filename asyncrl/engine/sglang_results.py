@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from asyncrl.engine.stops import is_ended
+from asyncrl.engine.stops import is_said
 
 VERSIONS_KEY = "asyncrl_versions"
 """Where in an output's `meta_info` the version of each token is."""
@@ -78,5 +78,5 @@ def may_end(req: Any, token: int) -> bool:
         or len(req.output_ids) >= limits.max_new_tokens
         or token in (limits.stop_token_ids or ())
         or not 0 <= token < req.vocab_size
-        or (bool(limits.stop_strs) and is_ended(req.output_ids, limits.stop_strs, req.tokenizer.decode))
+        or (bool(limits.stop_strs) and is_said(req.output_ids, limits.stop_strs, req.tokenizer.decode))
     )

@@ -174,7 +174,8 @@ class SchedulerMixin(_Scheduler):  # type: ignore[misc]
         req.extra_key = str(self._salt)
         params = req.sampling_params
         if stop := (params.custom_params or {}).get(STOP_KEY):
-            params.stop_strs, params.stop_str_max_len = stop, reach(stop)
+            params.stop_strs, params.stop_str_max_len = stop, reach(stop) - 1  # SGLang looks at one token more
+            params.custom_params = None  # SGLang puts the request itself there: a cycle, collected late
             req.tokenizer = self._texts
         super()._add_request_to_queue(req, is_retracted)
 

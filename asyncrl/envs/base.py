@@ -30,6 +30,11 @@ Generate: TypeAlias = Callable[[Sequence[int]], Awaitable[Completion]]
 
 RESERVED = frozenset({"reward", "truncated", "mean_length", "max_length", "mixed_versions"})
 """What the run counts of every attempt; an environment's metrics have other names."""
+RESERVED_SOURCES = frozenset(
+    {"mean", "std", "zero_variance", "generated", "generated_zero_variance", "accuracy", "low", "high", "pass@1"}
+    | {"mean_length", "truncated", "failures", "unscored", "mixed_versions"}
+)
+"""What the run reports as `reward/NAME` and `eval/NAME`, beside the rewards of each source of prompts."""
 
 
 class Tokenizer(Protocol):
@@ -171,6 +176,8 @@ def _broken_rule(prompt: Prompt, number: int, max_tokens: int) -> str | None:
             f"has {len(prompt.token_ids)} tokens, and the environment's max_prompt_tokens is {max_tokens}: raise it, "
             "or leave such prompts out"
         )
+    if prompt.source in RESERVED_SOURCES:
+        return f"has the source {prompt.source!r}, under which the run reports something else: give it another name"
     if not isinstance(prompt.target, str):
         return f"has the target {prompt.target!r}: a target is text, so write str() or json.dumps() around it"
     return None
@@ -180,11 +187,11 @@ def heldout_prompts(env: Env, most: int) -> list[Prompt]:
     """The first `most` held-out prompts, or all if there are fewer. Raises `ValueError` if there is none; warns if most
     of them are repetitions, which intervals would take for independent ones."""
     prompts = list(islice(checked_prompts(env, "heldout", 0), most))
-    num_different = len({(prompt.token_ids, prompt.target) for prompt in prompts})
+    num_different = len({(tuple(prompt.token_ids), prompt.target) for prompt in prompts})
     if 2 * num_different < len(prompts):
         warnings.warn(
-            f"{type(env).__name__}.prompts('heldout') has {num_different} different prompts in {len(prompts)}: the "
-            f"intervals of held-out scores are too narrow; end it after each came once, or set "
+            f"{type(env).__name__}.prompts('heldout') has {num_different} different prompts in {len(prompts)}: "
+            "intervals of held-out scores take the repetitions for new evidence; end it after each came once, or set "
             f"eval.num_prompts={num_different}",
             stacklevel=2,
         )

@@ -122,7 +122,7 @@ class DatasetEnv:
         best = max(targets, key=lambda target: (targets[target], target))
 
         name = f"always {best[:20]!r}" if best else "empty reply"
-        token_ids = [*self._tokenizer.encode(best, add_special_tokens=False), self._tokenizer.eos_token_id]
+        token_ids = self._ids_of(best)
         room = asyncio.Semaphore(_CALLS_AT_ONCE)
 
         async def score(prompt: Prompt) -> float:
@@ -138,6 +138,13 @@ class DatasetEnv:
                 return {name: pool.submit(asyncio.run, mean()).result()}
         except (ValueError, TimeoutError) as error:
             raise ValueError(f"the score without skill ({name}): {error}") from error
+
+    def _ids_of(self, reply: str) -> list[int]:
+        """Tokens of a reply; of a text that the model cannot say the end alone."""
+        try:
+            return self._bare_format.encode_reply(reply)
+        except ValueError:
+            return [self._tokenizer.eos_token_id]
 
     def demonstrations(self, seed: int) -> Iterator[tuple[list[int], list[int]]]:
         """Training prompts with the right replies of their column, in endless epochs."""

@@ -136,6 +136,7 @@ async def _build_engine(
         seed=config.seed,
         address=address,
         engine_args=settings.engine_args,
+        decode=decode,
     )
 
 

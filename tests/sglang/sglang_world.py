@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from asyncrl.model import load_model
+from asyncrl.model import load_model, load_tokenizer
 from asyncrl.tiny import build_tiny
 from asyncrl.types import Sampling
 from asyncrl.weights import LORA_A, LORA_B
@@ -112,4 +112,4 @@ async def start(folder: Path, **options: Any) -> Any:
     from asyncrl.engine.sglang import SGLangEngine
 
     settings = {"dtype": "float32", "device": "cpu", "max_running": 8} | options
-    return await SGLangEngine.start(str(folder), **settings)
+    return await SGLangEngine.start(str(folder), decode=load_tokenizer(folder).decode, **settings)

@@ -8,6 +8,7 @@ from test_engine import (  # noqa: F401
     test_a_partial_update_is_an_error,
     test_a_request_that_cannot_fit_says_what_to_change,
     test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd,
+    test_a_stop_at_the_last_token_that_is_allowed_is_a_stop,
     test_a_stop_text_ends_a_completion_with_the_token_that_completes_it,
     test_a_stop_token_ends_a_completion_and_is_part_of_it,
     test_greedy_is_greedy,
