@@ -30,6 +30,16 @@ _NEEDS: list[tuple[str, Callable[[Config], bool], tuple[str, ...]]] = [
         lambda run: run.buffer.order != "fifo" and run.buffer.highest_staleness > 0,
         ("buffer.window",),
     ),
+    (
+        "buffer.max_staleness above 0 or buffer.reuse above 1",
+        lambda run: run.buffer.highest_staleness > 0 or run.buffer.reuse > 1,
+        ("buffer.order",),
+    ),
+    (
+        "critic.num_updates above 1",
+        lambda run: not run.loss.needs_critic or run.critic.num_updates > 1,
+        ("critic.clip",),
+    ),
     ("buffer.max_staleness auto", lambda run: run.buffer.max_staleness == "auto", ("buffer.staleness_bounds",)),
     ("learner.num_gpus above 1", lambda run: run.learner.num_gpus > 1, ("learner.reshard",)),
     ("lora.rank above 0", lambda run: run.lora.rank > 0, ("lora.alpha", "lora.targets")),

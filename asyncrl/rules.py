@@ -52,7 +52,9 @@ def _check_correction(config: Config) -> None:
         if rollout.truncates:
             raise ValueError(
                 f"truncated sampling needs a corrected loss: rollout.top_p is {rollout.top_p}, rollout.top_k is "
-                f"{rollout.top_k} and preset {config.algorithm.preset!r} has no importance correction; {remedy}"
+                f"{rollout.top_k} and preset {config.algorithm.preset!r} has no importance correction; set "
+                "rollout.top_p=1 and rollout.top_k=0, choose a corrected preset such as tis2, or set "
+                "algorithm.allow_uncorrected=true"
             )
     if rollout.group_size < 2 and loss.center in ("mean", "loo") and not loss.advantage:
         raise ValueError(
@@ -67,7 +69,8 @@ def _check_correction(config: Config) -> None:
             "preset's center is 'batch', so that every advantage is 0; raise one of them, or set "
             "algorithm.loss.center=none"
         )
-    if config.algorithm.drop_zero_variance and (rollout.group_size < 2 or loss.center in ("batch", "none")):
+    grouped = rollout.group_size > 1 and (loss.center not in ("batch", "none") or loss.advantage)
+    if config.algorithm.drop_zero_variance and not grouped:
         raise ValueError(
             "algorithm.drop_zero_variance drops groups of equal rewards because they teach nothing, but with "
             f"rollout.group_size={rollout.group_size} and center {loss.center!r} they do, or all groups are such: set "

@@ -28,6 +28,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from asyncrl.algo import presets
 from asyncrl.config import BUILT_IN, Config, to_tree
 from asyncrl.imports import interpreter
 
@@ -72,7 +73,19 @@ def differences(folder: Path, config: Config) -> list[str]:
         if line.startswith(_makes_base(config)):
             made = "weights beneath the adapters" if config.lora.rank else "reference weights"
             raise ValueError(f"{line}: the old value made the {made} of {folder}; {remedy}")
+        if line.startswith("critic.backbone ") and config.loss.needs_critic:
+            raise ValueError(f"{line}: the checkpoints of {folder} hold the critic of the old value; {remedy}")
+    if config.loss.needs_critic and not _had_critic(before):
+        raise ValueError(
+            f"algorithm.preset {config.algorithm.preset!r} needs a critic and the checkpoints of {folder} have none: "
+            "keep a preset without one, or start a new run"
+        )
     return lines
+
+
+def _had_critic(tree: dict[str, Any]) -> bool:
+    algorithm = tree["algorithm"]
+    return presets.resolve(algorithm["preset"], algorithm["loss"]).needs_critic
 
 
 def stretches(folder: Path) -> list[tuple[int, Path]]:

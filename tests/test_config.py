@@ -17,6 +17,7 @@ from asyncrl.config import Config
 from launch import run
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+GROUPED = ["algorithm.loss.scale=none", "algorithm.drop_zero_variance=true"]
 PPO = ["algorithm.preset=ppo"]
 GSPO = ["algorithm.preset=gspo"]
 
@@ -111,7 +112,7 @@ def test_a_resolved_config_reads_back_the_same():
         (["algorithm.preset=reinforce", "buffer.reuse=2"], "train with buffer.max_staleness=0 and buffer.reuse=1$"),
         (
             ["algorithm.preset=reinforce", "buffer.max_staleness=0", "rollout.top_p=0.9"],
-            "truncated sampling needs a corrected loss: rollout.top_p is 0.9",
+            "truncated sampling needs a corrected loss: rollout.top_p is 0.9.*; set rollout.top_p=1 .* such as tis2",
         ),
         (
             ["algorithm.preset=gspo", "rollout.top_p=0.95"],
@@ -174,6 +175,11 @@ def test_no_shipped_config_is_warned_of(path):
         (["buffer.window=4", "buffer.order=fifo"], "no effect .* of buffer.window=4: .*order window or freshest"),
         (["buffer.window=4", "buffer.max_staleness=0"], "buffer.window=4: that needs buffer.max_staleness above 0"),
         (["buffer.staleness_bounds=[1, 4]"], "that needs buffer.max_staleness auto"),
+        (
+            ["buffer.order=freshest", "buffer.max_staleness=0"],
+            "that needs buffer.max_staleness above 0 or buffer.reuse",
+        ),
+        ([*PPO, "critic.num_updates=1", "critic.clip=0.5"], "critic.clip=0.5: that needs critic.num_updates above 1"),
         (["curriculum.skip=0.5"], "that needs curriculum.by"),
         (["lora.alpha=8"], "that needs lora.rank"),
         (["warmup.batch_size=8"], "that needs warmup.num_steps"),
@@ -226,6 +232,8 @@ def test_a_setting_that_does_nothing_is_warned_of(words, told):
         [*GSPO, "algorithm.loss.trust_low=0.03", "algorithm.loss.trust_high=0.04"],
         ["algorithm.preset=gmpo", "algorithm.loss.trust_low=0.0001"],
         ["buffer.window=4"],
+        ["buffer.order=fifo", "buffer.max_staleness=0", "buffer.reuse=2"],
+        ["algorithm.loss.advantage=a:b", "algorithm.preset=reinforce_pp", *GROUPED],
         ["buffer.window=4", "buffer.max_staleness=auto", "buffer.staleness_bounds=[0, 4]"],
         ["lora.rank=4", "lora.alpha=8"],
         ["cluster.address=auto"],

@@ -161,7 +161,7 @@ def test_a_saved_critic_goes_on_exactly(folder, backbone):  # noqa: F811
 def test_a_critic_of_other_settings_is_refused_on_resume(folder):  # noqa: F811
     head_only = make_learner(folder, *PPO, "critic.backbone=policy")
     head_only.step([[trajectory(4, 5, seed=i, reward=float(i % 2)) for i in range(4)]])
-    with pytest.raises(ValueError, match="no critic like the configured one: no backbone"):
+    with pytest.raises(ValueError, match="another one than the configured: only one of them has backbone"):
         make_learner(folder, *PPO).load_state(head_only.state(), version=1)
 
 

@@ -204,7 +204,12 @@ FLAT = {**CALM, "policy/advantage_std": 0.0}
             [],
             None,
         ),
-        (FLAT, [CALM, *[FLAT] * 9], "every advantage was 0 in 10 steps in a row"),
+        (FLAT, [CALM, *[FLAT] * 9], "every advantage was 0 in 10 steps in a row, so that rewards teach nothing"),
+        (
+            FLAT | {"reward/zero_variance": 0.5},
+            [FLAT] * 9,
+            "every advantage was 0 in 10 steps in a row, though rewards",
+        ),
         (FLAT, [FLAT] * 8, None),
         (FLAT, [*[FLAT] * 20, CALM, *[FLAT] * 8], None),
         (CALM, [FLAT] * 9, None),

@@ -43,10 +43,10 @@ def test_python(version, status):
 
 
 @pytest.mark.parametrize(
-    ("found", "status"), [(None, "FAIL"), ("2.7.1", "FAIL"), ("2.8.0", "ok"), ("2.13.0+cpu", "ok")]
+    ("found", "status"), [(None, "FAIL"), ("2.10.1", "FAIL"), ("2.11.0", "ok"), ("2.13.0+cpu", "ok")]
 )
 def test_package(found, status):
-    check = doctor.check_package("torch>=2.8", {"torch": found}.get)
+    check = doctor.check_package("torch>=2.11", {"torch": found}.get)
     assert (check.name, check.status) == ("torch", status)
     assert bool(check.remedy) == (status == "FAIL")
 

@@ -343,6 +343,14 @@ def test_a_change_of_the_configuration_is_told_and_both_are_kept(tmp_path, monke
         (["lora.rank=4", "warmup.num_steps=2"], "model.path=moved", None),
         (["lora.rank=4"], "env.args={max_digits=5}", None),
         (["warmup.num_steps=2"], "warmup.batch_size=3", None),
+        (["algorithm.preset=ppo"], "critic.backbone=policy", "hold the critic of the old value"),
+        (
+            ["critic.backbone=policy"],
+            "algorithm.preset=ppo",
+            "'ppo' needs a critic and the checkpoints of .* have none",
+        ),
+        (["critic.backbone=policy"], "critic.backbone=own", None),
+        (["algorithm.preset=ppo"], "algorithm.preset=tis2", None),
     ],
 )
 def test_what_made_the_first_weights_cannot_change_where_they_are_still_used(tmp_path, words, change, refused):

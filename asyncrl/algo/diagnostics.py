@@ -123,7 +123,7 @@ def alarms(metrics: Mapping[str, float], history: Sequence[Mapping[str, float]])
     if metrics["ess/token"] < _ESS_TOKEN_LOW:
         found["ess/token"] = (
             f"ess/token is {metrics['ess/token']:.3f}, below {_ESS_TOKEN_LOW}: data are far off the policy; lower "
-            "buffer.max_staleness or learner.learning_rate"
+            "buffer.max_staleness, buffer.reuse or learner.learning_rate"
         )
     now = metrics["ess/sequence"]
     recent = [row["ess/sequence"] for row in history[-_ESS_SEQUENCE_STEPS:]]
@@ -133,26 +133,37 @@ def alarms(metrics: Mapping[str, float], history: Sequence[Mapping[str, float]])
     if (fresh := metrics["mismatch/k3_fresh"]) > _K3_FRESH:
         found["mismatch/k3_fresh"] = (
             f"mismatch/k3_fresh is {fresh:.4f}, above {_K3_FRESH}: engine and learner disagree under the same weights; "
-            "do the environment's trajectories hold exactly the tokens that were given and sampled, and their mask?"
+            "do the environment's trajectories hold exactly the tokens that were given and sampled, and their mask? "
+            "With rollout.top_p or rollout.top_k it is the part of the vocabulary that they leave out"
         )
     elif (k3 := metrics["mismatch/k3"]) > _K3:
         found["mismatch/k3"] = (
-            f"mismatch/k3 is {k3:.4f}, above {_K3}: tokens are far off the policy; lower buffer.max_staleness or "
-            "learner.learning_rate"
+            f"mismatch/k3 is {k3:.4f}, above {_K3}: tokens are far off the policy; lower buffer.max_staleness, "
+            "buffer.reuse or learner.learning_rate"
         )
     if told := _removed(metrics):
         found["clip/removed_share"] = (
             f"{told}: the bounds of the loss are narrower than the ratios spread; widen its trust_* or guard_* "
-            "(algorithm.loss), lower buffer.max_staleness, or see what mismatch/k3_fresh says of the engine"
+            "(algorithm.loss), lower buffer.max_staleness or buffer.reuse, or see what mismatch/k3_fresh says of the "
+            "engine"
         )
     recent_steps = [*history[-(_FLAT_STEPS - 1) :], metrics]
     if len(recent_steps) == _FLAT_STEPS and all(map(_is_flat, recent_steps)):
-        found["policy/advantage_std"] = (
-            f"every advantage was 0 in {_FLAT_STEPS} steps in a row, so that rewards teach nothing: are all replies to "
-            "a prompt scored alike (reward/mean, and the samples in trajectories/)? Take easier or harder prompts, or "
-            "mend the reward"
-        )
+        told = f"every advantage was 0 in {_FLAT_STEPS} steps in a row"
+        found["policy/advantage_std"] = f"{told}, {_why_flat(recent_steps)}"
     return found
+
+
+def _why_flat(steps: Sequence[Mapping[str, float]]) -> str:
+    if any(row.get("reward/zero_variance", 1.0) < 1 for row in steps):
+        return (
+            "though rewards did differ: do all replies run out of tokens (completion/truncated), and does "
+            "algorithm.mask_truncated mask them? Raise rollout.max_new_tokens"
+        )
+    return (
+        "so that rewards teach nothing: are all replies to a prompt scored alike (reward/mean, and the samples in "
+        "trajectories/)? Take easier or harder prompts, or mend the reward"
+    )
 
 
 def _removed(metrics: Mapping[str, float]) -> str:

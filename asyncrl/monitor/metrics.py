@@ -32,7 +32,7 @@ METRICS: dict[str, str] = {
     "reward/std": "standard deviation of the rewards of the batch",
     "reward/zero_variance": "share of groups whose rewards are all equal: they teach nothing",
     "reward/generated": "mean reward of all groups finished since the last step, those that drop_zero_variance keeps "
-    "out of the batch included",
+    "out of the batch included; nan without any",
     "reward/generated_zero_variance": "share of them whose rewards are all equal",
     "eval/accuracy": "held-out reward, mean over the attempts at every prompt (greedy unless configured otherwise)",
     "eval/low": "lower end of its 95 % confidence interval, over prompts",
@@ -49,7 +49,8 @@ METRICS: dict[str, str] = {
     "completion/mixed_versions": "share of groups that more than one weight version generated",
     **DIAGNOSTICS,
     "gradient/norm": "gradient norm before clipping",
-    "gradient/cosine": "cosine with the gradient of the step before, on a fixed random slice of coordinates",
+    "gradient/cosine": "cosine with the gradient of the step before, on a fixed random slice of coordinates; nan in "
+    "the first step of a run, and of a resumed one",
     "gradient/learning_rate": "learning rate of the step",
     "learner/skipped": "optimizer steps skipped so far because their gradient was not finite",
     "learner/num_tokens": "trained tokens in the batch",

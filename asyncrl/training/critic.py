@@ -104,11 +104,12 @@ class Critic:
         """The inverse of `state`. Raises `ValueError` if the tensors are those of another critic."""
         wanted = {f"{name}.weight": tuple(parameter.shape) for name, parameter in self._named.items()}
         found = {name: tuple(tensors[name].shape) for name in tensors if name.endswith(".weight")}
-        missing = sorted(set(wanted.items()) - set(found.items()))
-        if missing:
+        if apart := sorted(set(wanted.items()) ^ set(found.items())):
+            name, shape = apart[0]
             raise ValueError(
-                f"the checkpoint has no critic like the configured one: no {missing[0][0]} of shape {missing[0][1]}; "
-                "resume with the critic settings that the run began with"
+                "the critic of the checkpoint is another one than the configured: only one of them has "
+                f"{name.removesuffix('.weight')} of shape {shape}; resume with the critic settings that the run began "
+                "with"
             )
         state = {}
         for index, (name, parameter) in enumerate(self._named.items()):
