@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from asyncrl.engine import sampler
+from asyncrl.engine.sglang import _finish
 from asyncrl.engine.sglang_launch import choose_attention_backend, server_arguments
 from asyncrl.engine.sglang_memory import cache_bytes
 from asyncrl.engine.sglang_sampling import draw, truncate, uniforms
 from asyncrl.engine.sglang_scheduler import Refill
+from asyncrl.types import Sampling
 
 ALL = {"flashinfer", "fa3", "triton", "torch_native"}
 
@@ -52,6 +54,14 @@ def test_an_attention_backend_that_can_work_is_chosen(requested, capability, ava
 def test_an_attention_backend_that_cannot_work_is_refused(requested, capability, available, message):
     with pytest.raises(ValueError, match=message):
         choose_attention_backend(requested, capability, available)
+
+
+def test_only_stops_of_the_request_end_a_completion_well():
+    sampling = Sampling(5, stop=("</answer>",))
+    assert _finish({"type": "stop", "matched": 7}, sampling) == "stop"
+    assert _finish({"type": "stop", "matched": "</answer>"}, sampling) == "stop"
+    with pytest.raises(RuntimeError, match=r"SGLang ended a request: .*NaN happened"):
+        _finish({"type": "stop", "matched": "NaN happened"}, sampling)
 
 
 def arguments(device: str = "cuda", **extra):
