@@ -48,24 +48,24 @@ class Generated:
     def __init__(self) -> None:
         self.equal_in_a_row = 0
         """Groups without variance since the last one with some."""
-        self._rewards: list[float] = []
-        self._num_groups = self._num_equal = 0
+        self._total = 0.0
+        self._num_rewards = self._num_groups = self._num_equal = 0
 
     def add(self, group: Group) -> None:
-        self._rewards += group.rewards
+        self._total += sum(group.rewards)
+        self._num_rewards += len(group.rewards)
         self._num_groups += 1
         self._num_equal += not group.has_variance
         self.equal_in_a_row = 0 if group.has_variance else self.equal_in_a_row + 1
 
     def take(self) -> dict[str, float]:
         """Of all since the last call; nan if there was none."""
-        row = {"reward/generated": math.nan, "reward/generated_zero_variance": math.nan}
-        if self._num_groups:
-            row = {
-                "reward/generated": sum(self._rewards) / len(self._rewards),
-                "reward/generated_zero_variance": self._num_equal / self._num_groups,
-            }
-        self._rewards, self._num_groups, self._num_equal = [], 0, 0
+        some = self._num_groups > 0
+        row = {
+            "reward/generated": self._total / self._num_rewards if some else math.nan,
+            "reward/generated_zero_variance": self._num_equal / self._num_groups if some else math.nan,
+        }
+        self._total, self._num_rewards, self._num_groups, self._num_equal = 0.0, 0, 0, 0
         return row
 
 

@@ -26,11 +26,12 @@ from asyncrl import config as configuration
 from asyncrl.config import Config
 from asyncrl.engine.embedded import EmbeddedEngine
 from asyncrl.envs.base import load_env
-from asyncrl.model import load_model, load_tokenizer, stop_token_ids
+from asyncrl.model import load_model, load_tokenizer
 from asyncrl.rollout import Attempts, Rollout, scored
+from asyncrl.runtime.parts import sampling_of
 from asyncrl.training.learner import Learner, row_length
 from asyncrl.training.warmup import prepare
-from asyncrl.types import Sampling, Trajectory, Version
+from asyncrl.types import Trajectory, Version
 from asyncrl.weights import DTYPES
 
 AVERAGED = (
@@ -103,14 +104,7 @@ class Lab:
         self._engine = EmbeddedEngine(
             self._sampler, max_running=settings.max_running, max_length=length, decode=tokenizer.decode
         )
-        sampling = Sampling(
-            settings.max_new_tokens,
-            settings.temperature,
-            settings.top_p,
-            settings.top_k,
-            stop_token_ids(folder, tokenizer),
-            settings.stop,
-        )
+        sampling = sampling_of(config, folder, tokenizer)
         greedy = Attempts(replace(sampling, temperature=0.0, top_p=1.0, top_k=0), max_running=config.eval.max_running)
         self._rollout = Rollout(
             self._engine, self.env, sampling, group_size=settings.group_size, seed=config.seed, evaluation=greedy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 from asyncrl.envs.base import Tokenizer
@@ -16,7 +17,8 @@ elsewhere."""
 Message: TypeAlias = dict[str, str]
 """`role` and `content`."""
 
-_LABELS = {"user": "Question: ", "assistant": "Answer: "}
+_ANSWER = "Answer:"
+_LABELS = {"user": "Question: ", "assistant": f"{_ANSWER} "}
 _REPLY = "(the reply of the model)"
 
 
@@ -40,12 +42,8 @@ class ChatFormat:
 
     def encode(self, question: str | Sequence[Message]) -> list[int]:
         """Token ids of the prompt for a question, or for a conversation that the model has to go on with."""
-        text = self.render(question)
-        token_ids = self._tokens(text)
-        if self._resolved != "plain":
-            return token_ids
-        begun: list[int] = list(self.tokenizer.encode(text, add_special_tokens=True))
-        return begun if begun[-len(token_ids) :] == token_ids else token_ids  # with the token that begins a text
+        token_ids = self._tokens(self.render(question))
+        return [*self._beginning, *token_ids] if self._resolved == "plain" else token_ids
 
     def reply_in(self, text: str) -> str:
         """What of a generated text is the reply: a base model may go on with a question of its own."""
@@ -73,7 +71,7 @@ class ChatFormat:
             return "".join(message["content"] for message in asked)
         messages = [*self._opening(), *asked]
         if self._resolved == "plain":
-            return "\n\n".join(map(_plain, messages)) + "\n\nAnswer:"
+            return "\n\n".join(map(_plain, messages)) + f"\n\n{_ANSWER}"
         text: str = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return text
 
@@ -85,6 +83,13 @@ class ChatFormat:
                 f"the model's tokenizer cannot take the text {text[:60]!r} ({error}): take a model.path that can; of "
                 "the built-in ones 'tiny' knows digits and signs alone, 'tiny-bytes' any text"
             ) from error
+
+    @cached_property
+    def _beginning(self) -> list[int]:
+        """The tokens that the tokenizer puts before a text, unless it puts others after it, too."""
+        bare = self._tokens(_ANSWER)
+        begun = list(self.tokenizer.encode(_ANSWER, add_special_tokens=True))
+        return begun[: -len(bare)] if begun[-len(bare) :] == bare else []
 
     @property
     def _resolved(self) -> Style:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from msgspec.structs import replace
@@ -85,9 +87,8 @@ async def build_rollout(
 
     longest = env.max_prompt_tokens + settings.max_new_tokens
     engine = await _build_engine(config, folder, placement, longest, address=address, decode=decode)
-    most, ends, stop = settings.max_new_tokens, stop_token_ids(folder, tokenizer), settings.stop
-    sampling = Sampling(most, settings.temperature, settings.top_p, settings.top_k, ends, stop)
-    tried = Sampling(most, config.eval.temperature, config.eval.top_p, stop_token_ids=ends, stop=stop)
+    sampling = sampling_of(config, folder, tokenizer)
+    tried = dataclasses.replace(sampling, temperature=config.eval.temperature, top_p=config.eval.top_p, top_k=0)
     return Rollout(
         engine,
         env,
@@ -99,6 +100,19 @@ async def build_rollout(
         timeout_s=config.env.timeout_s,
         max_attempts=settings.max_attempts,
         store=store,
+    )
+
+
+def sampling_of(config: Config, folder: str, tokenizer: Any) -> Sampling:
+    """How the tokens of training are drawn from the model in `folder`."""
+    settings = config.rollout
+    return Sampling(
+        settings.max_new_tokens,
+        settings.temperature,
+        settings.top_p,
+        settings.top_k,
+        stop_token_ids(folder, tokenizer),
+        settings.stop,
     )
 
 
