@@ -18,7 +18,7 @@ test: .venv/installed-test
 
 # What staleness costs, preset by preset; stopped, it goes on where it was (docs/staleness.md).
 ablation: .venv/installed
-	$(BIN)/python bench/staleness.py $(ARGS)
+	$(BIN)/python bench/staleness/ablation.py $(ARGS)
 
 # Real SGLang on a CPU, in an environment of its own (2.6 GB): the engine's contract, without a GPU.
 test-sglang: .venv-sglang/installed

@@ -35,7 +35,9 @@ SMALL = [
     "learner.groups_per_step=2",
 ]
 SMALL += ["eval.num_prompts=4", "checkpoint.every=1"]
-ONLY_PARSED = {"python bench/staleness.py --full --out runs/staleness-full": "the page says that it has not been run"}
+ONLY_PARSED = {
+    "python bench/staleness/ablation.py --full --out runs/staleness-full": "the page says that it has not been run"
+}
 
 
 def blocks(page):

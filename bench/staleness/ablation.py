@@ -1,6 +1,7 @@
 """What staleness costs, preset by preset: the gradient probe, controlled lag (layer A) and the real system (layer B).
 
-    python bench/staleness.py [--preset-list tis2,reinforce] [--staleness 0,4,16] [--seeds 5] [--layers probe,a,b]
+    python bench/staleness/ablation.py [--preset-list tis2,reinforce] [--staleness 0,4,16] [--seeds 5]
+                                       [--layers probe,a,b]
 
 Every cell leaves one JSON file, so a run that was stopped goes on where it was; give the same words again. Writes
 `staleness.md`, `staleness.json` and the plots into --out. The defaults are the small selection of `make ablation`;
@@ -24,9 +25,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 from typing import Any
 
-import staleness_report
+import report
 import torch
-from staleness_cells import FULL, GPU, SMALL, Cell, common_words, lag_cells, probe_cells, system_cells
+from cells import FULL, GPU, SMALL, Cell, common_words, lag_cells, probe_cells, system_cells
 
 from asyncrl import config as configuration
 from asyncrl.algo.presets import PRESETS
@@ -60,7 +61,7 @@ def main() -> None:
     results = finished([*single, *system], folder)
     if not results:
         sys.exit("no seed is complete yet: give the same words again, which go on from here, or more --minutes")
-    print(staleness_report.write(results, settings, folder))
+    print(report.write(results, settings, folder))
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:

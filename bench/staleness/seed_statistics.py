@@ -7,12 +7,12 @@ A run that ends below the target is a time too: longer than the run. It counts a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 Cell = dict[str, Any]
 
@@ -57,41 +57,17 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
     A bootstrap of five values holds the mean in 87 % of all cases instead of 95 %.
     """
-    if len(values) == 1:
+    if len(values) == 1 or np.ptp(values) == 0:
         return float(values[0]), float(values[0])
-    half = _quantile(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean() - half), float(values.mean() + half)
+    low, high = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    return float(low), float(high)
 
 
 def p_value(values: np.ndarray) -> float:
     """Two-sided p-value of a mean of 0, over seeds, by Student's t; 1 of one seed, and where all values are 0."""
-    if len(values) == 1:
-        return 1.0
-    error = values.std(ddof=1) / math.sqrt(len(values))
-    if error == 0:
-        return float(values.mean() == 0)
-    return two_sided(abs(float(values.mean())) / float(error), len(values) - 1)
-
-
-def two_sided(t: float, freedom: int) -> float:
-    """Probability of a larger |t| by chance: Abramowitz and Stegun (1964), 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(freedom))
-    odd = freedom % 2
-    term, total = (math.cos(angle) if odd else 1.0), 0.0
-    for n in range(1 + odd, freedom, 2):
-        total += term
-        term *= n / (n + 1) * math.cos(angle) ** 2
-    share = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-    return 1 - share
-
-
-def _quantile(freedom: int) -> float:
-    """The |t| that is larger in 5 % of all cases."""
-    low, high = 0.0, 100.0
-    while high - low > 1e-9:
-        middle = (low + high) / 2
-        low, high = (middle, high) if two_sided(middle, freedom) > 0.05 else (low, middle)
-    return high
+    if len(values) == 1 or np.ptp(values) == 0:
+        return float(len(values) == 1 or values[0] == 0)
+    return float(stats.ttest_1samp(values, 0.0).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -119,14 +95,11 @@ class Times:
     @property
     def median(self) -> float | None:
         """The Kaplan-Meier median (1958); None if more than half of the seeds may never get there."""
-        left = 1.0
-        for time in sorted({value for value, reached in zip(self.values, self.reached, strict=True) if reached}):
-            at_risk = sum(value >= time for value in self.values)
-            events = sum(r and value == time for value, r in zip(self.values, self.reached, strict=True))
-            left *= 1 - events / at_risk
-            if left <= 0.5 + 1e-9:
-                return time
-        return None
+        reached = np.array(self.reached)
+        sample = stats.CensoredData.right_censored(np.array(self.values, dtype=float), ~reached)
+        survival = stats.ecdf(sample).sf
+        crossed = survival.quantiles[survival.probabilities <= 0.5 + 1e-9]
+        return float(crossed[0]) if len(crossed) else None
 
     def text(self, digits: int = 0) -> str:
         """Median and reached / n, for a table."""

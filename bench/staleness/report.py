@@ -14,11 +14,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import mismatch
 import numpy as np
-import staleness_mismatch
-import staleness_plots
-import staleness_target
-from staleness_stats import Cell, Grid, holm, interval, p_value, table
+import plots
+import time_to_target
+from seed_statistics import Cell, Grid, holm, interval, p_value, table
 
 _LEVEL = 0.05
 _FEWEST_SEEDS = 5
@@ -31,25 +31,25 @@ def write(cells: Sequence[Cell], settings: dict[str, Any], folder: Path) -> str:
     probes = [row for cell in of_layer["probe"] for row in cell["result"]]
     system, target = of_layer["b"], settings["target"]
     grid = Grid(of_layer["a"]) if of_layer["a"] else None
-    noise = staleness_mismatch.NoiseGrid(of_layer["noise"], of_layer["a"]) if of_layer["noise"] and grid else None
+    noise = mismatch.NoiseGrid(of_layer["noise"], of_layer["a"]) if of_layer["noise"] and grid else None
     parts = [_head(settings, cells)]
     if probes:
         parts.append(_probe_table(probes))
     if grid:
         parts += [_lag_table(grid), *([_difference_table(grid)] if len(grid.presets) > 1 else []), _drift_table(grid)]
-        parts.append(staleness_target.lag_table(grid, target, settings["samples_per_step"]))
+        parts.append(time_to_target.lag_table(grid, target, settings["samples_per_step"]))
     if noise:
-        parts.append(staleness_mismatch.noise_table(noise))
-        staleness_mismatch.draw(noise, folder)
+        parts.append(mismatch.noise_table(noise))
+        mismatch.draw(noise, folder)
     if system:
-        parts += [_system_table(system), staleness_target.system_table(system, target)]
+        parts += [_system_table(system), time_to_target.system_table(system, target)]
     if grid:
         parts.append(_short_table(grid))
     text = "\n\n".join(parts) + "\n"
     (folder / "staleness.md").write_text(text)
     (folder / "staleness.json").write_text(json.dumps({"settings": settings, "cells": list(cells)}))
-    staleness_plots.draw(probes, grid, system, folder)
-    staleness_target.draw(grid, system, target, folder)
+    plots.draw(probes, grid, system, folder)
+    time_to_target.draw(grid, system, target, folder)
     return text
 
 

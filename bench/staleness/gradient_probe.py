@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from staleness_lag import Lab, assign
+from controlled_lag import Lab, assign
 from torch import Tensor
 
 from asyncrl import config as configuration

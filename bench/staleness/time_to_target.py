@@ -6,7 +6,7 @@ Staleness buys faster steps and costs more of them:
     throughput gain          =  seconds a step at S = 0 / at S
     sample-efficiency loss   =  steps to the target at S / at S = 0
 
-Medians are Kaplan-Meier's, so seeds that never get there count; see `staleness_stats.Times`. Every step trains equally
+Medians are Kaplan-Meier's, so seeds that never get there count; see `seed_statistics.Times`. Every step trains equally
 many samples, so steps to the target are samples to the target.
 """
 
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from staleness_plots import lag_axis, panels, save
-from staleness_stats import Cell, Grid, Times, table
+from plots import lag_axis, panels, save
+from seed_statistics import Cell, Grid, Times, table
 
 
 @dataclass(frozen=True, slots=True)

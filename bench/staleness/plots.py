@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from staleness_stats import interval
+from seed_statistics import interval
 
 mpl.use("Agg")
 from matplotlib import pyplot

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 import torch
-from staleness_noise import EngineNoise
+from engine_noise import EngineNoise
 from torch import Tensor, nn
 
 from asyncrl import config as configuration

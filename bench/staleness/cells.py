@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from staleness_lag import run_cell
-from staleness_probe import run_probe
-from staleness_system import run_job
+from controlled_lag import run_cell
+from full_system import run_job
+from gradient_probe import run_probe
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL: dict[str, Any] = {
     "config": ROOT / "configs" / "sort_digits.toml",
     "layers": "probe,a,b",

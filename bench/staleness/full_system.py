@@ -15,7 +15,7 @@ from typing import Any
 
 from asyncrl.monitor import metrics, timeline
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 _NUM_SHOWN = 4
 
 

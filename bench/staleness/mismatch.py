@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from staleness_plots import panels, save
-from staleness_stats import Cell, interval, table
+from plots import panels, save
+from seed_statistics import Cell, interval, table
 
 
 class NoiseGrid:
