@@ -17,7 +17,7 @@ test: .venv/installed-test
 	$(BIN)/python -m pytest $(ARGS)
 
 # What staleness costs, preset by preset; stopped, it goes on where it was (docs/staleness.md).
-ablation: .venv/installed
+ablation: .venv/installed-test
 	$(BIN)/python bench/staleness/ablation.py $(ARGS)
 
 # Real SGLang on a CPU, in an environment of its own (2.6 GB): the engine's contract, without a GPU.
