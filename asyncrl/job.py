@@ -164,6 +164,7 @@ def open_journal(folder: Path, buffer: Buffer, *, resumed: bool) -> tuple[Journa
         )
     else:
         journal.append(Resumed(version=cursor.version))
+    journal.sync()
     return journal, saved
 
 

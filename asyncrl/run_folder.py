@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from asyncrl import durable
 from asyncrl.algo import presets
 from asyncrl.config import BUILT_IN, Config, to_tree
 from asyncrl.imports import interpreter
@@ -39,7 +39,6 @@ def create(config: Config, baselines: dict[str, float]) -> Path:
     """A new run folder with its configuration and origin written down. Raises `ValueError` if it cannot be."""
     task = config.env.path.rpartition(":")[2].lower()
     try:
-        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         folder = _new(Path(config.run_dir), time.strftime(f"%Y%m%d-%H%M%S-{task}"))
     except OSError as error:
         raise ValueError(f"run_dir {config.run_dir!r} cannot be written to: {error}") from error
@@ -53,7 +52,7 @@ def _new(parent: Path, stem: str) -> Path:
     for number in itertools.count(1):
         folder = parent / (stem if number == 1 else f"{stem}-{number}")
         with suppress(FileExistsError):
-            folder.mkdir(mode=0o700)  # prompts and completions are nobody else's business
+            durable.make_folder(folder, 0o700)  # prompts and completions are nobody else's business
             break
     return folder
 
@@ -122,7 +121,7 @@ def keep(folder: Path, config: Config, step: int) -> None:
     for suffix in ("", *(f".{number}" for number in range(2, 1000))):
         old = folder / f"config.step-{step:06d}{suffix}.json"
         if not old.exists():
-            shutil.copyfile(path, old)
+            durable.write(old, path.read_bytes())
             break
     _write(path, to_tree(config))
 
@@ -160,10 +159,7 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
 
 
 def _write(path: Path, tree: dict[str, Any]) -> None:
-    """In one piece: others read it while the run goes on, and a resume needs it whatever happens."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(tree, indent=2) + "\n")
-    partial.rename(path)
+    durable.write(path, json.dumps(tree, indent=2) + "\n")
 
 
 def _commit() -> str | None:

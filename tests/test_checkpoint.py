@@ -13,7 +13,7 @@ from test_loop import small
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from asyncrl import job, system
+from asyncrl import durable, job, system
 from asyncrl.monitor import metrics
 from asyncrl.recovery import checkpoint, groups
 from asyncrl.recovery.checkpoint import Cursor
@@ -88,14 +88,14 @@ def test_with_every_one_damaged_the_run_is_not_started_from_nothing(tmp_path):
 
 def test_one_that_a_run_in_progress_takes_away_while_it_is_read_gives_way_to_a_newer_one(tmp_path, monkeypatch):
     saved(tmp_path, 1)
-    real = checkpoint.damage
+    real = durable.damage
 
     def late(folder):
         if folder.name == "step-000001":
             saved(tmp_path, 2, keep=1)
         return real(folder)
 
-    monkeypatch.setattr(checkpoint, "damage", late)
+    monkeypatch.setattr(durable, "damage", late)
     assert checkpoint.latest(tmp_path).name == "step-000002"
 
 
@@ -264,3 +264,18 @@ def test_rows_of_steps_that_are_made_again_and_a_torn_line_are_cut_off(tmp_path)
     metrics.cut(tmp_path, 2)
     assert path.read_text() == '{"version": 1}\n{"version": 2, "eval/accuracy": null}\n'
     assert [child.name for child in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["step-000018.bak", "step-last", "step-00000²"])
+def test_a_foreign_name_among_the_checkpoints_is_told_and_left_alone(tmp_path, name):
+    saved(tmp_path, 1)
+    shutil.copytree(tmp_path / "step-000001", tmp_path / name)
+    (tmp_path / "step-000099").write_text("no folder")
+    (tmp_path / ".step-mine").mkdir()
+    with pytest.warns(UserWarning, match=name):
+        (second,) = saved(tmp_path, 2, keep=1)
+    with pytest.warns(UserWarning, match="step-000099"):
+        assert checkpoint.newest(tmp_path) == checkpoint.latest(tmp_path) == second
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [name, second.name, "step-000099", ".step-mine"]
+    ), "nothing foreign is deleted"

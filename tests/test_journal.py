@@ -420,3 +420,16 @@ def test_prompts_that_fail_fail_for_all_who_ask():
     for _ in range(2):
         with pytest.raises(BrokenPrompts, match=r"failed after 2 training prompts: KeyError: 'question'"):
             queue.issue()
+
+
+def test_a_group_file_that_is_a_folder_counts_as_not_there_and_ends_nothing(tmp_path):
+    (tmp_path / "000000003.msgpack").mkdir()
+    (tmp_path / "notes.msgpack").write_text("mine")
+    assert files.read(tmp_path, 3, "ab") is None
+    with pytest.raises(ValueError, match=r"000000003\.msgpack cannot be read"):
+        files.read_any(tmp_path, 3)
+    with pytest.warns(UserWarning, match=r"000000003\.msgpack cannot be deleted"):
+        files.delete(tmp_path, 3)
+    with pytest.warns(UserWarning, match=r"000000003\.msgpack cannot be deleted"):
+        files.delete_others(tmp_path, set())
+    assert (tmp_path / "notes.msgpack").exists()

@@ -12,7 +12,7 @@ from helpers import run, trajectory
 from test_loop import small
 
 from asyncrl import config as configuration
-from asyncrl import job
+from asyncrl import durable, job
 from asyncrl.engine.embedded import EmbeddedEngine
 from asyncrl.envs.base import load_env
 from asyncrl.model import load_model, load_tokenizer, stop_token_ids
@@ -226,9 +226,9 @@ def test_a_checkpoint_holds_the_merged_model_and_the_adapter_for_peft(folder, tm
     assert torch.allclose(merged, expected, atol=1e-5)
     assert torch.allclose(adapted, expected, atol=1e-6)
     assert (base - expected).abs().max() > 0.01
-    assert checkpoint.damage(path) is None
+    assert durable.damage(path) is None
     (path / "adapter" / "adapter_model.safetensors").write_bytes(b"")
-    assert "adapter/adapter_model.safetensors" in checkpoint.damage(path)
+    assert "adapter/adapter_model.safetensors" in durable.damage(path)
 
 
 def test_a_resumed_learner_goes_on_exactly(folder, tmp_path):

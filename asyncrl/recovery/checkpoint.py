@@ -13,12 +13,10 @@ is a function of the version, so no scheduler has a state of its own.
 
 from __future__ import annotations
 
-import hashlib
-import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +26,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from asyncrl import durable
 from asyncrl.types import Version
 
-_MANIFEST = "manifest.json"
 _LEARNER = "learner"
-_NUM_THREADS = 4
-"""For checksums and fsync; both leave the interpreter to others."""
+_LEFT_OVER = re.compile(r"\.step-[0-9]+\.(partial|old)")
+"""Names of saves and deletions that were cut short."""
 
 
 class Cursor(msgspec.Struct, frozen=True):
@@ -44,11 +42,6 @@ class Cursor(msgspec.Struct, frozen=True):
     open_prompts: list[int]
     journal_bytes: int = 0
     """Length of the journal at that time: a shorter one has lost records."""
-
-
-class Manifest(msgspec.Struct, frozen=True):
-    files: dict[str, str]
-    """Hexadecimal BLAKE2b checksum of each file, by its path within the checkpoint."""
 
 
 def save(
@@ -86,28 +79,23 @@ def write(root: Path, cursor: Cursor, fill: Callable[[Path], None], *, keep: int
     folder = folder_of(root, cursor.version)
     partial = root / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True, mode=0o700)
+    if not root.exists():
+        durable.make_folder(root, 0o700)
+    partial.mkdir(mode=0o700)
     (partial / _LEARNER).mkdir()
     try:
         fill(partial)
         save_file(_random_state(), partial / _LEARNER / "random.safetensors")
         (partial / _LEARNER / "cursor.json").write_bytes(msgspec.json.encode(cursor))
-        names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
-        with ThreadPoolExecutor(_NUM_THREADS) as threads:
-            checksums = list(threads.map(lambda name: _sync_and_sum(partial / name), names))
-        manifest = Manifest(dict(zip(names, checksums, strict=True)))
-        (partial / _MANIFEST).write_bytes(msgspec.json.encode(manifest))
-        for path in (partial / _MANIFEST, *(path for path in partial.iterdir() if path.is_dir()), partial):
-            _sync(path)
+        durable.seal(partial)
         if folder.exists():
             _hide(folder)
-        partial.rename(folder)
+        durable.rename(partial, folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if _of_disk(error):
             raise OSError(f"{partial} could not be written: {error}") from error
         raise
-    _sync(root)
     _rotate(root, keep)
     return folder
 
@@ -139,7 +127,7 @@ def clear(root: Path) -> tuple[int, int]:
     One that cannot be deleted is warned of: NFS keeps the files that another process still reads.
     """
     count = num_bytes = 0
-    for folder in root.glob(".step-*"):
+    for folder in (path for path in root.iterdir() if _LEFT_OVER.fullmatch(path.name)):
         try:
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             shutil.rmtree(folder)
@@ -156,8 +144,17 @@ def folder_of(root: Path, version: Version) -> Path:
 
 
 def folders(root: Path) -> list[Path]:
-    """The checkpoints in `root`, oldest first, whole or not."""
-    return sorted(root.glob("step-*"), key=version_of)
+    """The checkpoints in `root`, oldest first, whole or not. Warns of other things with a name like theirs, which
+    nobody touches."""
+    found = list(root.glob("step-*"))
+    own = [path for path in found if re.fullmatch("step-[0-9]{6,}", path.name) and path.is_dir()]
+    if others := sorted({path.name for path in found if path.exists()} - {path.name for path in own}):
+        warnings.warn(
+            f"{root}: {', '.join(others)} is no checkpoint and is left alone (checkpoints are folders named "
+            "step-NUMBER); move it elsewhere",
+            stacklevel=2,
+        )
+    return sorted(own, key=version_of)
 
 
 def version_of(folder: Path) -> Version:
@@ -172,7 +169,7 @@ def newest(root: Path, *, set_aside: bool = True) -> Path | None:
     anew in the folder of its history.
     """
     for folder in reversed(folders(root)):
-        problem = damage(folder)
+        problem = durable.damage(folder)
         if problem is None:
             return folder
         if not folder.exists():  # a run in progress has made newer ones meanwhile
@@ -210,25 +207,6 @@ def latest(root: Path) -> Path:
     return folder
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None if every file is the one that was written."""
-    try:
-        manifest = msgspec.json.decode((folder / _MANIFEST).read_bytes(), type=Manifest)
-    except (OSError, msgspec.DecodeError) as error:
-        return f"{_MANIFEST}: {error}"
-    with ThreadPoolExecutor(_NUM_THREADS) as threads:
-        problems = threads.map(lambda item: _damage_of(folder, *item), sorted(manifest.files.items()))
-        return next(filter(None, problems), None)
-
-
-def _damage_of(folder: Path, name: str, checksum: str) -> str | None:
-    try:
-        found = _sum(folder / name)
-    except OSError as error:  # gone, or the disk does not give it back
-        return f"{name}: {error}"
-    return None if found == checksum else f"{name} has another checksum than when it was written"
-
-
 def load_cursor(folder: Path) -> Cursor:
     return msgspec.json.decode((folder / _LEARNER / "cursor.json").read_bytes(), type=Cursor)
 
@@ -252,21 +230,3 @@ def _random_state() -> dict[str, Tensor]:
     if torch.cuda.is_initialized():
         states |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
     return states
-
-
-def _sum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
-
-
-def _sync_and_sum(path: Path) -> str:
-    _sync(path)
-    return _sum(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

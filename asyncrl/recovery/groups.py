@@ -7,6 +7,7 @@ prompt is played again. That is why these files need no fsync. msgpack; nothing 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,10 @@ def write(folder: Path, group: Group) -> Group:
 
 
 def read(folder: Path, prompt_id: int, stored: str) -> Group | None:
-    """The group whose file has the digest `stored`; None if there is no such file."""
+    """The group whose file has the digest `stored`; None if there is none, or the disk does not give it back."""
     try:
         payload = path_of(folder, prompt_id).read_bytes()
-    except FileNotFoundError:
+    except OSError:
         return None
     if _digest(payload) != stored:
         return None
@@ -68,19 +69,28 @@ def read_any(folder: Path, prompt_id: int) -> Group:
     path = path_of(folder, prompt_id)
     try:
         return _unpack(msgspec.msgpack.decode(path.read_bytes(), type=_Group))
-    except msgspec.MsgspecError as error:
+    except (OSError, msgspec.MsgspecError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def delete(folder: Path, prompt_id: int) -> None:
-    path_of(folder, prompt_id).unlink(missing_ok=True)
+    """Deletes a group's file. Warns if that cannot be done: no run ends for it."""
+    _unlink(path_of(folder, prompt_id))
+
+
+def _unlink(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        warnings.warn(f"{path} cannot be deleted ({error.strerror}) and is left alone: remove it", stacklevel=3)
 
 
 def delete_others(folder: Path, keep: set[int]) -> None:
     """Deletes the files of all groups but these."""
+    kept = {path_of(folder, number) for number in keep}
     for path in folder.glob("*.msgpack"):
-        if int(path.stem) not in keep:
-            path.unlink()
+        if path.stem.isdecimal() and path not in kept:
+            _unlink(path)
 
 
 def _digest(payload: bytes) -> str:

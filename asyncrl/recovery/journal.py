@@ -28,6 +28,7 @@ from pathlib import Path
 
 import msgspec
 
+from asyncrl import durable
 from asyncrl.recovery.accounts import Accounts, Record
 
 _MAGIC = b"\xa5jr\x01"
@@ -55,7 +56,10 @@ class Journal:
         self._path = path
         if path is None:
             return
+        is_new = not path.exists()
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        if is_new:
+            durable.sync(path.parent)
         try:
             lock(self._file, path)
             records, self.num_bytes, size = read(path)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from asyncrl import durable
 from asyncrl.handles import RolloutHandle
 from asyncrl.imports import check_run
 from asyncrl.pool import RolloutPool
@@ -40,9 +41,7 @@ def request(folder: Path, num_rollout_actors: int) -> None:
         raise ValueError(f"a run needs at least 1 rollout actor, got {num_rollout_actors}")
     if not journal.in_use(folder / "journal.bin"):
         raise ValueError(f"{folder} is the folder of a run that has ended: go on with launch/run.py --resume {folder}")
-    partial = folder / f".{_CONTROL}.partial"
-    partial.write_bytes(msgspec.json.encode(Control(num_rollout_actors)))
-    partial.rename(folder / _CONTROL)
+    durable.write(folder / _CONTROL, msgspec.json.encode(Control(num_rollout_actors)))
 
 
 class Supervisor:

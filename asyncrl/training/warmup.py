@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from typing import Any
 import msgspec
 import torch
 from rich.progress import track
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from asyncrl import durable
 from asyncrl.config import BUILT_IN, Config
 from asyncrl.envs.base import Env, load_env
 from asyncrl.imports import told
@@ -26,7 +30,7 @@ def prepare(config: Config, *, quiet: bool = False) -> Path:
     """The folder of the weights that version 0 stands for, as a path or a Hugging Face id.
 
     Made once for each combination of the settings that it depends on and each state of the files in the folder that
-    `model.path` names; a folder that exists is complete. A model of the hub is known by its id, an environment by its
+    `model.path` names; one that is damaged is made again. A model of the hub is known by its id, an environment by its
     path and arguments: where what they name has changed, remove `run_dir`/cache.
     """
     check_model(config.model.path)
@@ -38,19 +42,43 @@ def prepare(config: Config, *, quiet: bool = False) -> Path:
     )
     folder = Path(config.run_dir) / "cache" / hashlib.blake2b(depends_on, digest_size=8).hexdigest()
     if folder.exists():
-        return folder
+        if (problem := _damage_of(folder)) is None:
+            return folder
+        print(f"{folder} is damaged ({problem}): it is made again", file=sys.stderr)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            durable.make_folder(folder.parent)
     except OSError as error:
         raise ValueError(f"run_dir {config.run_dir!r} cannot be written to: {error}") from error
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
         _make(partial, config, quiet=quiet)
-        if not folder.exists():  # or another process was faster
-            partial.rename(folder)
+        durable.seal(partial)
+        if not folder.exists() or _damage_of(folder):  # or another process was faster
+            shutil.rmtree(folder, ignore_errors=True)
+            durable.rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _damage_of(folder: Path) -> str | None:
+    """What is wrong with a cached model. One of an earlier version has no manifest and is opened instead: made again,
+    it could differ in its last bits from what adapters were trained on."""
+    if (folder / durable.MANIFEST).exists():
+        return durable.damage(folder)
+    if not (folder / "config.json").exists():
+        return "it has no config.json"
+    for file in sorted(folder.iterdir()):
+        try:
+            if file.suffix == ".json":
+                msgspec.json.decode(file.read_bytes())
+            elif file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass
+        except (OSError, msgspec.MsgspecError, SafetensorError) as error:
+            return f"{file.name}: {error}"
+    return None
 
 
 def _make(folder: Path, config: Config, *, quiet: bool) -> None:
