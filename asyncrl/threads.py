@@ -10,10 +10,12 @@ import asyncio
 import contextvars
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -59,11 +61,40 @@ def kept_handlers(*numbers: signal.Signals) -> Iterator[dict[signal.Signals, Any
             signal.signal(number, handler)
 
 
+_refused: contextvars.ContextVar[list[int]] = contextvars.ContextVar("refused")
+
+
+def notice_signals(function: Callable[[], T], refused: list[int]) -> T:
+    """What the function returns or raises; `refused` takes up the signals that it set a handler of, in vain, as this is
+    not the main thread. Many functions catch the error that says so, and go on with nothing."""
+    _hook_signals()
+
+    def work() -> T:
+        _refused.set(refused)
+        return function()
+
+    return contextvars.copy_context().run(work)
+
+
+@cache
+def _hook_signals() -> None:
+    """`signal.signal` calls its namesake in C, and no audit event tells of it."""
+    module = sys.modules["_signal"]
+    set_handler = module.signal
+
+    def noticing(number: int, handler: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            _refused.get([]).append(number)
+        return set_handler(number, handler)
+
+    module.signal = noticing  # type: ignore[attr-defined]
+
+
 class Threads:
     """Calls of somebody else's code, a few at once."""
 
-    def __init__(self) -> None:
-        self._room = asyncio.Semaphore((os.cpu_count() or 1) + 4)
+    def __init__(self, most: int | None = None) -> None:
+        self._room = asyncio.Semaphore(most or (os.cpu_count() or 1) + 4)
 
     async def run(self, function: Callable[[], T], timeout_s: float | None = None) -> T:
         """What the function returns or raises. Raises `TimeoutError` if it runs longer than `timeout_s`; the time that

@@ -27,6 +27,10 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 Bools: TypeAlias = npt.NDArray[np.bool_]
 
 
+UNSCORED = float("nan")
+"""The reward of an attempt that cannot be scored: it stays in its group without a part in means or deviations, with
+advantage 0. An environment returns this very object; any other nan is a fault."""
+
 _COLUMNS = {
     "token_ids": ("iu", "integers"),
     "mask": ("b", "booleans"),

@@ -62,7 +62,7 @@ LAYERS = [
         "engine.base",
     }
     | {"envs.digits", "envs.numbers"}
-    | {"envs.data", "envs.chat", "envs.rewards", "envs.dataset", "envs.gsm8k", "envs.mixture"}
+    | {"envs.data", "envs.chat", "envs.reward_worker", "envs.rewards", "envs.dataset", "envs.gsm8k", "envs.mixture"}
     | {"envs.reasoning_gym", "envs.multi_turn", "envs.faults"},
     {
         "engine.kv_cache",

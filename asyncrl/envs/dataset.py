@@ -24,8 +24,8 @@ from typing import Any, Literal, get_args
 from asyncrl.envs.base import Generate, Split, Tokenizer, single_turn, split_of
 from asyncrl.envs.chat import ChatFormat, Style, check_messages
 from asyncrl.envs.data import Row, check_columns, read_rows
-from asyncrl.envs.rewards import Reward, Rewards
-from asyncrl.types import Prompt, Trajectory
+from asyncrl.envs.rewards import Reward, Rewards, Score
+from asyncrl.types import UNSCORED, Prompt, Trajectory
 
 _SPLITS = get_args(Split)
 _CALLS_AT_ONCE = 4
@@ -111,7 +111,7 @@ class DatasetEnv:
         completion = await generate(prompt.token_ids)
         token_ids = completion.token_ids.tolist()
         text = self._bare_format.reply_in(self._tokenizer.decode(token_ids, skip_special_tokens=True))
-        reward, parts = await self._score(text, token_ids, prompt)
+        reward, parts = await self._score(text, token_ids, prompt, int(completion.versions.max()))
         if self._end_required and completion.finish != "stop":
             reward = 0.0
         return single_turn(prompt, completion, reward, **parts)
@@ -171,9 +171,12 @@ class DatasetEnv:
             check_messages(prompt, f"column {self._prompt!r}")
         return row
 
-    async def _score(self, text: str, token_ids: Sequence[int], prompt: Prompt) -> tuple[float, dict[str, float]]:
+    async def _score(self, text: str, token_ids: Sequence[int], prompt: Prompt, step: int = 0) -> Score:
         scoring = json.loads(prompt.target)
-        return await self._rewards.score(scoring["prompt"], text, token_ids, scoring["columns"])
+        (score,) = await self._rewards.score(scoring["prompt"], [text], [token_ids], scoring["columns"], step)
+        if score[0] is UNSCORED:
+            raise ValueError("every reward function said None: one must give a number")
+        return score
 
     def _load_split(self, split: Split) -> list[_Example]:
         rest = self._read(self._train)
