@@ -232,6 +232,9 @@ class EvalConfig(_Section, frozen=True, kw_only=True):
     top_p: float = 1.0
     pass_reward: float = 1.0
     """The reward from which on an attempt passes, for pass@k and for the curriculum."""
+    baseline: bool = True
+    """Begin a run by scoring policies without skill on these prompts, which calls the scorer once for each of them. A
+    resumed run keeps the numbers."""
     num_actors: int = 0
     """Engines for evaluation alone: they hold the version under evaluation still while the rollout actors go on. With
     none, rollout actors evaluate, and later weights reach their attempts."""

@@ -52,11 +52,14 @@ class Task:
     env: Env
     heldout: list[Prompt]
     baselines: dict[str, float]
-    """What policies without skill score on the held-out prompts."""
+    """What policies without skill score on the held-out prompts; empty without eval.baseline."""
 
 
-def load_task(config: Config, *, quiet: bool = False) -> Task:
-    """Raises `ValueError` for what the run could not start with, or would not end with."""
+def load_task(config: Config, known: dict[str, float] | None = None, *, quiet: bool = False) -> Task:
+    """`known`: what policies without skill scored when the run began, which is not asked for again.
+
+    Raises `ValueError` for what the run could not start with, or would not end with.
+    """
     check_own(config)
     check_machine(config)  # before the warm-up, which may take long
     check_attention(config)
@@ -65,7 +68,7 @@ def load_task(config: Config, *, quiet: bool = False) -> Task:
     tokenizer = load_tokenizer(initial)
     env = load_env(config.env.path, tokenizer, config.env.args)
     heldout = heldout_prompts(env, config.eval.num_prompts)
-    baselines = no_skill(env, heldout)
+    baselines = (known or no_skill(env, heldout)) if config.eval.baseline else {}
     try_prompts(config, env)
     check_targets(config, initial)
     return Task(initial, tokenizer, env, heldout, baselines)
@@ -80,9 +83,12 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
     config = configuration.checked(config)
     runtime = load_runtime(config)
     changes = run_folder.differences(resume, config) if resume else []  # before a warm-up is made for nothing
+    known = run_folder.known_baselines(resume, changes) if resume else None
     with _ctrl_c_at_once():
-        task = load_task(config, quiet=quiet)
+        task = load_task(config, known, quiet=quiet)
     folder = (resume or run_folder.create(config, task.baselines)).absolute()
+    if resume and task.baselines and task.baselines != known:
+        run_folder.keep_baselines(folder, task.baselines)
     buffer = make_buffer(config)
 
     def decode(token_ids: list[int]) -> str:
@@ -128,7 +134,7 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
                     await run(system)
                 result = Result(folder, learner.version, metrics.last_accuracy, task.baselines)
             metrics.ended()
-            plot(folder, max(task.baselines.values()))
+            plot(folder, max(task.baselines.values(), default=None))
             _say_what_became_of_it(system, first_step)
             metrics.say(report(result, config.num_steps))
     return result
@@ -203,10 +209,12 @@ def _say_what_became_of_it(system: System, first_step: int) -> None:
 
 def report(result: Result, num_steps: int) -> str:
     """The last lines of a run."""
-    best = max(result.baselines, key=result.baselines.__getitem__)
     lines = [f"done: step {result.version} of {num_steps}"]
     if result.accuracy is not None:
-        lines[0] += f" | held-out {result.accuracy:.3f}, no skill {result.baselines[best]:.2f} ({best})"
+        lines[0] += f" | held-out {result.accuracy:.3f}"
+        if result.baselines:
+            best = max(result.baselines, key=result.baselines.__getitem__)
+            lines[0] += f", no skill {result.baselines[best]:.2f} ({best})"
     lines.append(f"run folder: {result.folder}")
     lines.append(f"as a page: {interpreter()} launch/report.py {result.folder}")
     if result.version < num_steps:

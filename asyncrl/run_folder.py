@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from asyncrl.config import BUILT_IN, Config, to_tree
 from asyncrl.imports import interpreter
 
 _CONFIG = "config.json"
+_ORIGIN = "run.json"
 
 
 def create(config: Config, baselines: dict[str, float]) -> Path:
@@ -44,7 +45,7 @@ def create(config: Config, baselines: dict[str, float]) -> Path:
         raise ValueError(f"run_dir {config.run_dir!r} cannot be written to: {error}") from error
     _write(folder / _CONFIG, to_tree(config))
     origin = {"commit": _commit(), "command": sys.argv, "no_skill": baselines, "python": sys.version.split()[0]}
-    _write(folder / "run.json", origin)
+    _write(folder / _ORIGIN, origin)
     return folder
 
 
@@ -124,6 +125,21 @@ def keep(folder: Path, config: Config, step: int) -> None:
             durable.write(old, path.read_bytes())
             break
     _write(path, to_tree(config))
+
+
+def known_baselines(folder: Path, changes: Sequence[str]) -> dict[str, float]:
+    """What policies without skill scored when the run began; nothing if that is not known, or if the `changes` of the
+    configuration make it another task."""
+    if any(line.startswith(("env.", "eval.num_prompts ")) for line in changes):
+        return {}
+    known: dict[str, float] = json.loads((folder / _ORIGIN).read_text())["no_skill"]
+    return known
+
+
+def keep_baselines(folder: Path, baselines: dict[str, float]) -> None:
+    """Writes down what policies without skill score from here on."""
+    path = folder / _ORIGIN
+    _write(path, json.loads(path.read_text()) | {"no_skill": baselines})
 
 
 @contextmanager

@@ -289,7 +289,8 @@ def draw_prompt(config: Config, tokenizer: Any) -> tuple[str, int]:
 
     env = load_env(config.env.path, tokenizer, config.env.args)
     heldout = heldout_prompts(env, most=1)
-    no_skill(env, heldout)
+    if config.eval.baseline:
+        no_skill(env, heldout)
     next(checked_prompts(env, "train", config.seed))
     if config.warmup.num_steps and not hasattr(env, "demonstrations"):
         raise ValueError(f"{config.env.path} has no demonstrations(): set warmup.num_steps=0 or add the method")

@@ -163,7 +163,8 @@ async def evaluate(config: Config, numbers: Sequence[int]) -> list[dict[str, Any
     folder = str(prepare(config))
     env = load_env(config.env.path, load_tokenizer(folder), config.env.args)
     prompts = heldout_prompts(env, config.eval.num_prompts)
-    facts = {"no_skill": no_skill(env, prompts), "skipped_rows": dict(getattr(env, "skipped", {}))}
+    baselines = no_skill(env, prompts) if config.eval.baseline else {}
+    facts = {"no_skill": baselines, "skipped_rows": dict(getattr(env, "skipped", {}))}
     rollout = await build_rollout(config, folder, placement_here(config))
     usual = rollout.attempts
     greedy = replace(usual, num_samples=1, sampling=replace(usual.sampling, temperature=0.0))

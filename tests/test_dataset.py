@@ -5,6 +5,8 @@ import asyncio
 import itertools
 import json
 import time
+import warnings
+from collections import Counter
 from datetime import datetime
 
 import pyarrow
@@ -166,6 +168,31 @@ def test_the_reply_without_skill_is_one_with_tokens_and_what_fails_on_it_is_told
             continue
         with pytest.raises(ValueError, match=r"the score without skill \(always 'error'\): reward function 'ends'"):
             env.baselines(heldout)
+
+
+@pytest.mark.parametrize(("bad", "tries"), [(1, 1), (1, 3), (30, 3)])
+def test_the_score_without_skill_outlasts_a_scorer_that_fails_now_and_then(tmp_path, bad, tries):
+    """One that fails on a few prompts: at first (1 try), whenever it is called (3), on too many prompts."""
+    calls = Counter()
+
+    def flaky(prompts, **_kwargs):
+        calls[prompts[0]] += 1
+        if prompts[0] in failing and calls[prompts[0]] <= tries:
+            raise ConnectionError("the judge is busy")
+        return [0.5]
+
+    env = make(tmp_path / "d.jsonl", [{"question": f"{n}?"} for n in range(400)], reward=flaky)
+    heldout = list(env.prompts("heldout", 0))
+    failing = {json.loads(prompt.target)["prompt"] for prompt in heldout[:bad]}
+    if bad > 1:
+        with pytest.raises(ValueError, match=r"without skill .*ConnectionError.*eval\.baseline=false"):
+            env.baselines(heldout)
+        assert calls.total() <= 3 * 10, "a scorer that never answers is not asked for every prompt"
+        return
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert env.baselines(heldout) == {"empty reply": 0.5}
+    assert [f"leaves out 1 of {len(heldout)} prompts" in str(one.message) for one in told] == [True] * (tries // 3)
 
 
 @pytest.mark.parametrize(

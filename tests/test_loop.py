@@ -242,6 +242,25 @@ def test_what_is_missing_is_told_before_a_run_has_anything(tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_resumed_run_keeps_the_score_without_skill_and_none_is_asked_for_where_it_is_off(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(job, "no_skill", lambda *_: calls.append(1) or {"guess": 0.25})
+    config = small(tmp_path)
+    folder = run_folder.create(config, job.load_task(config, quiet=True).baselines)
+    other = small(tmp_path, "eval.num_prompts=3", "num_steps=9")
+    for now, known, asked in ((config, {"guess": 0.25}, 0), (other, {}, 1)):
+        calls.clear()
+        assert run_folder.known_baselines(folder, run_folder.differences(folder, now)) == known
+        assert job.load_task(now, known, quiet=True).baselines == {"guess": 0.25}
+        assert len(calls) == asked
+    run_folder.keep_baselines(folder, {"guess": 0.5})
+    assert run_folder.known_baselines(folder, []) == {"guess": 0.5}
+    calls.clear()
+    assert job.load_task(small(tmp_path, "eval.baseline=false"), quiet=True).baselines == {}
+    assert not calls
+    assert "no skill" not in job.report(job.Result(folder, 4, 0.5, {}), 4)
+
+
 def test_a_run_folder_holds_everything_it_promises(tmp_path):
     config = small(tmp_path, "checkpoint.every=2", "checkpoint.keep=1", "eval.every=2")
     result = run(job.train(config, quiet=True))

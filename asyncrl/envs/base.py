@@ -210,7 +210,7 @@ def no_skill(env: Env, prompts: Sequence[Prompt]) -> dict[str, float]:
     if not numbers or not all(isinstance(score, Real) and math.isfinite(score) for score in numbers):
         raise ValueError(
             f"{type(env).__name__}.baselines() gave {scores!r}: it must name what at least one policy without skill "
-            "scores, a finite number, for example {'empty reply': 0.0}"
+            "scores, a finite number, for example {'empty reply': 0.0}; eval.baseline=false leaves it out"
         )
     return scores
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,9 @@ from asyncrl.types import UNSCORED, Prompt, Trajectory
 _SPLITS = get_args(Split)
 _CALLS_AT_ONCE = 4
 """Of reward functions for the score without skill: fewer than `Threads` has room for, so that nobody waits there."""
+
+_TRIES = 3
+"""Calls of the reward functions for one prompt's score without skill."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,27 +121,54 @@ class DatasetEnv:
         return single_turn(prompt, completion, reward, **parts)
 
     def baselines(self, prompts: Sequence[Prompt]) -> dict[str, float]:
-        """The score of one reply to every prompt: the most frequent target, or nothing where there are no targets."""
+        """The score of one reply to every prompt: the most frequent target, or nothing where there are no targets.
+
+        A prompt whose scoring fails again and again is left out, with a warning. Raises `ValueError` once that happened
+        to more prompts than others were scored.
+        """
         targets = Counter(str(json.loads(prompt.target)["columns"].get("target", "")) for prompt in prompts)
         best = max(targets, key=lambda target: (targets[target], target))
 
         name = f"always {best[:20]!r}" if best else "empty reply"
         token_ids = self._ids_of(best)
-        room = asyncio.Semaphore(_CALLS_AT_ONCE)
+        scores: list[float] = []
+        failures: list[Exception] = []
 
-        async def score(prompt: Prompt) -> float:
-            async with room:
-                return (await self._score(best, token_ids, prompt))[0]
+        async def score(queue: Iterator[Prompt]) -> None:
+            for prompt in queue:
+                try:
+                    reward = await self._score_again(best, token_ids, prompt)
+                except (ValueError, TimeoutError) as error:
+                    failures.append(error)
+                    if len(failures) > len(scores) + _CALLS_AT_ONCE or len(failures) == len(prompts):
+                        raise
+                else:
+                    scores.append(reward)
 
-        async def mean() -> float:
-            scores = await asyncio.gather(*map(score, prompts))
-            return sum(scores) / len(scores)
+        async def score_all() -> None:
+            queue = iter(prompts)
+            await asyncio.gather(*(score(queue) for _ in range(_CALLS_AT_ONCE)))
 
         try:
             with ThreadPoolExecutor(1) as pool:  # the caller's thread may run an event loop already
-                return {name: pool.submit(asyncio.run, mean()).result()}
+                pool.submit(asyncio.run, score_all()).result()
         except (ValueError, TimeoutError) as error:
-            raise ValueError(f"the score without skill ({name}): {error}") from error
+            raise ValueError(
+                f"the score without skill ({name}): {error}; eval.baseline=false starts a run without it"
+            ) from error
+        if failures:
+            told = f"{len(failures)} of {len(prompts)} prompts, which could not be scored: {failures[-1]}"
+            warnings.warn(f"the score without skill ({name}) leaves out {told}", stacklevel=2)
+        return {name: sum(scores) / len(scores)}
+
+    async def _score_again(self, text: str, token_ids: Sequence[int], prompt: Prompt) -> float:
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                return (await self._score(text, token_ids, prompt))[0]
+            except (ValueError, TimeoutError):
+                if not tries_left:
+                    raise
+        raise AssertionError
 
     def _ids_of(self, reply: str) -> list[int]:
         """Tokens of a reply; of a text that the model cannot say the end alone."""

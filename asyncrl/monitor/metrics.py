@@ -275,8 +275,9 @@ def verdict(folder: Path, *, after: int = 0, turns: bool = False) -> Blame | Non
     return blame(warmed_up(steps), turns=turns)
 
 
-def plot(folder: Path, baseline: float) -> Path:
-    """Writes curves.png: reward and held-out accuracy, lag, utilisation and weight sync over the steps."""
+def plot(folder: Path, baseline: float | None) -> Path:
+    """Writes curves.png: reward and held-out accuracy, lag, utilisation and weight sync over the steps. `baseline`: the
+    reward without skill, if it is known."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -293,7 +294,8 @@ def plot(folder: Path, baseline: float) -> Path:
     figure, ((rewards, lags), (idle, sync)) = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
     rewards.plot(at, column("reward/mean"), label="training reward")
     rewards.plot(column("version", evals), column("eval/accuracy", evals), "o-", label="held-out")
-    rewards.axhline(baseline, color="grey", linestyle=":", label=f"no skill {baseline:.2f}")
+    if baseline is not None:
+        rewards.axhline(baseline, color="grey", linestyle=":", label=f"no skill {baseline:.2f}")
     rewards.set(title="reward", ylim=(-0.03, 1.03))
     lags.plot(at, column("lag/mean"), label="mean")
     lags.plot(at, column("lag/max"), label="maximum")
