@@ -267,7 +267,7 @@ def test_a_run_folder_holds_everything_it_promises(tmp_path):
     assert configuration.load(result.folder / "config.json") == config
     origin = json.loads((result.folder / "run.json").read_text())
     assert origin["no_skill"] == result.baselines
-    names = {name for row in metrics.read(result.folder) for name in row} - {"version", "time"}
+    names = {name for row in metrics.read(result.folder) for name in row} - {"version", "time", "timestamp"}
     assert names == set(metrics.METRICS), "the table of metrics and what is logged differ"
     assert list((result.folder / "tensorboard").glob("events*"))
     assert (result.folder / "curves.png").stat().st_size > 10_000

@@ -12,10 +12,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from asyncrl.algo.diagnostics import METRICS as DIAGNOSTICS
 from asyncrl.algo.diagnostics import WITH_REFERENCE, alarms
 from asyncrl.config import Config, MetricsConfig
+from asyncrl.monitor import events
 from asyncrl.monitor.blame import METRICS as WAITS
 from asyncrl.monitor.blame import Blame, blame, told, waits, warmed_up
 from asyncrl.monitor.samples import Samples
@@ -117,8 +119,9 @@ def page() -> str:
         "",
         "Logged at every learner step unless said otherwise, to `metrics.jsonl` and TensorBoard. Each line of",
         "`metrics.jsonl` also has `version`, the optimizer steps in the weights that it is about, and `time`, the",
-        "seconds of the run until it was written: a resume goes on from those of the last line that it keeps. An",
-        "evaluation has a line of its own, with the version that it is of.",
+        "seconds of the run until it was written, on a clock that never runs backwards: a resume goes on from those of",
+        "the last line that it keeps. `timestamp` is Unix time, as the machine had it. An evaluation has a line of its",
+        "own, with the version that it is of. What happened besides is in `events.jsonl` (asyncrl/monitor/events.py).",
         "",
     ]
     rows = [f"| `{name}` | {text.replace('|', chr(92) + '|')} |" for name, text in (METRICS | ONLY_WITH).items()]
@@ -145,7 +148,8 @@ class Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         settings = config.metrics if config else MetricsConfig(sample_trajectories=0)
         self.folder = folder
-        self.timeline = Timeline(folder / "timeline.jsonl" if settings.timeline else None)
+        self.timeline = Timeline(folder / "timeline.jsonl" if settings.timeline else None, events.last_run_s(folder))
+        self.events = events.Events(folder, self.timeline.now)
         cut(folder, first_step)
         self._file = (folder / "metrics.jsonl").open("a", buffering=1)
         self._board = TensorBoard(folder, config, OVERVIEW, first_step)
@@ -156,7 +160,8 @@ class Metrics:
             self._sinks.append(WeightsAndBiases(folder, config))
         self._samples = Samples(folder, config, decode) if config and decode else None
         self._terminal = open_terminal(folder, num_steps, first_step, quiet=quiet, watch=watch)
-        self._began = time.time() - max((row["time"] for row in read(folder)), default=0.0)  # as if never stopped
+        self.events.listen(lambda event: self._terminal.say(event.line))
+        self._began = time.monotonic() - max((row["time"] for row in read(folder)), default=0.0)  # as if never stopped
         self._history: deque[dict[str, float]] = deque(maxlen=100)
         self._alarmed: set[str] = set()  # metrics, at the step before
         self._last_step_s: float | None = None
@@ -173,13 +178,21 @@ class Metrics:
         if self._samples:
             self._samples.flush()
         self.timeline.close()
+        self.events.close()
         self._file.close()
         for sink in self._sinks:
             sink.close()
 
+    def event(
+        self, kind: str, message: str, *, subject: str = "run", alarm: bool | None = None, **facts: Any
+    ) -> events.Event:
+        """Something happened that a person should hear of, in one line: see `Events.emit` and `events.KINDS`."""
+        return self.events.emit(kind, message, subject=subject, alarm=alarm, **facts)
+
     def say(self, text: str) -> None:
-        """A line for the person who watches."""
-        self._terminal.say(text)
+        """A line for the person who watches, an alarm if it begins so."""
+        alarm = text.startswith("alarm: ")
+        self.event("alarm" if alarm else "note", text.removeprefix("alarm: "))
 
     def ended(self) -> None:
         """No step follows: what is said from here on goes below the progress bar or the view."""
@@ -218,7 +231,8 @@ class Metrics:
 
     def _record(self, version: int, row: dict[str, float]) -> None:
         values = {name: None if math.isnan(value) else _short(value) for name, value in row.items()}
-        self._file.write(json.dumps({"version": version, "time": round(time.time() - self._began, 3), **values}) + "\n")
+        times = {"time": round(time.monotonic() - self._began, 3), "timestamp": round(time.time(), 3)}
+        self._file.write(json.dumps({"version": version, **times, **values}) + "\n")
         for sink in self._sinks:
             sink.write(version, row)
 

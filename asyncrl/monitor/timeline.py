@@ -6,8 +6,8 @@
     evaluation  |      evaluation      |
     buffer      a number over time: groups that are ready
 
-Times are seconds since the epoch on a clock that never runs backwards, so that a resumed run goes on in the same file.
-Recording one span takes microseconds; lines are buffered and written once a step.
+Times are seconds of the run on a clock that never runs backwards; a resume goes on from where the run was, in the same
+file. Recording one span takes microseconds; lines are buffered and written once a step.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from asyncrl.monitor.events import tail
+
 _NUM_RECENT = 100_000
+_TAIL_BYTES = 2**16
 _encode = msgspec.json.Encoder().encode
 
 
@@ -39,8 +42,11 @@ class Span(msgspec.Struct, frozen=True, omit_defaults=True):
 class Timeline:
     """Records spans. Without a path they are kept in memory only, the newest 100 000 of them."""
 
-    def __init__(self, path: Path | None = None) -> None:
-        self._origin = time.time() - time.monotonic()
+    def __init__(self, path: Path | None = None, begin_s: float = 0.0) -> None:
+        """`begin_s`: the seconds that the run had gone on for before; what the file has beyond that counts, too."""
+        if path is not None and path.exists():
+            begin_s = max(begin_s, *(span.end_s for span in _newest(path)), 0.0)
+        self._origin = begin_s - time.monotonic()
         self._open: dict[int, tuple[str, str, float, dict[str, Any]]] = {}
         self._recent: deque[Span] = deque(maxlen=_NUM_RECENT)
         self._next_key = 0
@@ -106,6 +112,15 @@ def _is_torn(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
         return file.read() not in (b"\n", b"")
+
+
+def _newest(path: Path) -> list[Span]:
+    """The last spans of a file; only its end is read."""
+    spans = []
+    for line in tail(path, _TAIL_BYTES):
+        with suppress(msgspec.MsgspecError):
+            spans.append(msgspec.json.decode(line, type=Span))
+    return spans
 
 
 def read(path: Path) -> tuple[list[Span], int]:

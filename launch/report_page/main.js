@@ -119,7 +119,7 @@ function everyMetric() {
     if (place.childElementCount) return;
     for (const table of [data.steps, data.evals]) {
       for (const name of Object.keys(table)) {
-        if (["version", "time"].includes(name)) continue;
+        if (["version", "time", "timestamp"].includes(name)) continue;
         place.append(lineChart(name, data.meanings[name] ?? "reported by the environment", [{ name: "last", y: table[name] }], { x: table.version, height: 210 }));
       }
     }
