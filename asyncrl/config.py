@@ -347,7 +347,7 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
 
     Raises `ValueError` that names the rule, the values and the remedy.
     """
-    tree = tables.read(path) if path is not None else {}
+    tree = {} if path is None else stored(path) if Path(path).suffix == ".json" else tables.read(path)
     for word in overrides or []:
         tables.assign(tree, word)
     return from_tree(tree)
@@ -395,7 +395,22 @@ def checked(config: Config) -> Config:
     return from_tree(tree)
 
 
+def stored(path: str | Path) -> dict[str, Any]:
+    """The tables of a run folder's configuration, with what its run did where its version had no such setting."""
+    tree = tables.read(path)
+    if Path(path).name.startswith("config.") and isinstance(loss := tree.get("algorithm", {}).get("loss"), dict):
+        loss.setdefault("std_correction", 0)  # `to_store` writes it; runs of 0.1 divided by n
+    return tree
+
+
+def to_store(config: Config) -> dict[str, Any]:
+    """Plain tables as written to the run folder: every value, and what a resume has to keep of the preset."""
+    tree = to_tree(config)
+    tree["algorithm"]["loss"] = {**tree["algorithm"]["loss"], "std_correction": config.loss.std_correction}
+    return tree
+
+
 def to_tree(config: Config) -> dict[str, Any]:
-    """Plain tables of every value, as written to the run folder."""
+    """Plain tables of every value."""
     tree: dict[str, Any] = msgspec.to_builtins(config)
     return tree

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from asyncrl.types import Failure, Group, Version
+from asyncrl.types import NOISE, Failure, Group, Version, reaches, same_reward
 
 _Z = 1.959964
 """Of the normal distribution at 95 %."""
@@ -60,7 +60,8 @@ def ks(num_samples: int) -> list[int]:
 def pass_at(groups: Sequence[Group], k: int, pass_reward: float) -> list[float]:
     """pass@k of each prompt."""
     return [
-        pass_at_k(len(group.rewards), sum(reward >= pass_reward for reward in group.rewards), k) for group in groups
+        pass_at_k(len(group.rewards), sum(reaches(reward, pass_reward) for reward in group.rewards), k)
+        for group in groups
     ]
 
 
@@ -83,12 +84,12 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """
     array = np.asarray(values, dtype=np.float64)
     mean, size = float(array.mean()), len(array)
-    if array.min() < 0 or array.max() > 1:
+    if array.min() < -NOISE or array.max() > 1 + NOISE:
         draws = np.random.default_rng(0).integers(size, size=(_NUM_RESAMPLES, size))
         low, high = np.percentile(array[draws].mean(1), [2.5, 97.5])
         return float(low), float(high)
     variance = float(array.var())
-    differ = array.max() > array.min()  # of equal values, rounding may leave a variance
+    differ = not same_reward(array.max(), array.min())  # of equal values, rounding may leave a variance
     effective = size * mean * (1 - mean) / variance if differ else size
     shrink = 1 + _Z**2 / effective
     center = (mean + _Z**2 / (2 * effective)) / shrink

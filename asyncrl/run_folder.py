@@ -29,7 +29,7 @@ from typing import Any
 
 from asyncrl import durable
 from asyncrl.algo import presets
-from asyncrl.config import BUILT_IN, Config, to_tree
+from asyncrl.config import BUILT_IN, Config, stored, to_store
 from asyncrl.imports import interpreter
 
 _CONFIG = "config.json"
@@ -43,7 +43,7 @@ def create(config: Config, baselines: dict[str, float]) -> Path:
         folder = _new(Path(config.run_dir), time.strftime(f"%Y%m%d-%H%M%S-{task}"))
     except OSError as error:
         raise ValueError(f"run_dir {config.run_dir!r} cannot be written to: {error}") from error
-    _write(folder / _CONFIG, to_tree(config))
+    _write(folder / _CONFIG, to_store(config))
     origin = {"commit": _commit(), "command": sys.argv, "no_skill": baselines, "python": sys.version.split()[0]}
     _write(folder / _ORIGIN, origin)
     return folder
@@ -64,7 +64,7 @@ def differences(folder: Path, config: Config) -> list[str]:
     Raises `ValueError` for what a run cannot change on its way: its checkpoints are of that shape, or it goes on using
     the weights that it started from.
     """
-    before, now = json.loads((folder / _CONFIG).read_text()), json.loads(json.dumps(to_tree(config)))
+    before, now = stored(folder / _CONFIG), json.loads(json.dumps(to_store(config)))
     lines = _differences(before, now)
     remedy = "go on without this change, or start a new run"
     for line in lines:
@@ -100,7 +100,7 @@ def stretches(folder: Path) -> list[tuple[int, Path]]:
 
 def changes(before: Path, now: Path) -> list[str]:
     """A line for each value of one configuration that is another one in the next."""
-    return _differences(json.loads(before.read_text()), json.loads(now.read_text()))
+    return _differences(stored(before), stored(now))
 
 
 def _makes_base(config: Config) -> tuple[str, ...]:
@@ -124,7 +124,7 @@ def keep(folder: Path, config: Config, step: int) -> None:
         if not old.exists():
             durable.write(old, path.read_bytes())
             break
-    _write(path, to_tree(config))
+    _write(path, to_store(config))
 
 
 def known_baselines(folder: Path, changes: Sequence[str]) -> dict[str, float]:

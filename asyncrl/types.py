@@ -9,6 +9,7 @@ the tokens before it; `mask[t]` says whether token `t` is trained on. The shift 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -22,6 +23,10 @@ Finish: TypeAlias = Literal["stop", "length", "abort"]
 """Why a completion ended: a stop token or text, even where it is the last token that the budget allows; the budget; or
 an abort."""
 
+RELATIVE_NOISE, NOISE = 1e-6, 1e-9
+"""How far rewards may be apart that are the same number: a share of the larger one, or this much. The parts of a score
+add up with a rounding error, 0.7 + 0.2 + 0.1 to less than 1, and the learner holds rewards in float32."""
+
 Ints: TypeAlias = npt.NDArray[np.int32]
 Floats: TypeAlias = npt.NDArray[np.float32]
 Bools: TypeAlias = npt.NDArray[np.bool_]
@@ -30,6 +35,17 @@ Bools: TypeAlias = npt.NDArray[np.bool_]
 UNSCORED = float("nan")
 """The reward of an attempt that cannot be scored: it stays in its group without a part in means or deviations, with
 advantage 0. An environment returns this very object; any other nan is a fault."""
+
+
+def same_reward(one: float, other: float) -> bool:
+    """Whether two rewards are equal but for rounding."""
+    return math.isclose(one, other, rel_tol=RELATIVE_NOISE, abs_tol=NOISE)
+
+
+def reaches(reward: float, mark: float) -> bool:
+    """Whether a reward is at least `mark`, but for rounding."""
+    return reward >= mark or same_reward(reward, mark)
+
 
 _COLUMNS = {
     "token_ids": ("iu", "integers"),
@@ -152,4 +168,4 @@ class Group:
         These are the environment's rewards, before any overlong punishment, as DAPO's dynamic sampling goes by accuracy
         alone (2503.14476, equation 11): a group that is solved throughout is dropped whatever its lengths.
         """
-        return min(self.rewards) != max(self.rewards)
+        return not same_reward(min(self.rewards), max(self.rewards))

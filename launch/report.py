@@ -116,7 +116,7 @@ def columns(steps: Sequence[Row]) -> dict[str, list[float | None]]:
 
 def describe_config(tree: dict[str, Any]) -> list[dict[str, Any]]:
     """Every knob with its value, and whether that is the default."""
-    defaults = flat(configuration.to_tree(configuration.Config()))
+    defaults = flat(configuration.to_store(configuration.Config()))
     return [{"key": key, "value": value, "default": defaults.get(key)} for key, value in flat(tree).items()]
 
 

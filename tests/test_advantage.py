@@ -1,5 +1,7 @@
 """Advantages and normalisers against their definitions, group by group."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import assume, example, given, settings
@@ -46,12 +48,12 @@ def test_advantages_follow_their_definition(batch, center, scale):
         expected.append(centered(reward, others, center))
     for i in range(len(rewards)) if scale == "group_std" else ():
         group = rewards[groups == groups[i]]
-        expected[i] /= (group - group.mean()).square().mean().sqrt().item() + 1e-6
+        expected[i] /= math.sqrt((group - group.mean()).square().sum().item() / (len(group) - 1)) + 1e-6
     expected = torch.tensor(expected, dtype=torch.float64)
     if scale == "token_std":
         of_tokens = expected.repeat_interleave(lengths.long())
-        expected = (expected - of_tokens.mean()) / (of_tokens.std(correction=0) + 1e-6)
-    spread = (expected - expected.mean()).square().mean().sqrt()
+        expected = (expected - of_tokens.mean()) / (of_tokens.std() + 1e-6) if len(of_tokens) > 1 else 0 * expected
+    spread = expected.std()
     if scale == "batch_std" and spread > 0:  # equal ones have no spread to be measured in
         expected = expected / (spread + 1e-6)
     torch.testing.assert_close(advantages(rewards, groups, lengths, center, scale), expected, rtol=1e-9, atol=1e-7)
@@ -143,6 +145,39 @@ def test_the_overlong_punishment_falls_over_the_tail():
     assert overlong_punishment(lengths, 20, 4).tolist() == [0.0, 0.0, -0.25, -0.5, -1.0, -1.0]
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_one_value_has_no_deviation(scale):
+    one = torch.tensor([0.5]), torch.tensor([0]), torch.tensor([1])
+    assert advantages(*one, "mean", scale).tolist() == [0.0]
+    assert advantages(*one, "none", scale if scale != "group_std" else "none").isfinite().all()
+
+
+@pytest.mark.parametrize(("scale", "of_four"), [("group_std", 0.5), ("batch_std", 0.5), ("token_std", 0.5)])
+def test_a_standard_deviation_divides_by_n_less_1_as_in_trl_verl_skyrl_and_areal(scale, of_four):
+    """torch.std, which TRL, SkyRL and AReaL call, and verl's masked_whiten; `std_correction` 0 is of runs of 0.1."""
+    rewards, groups, lengths = torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.zeros(4, dtype=int), torch.ones(4, dtype=int)
+    assert estimate(rewards, groups, lengths, Loss(scale=scale))[0].item() == pytest.approx(0.75 / of_four, rel=1e-4)
+    before = estimate(rewards, groups, lengths, Loss(scale=scale, std_correction=0))[0].item()
+    assert before == pytest.approx(0.75 / math.sqrt(3 / 16), rel=1e-4)
+
+
+SUM, ONE = 0.7 + 0.2 + 0.1, 1.0  # 0.9999999999999999
+
+
+@pytest.mark.parametrize("center", CENTERS[:3])
+@pytest.mark.parametrize("scale", SCALES)
+def test_rewards_that_differ_by_rounding_are_equal(center, scale):
+    rewards = torch.tensor([SUM, ONE, ONE, SUM, 1e-17, 0.1 + 0.2 - 0.3, 0, 0], dtype=torch.float64)
+    groups = torch.arange(8) // 4
+    if scale == "group_std" and center == "batch":
+        return
+    found = advantages(rewards[:4], groups[:4], LENGTHS[:4], center, scale)
+    assert found.tolist() == [0.0] * 4
+    assert advantages(rewards[4:], groups[4:], LENGTHS[:4], center, scale).tolist() == [0.0] * 4
+    apart = torch.tensor([1.0, 1.0001], dtype=torch.float64)
+    assert advantages(apart, groups[:2], LENGTHS[:2], center, scale)[1] > 0
+
+
 def test_equal_rewards_without_a_baseline_stay_what_they_are():
     rewards = torch.ones(4)
     assert advantages(rewards, torch.tensor([1, 1, 2, 2]), LENGTHS[:4], "none", "batch_std").tolist() == [1.0] * 4
@@ -154,7 +189,7 @@ def test_reinforce_pp_whitens_over_tokens(preset):
     rewards, lengths = torch.tensor([1.0, 0.0] * 4), torch.tensor([100, 1000] * 4)
     found = estimate(rewards, torch.arange(8) // 2, lengths, PRESETS[preset])
     of_tokens = rewards.repeat_interleave(lengths)
-    expected = (rewards - of_tokens.mean()) / of_tokens.std(correction=0)
+    expected = (rewards - of_tokens.mean()) / of_tokens.std()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -307,6 +307,20 @@ def test_a_dry_run_of_a_resume_shows_what_would_change(old_run, capsys):
     assert json.loads(printed.out)["num_steps"] == 7
 
 
+def test_a_run_keeps_the_standard_deviation_that_it_began_with(tmp_path):
+    old, new = tmp_path / "old", run_folder.create(Config(run_dir=str(tmp_path / "runs")), {})
+    old.mkdir()
+    (old / "config.json").write_text(json.dumps(configuration.to_tree(Config())))  # as 0.1 wrote it
+    for folder, correction in ((old, 0), (new, 1)):
+        resumed = configuration.from_words([], Path(), resume=folder)
+        assert resumed.loss.std_correction == correction
+        assert run_folder.differences(folder, resumed) == []
+    run_folder.keep(old, configuration.from_words([], Path(), resume=old), 3)
+    assert configuration.from_words([], Path(), resume=old).loss.std_correction == 0
+    changed = configuration.from_words(["algorithm.loss.std_correction=1"], Path(), resume=old)
+    assert run_folder.differences(old, changed) == ["algorithm.loss.std_correction 0 -> 1"]
+
+
 class Importing:
     """A module that a signal meets while it is being imported."""
 

@@ -249,3 +249,10 @@ def test_a_resumed_run_trains_what_the_unbroken_one_trained(tmp_path):
     last = [row for row in metrics.read(folder) if "reward/mean" in row][-1]
     names = [name for name in last if name.startswith("curriculum/")]
     assert json.dumps([last[name] for name in names]) == json.dumps([row[name] for name in names])
+
+
+def test_an_attempt_whose_parts_add_up_to_the_pass_mark_is_solved(tmp_path):
+    queue = make(tmp_path / "journal.bin")
+    prompt, _ = queue.issue()
+    finish(queue, prompt, [0.7 + 0.2 + 0.1, 0.7 + 0.2])
+    assert [record.passed for record in queue.journal.records() if isinstance(record, Generated)] == [0.5]

@@ -22,7 +22,7 @@ from asyncrl.recovery import checkpoint
 from asyncrl.recovery.watchdog import Watchdog
 from asyncrl.rollout import Attempts, Rollout, make_group
 from asyncrl.tiny import build_tiny
-from asyncrl.types import Completion, Prompt, Sampling
+from asyncrl.types import Completion, Prompt, Sampling, reaches, same_reward
 from launch import evaluate
 
 
@@ -87,6 +87,17 @@ def test_a_summary_of_groups():
     assert row["eval/mixed_versions"] == pytest.approx(1 / 3)
     assert row["eval/mean_length"] == 3
     assert row["eval/low"] < row["eval/accuracy"] < row["eval/high"]
+
+
+def test_parts_of_a_score_that_add_up_to_the_pass_mark_pass():
+    """0.7 + 0.2 + 0.1 is 0.9999999999999999, and such a group, or one of it and 1.0, has no variance."""
+    played = [trajectory(2, 3, seed=n, reward=reward) for n, reward in enumerate((0.7 + 0.2 + 0.1, 1.0))]
+    group = make_group(Prompt(0, (1, 2), ""), played)
+    row = summarize([group], 3, pass_reward=1.0)
+    assert row["eval/pass@1"] == row["eval/accuracy"] == 1.0
+    assert not group.has_variance
+    assert [same_reward(1.0, other) for other in (0.9999, 1.0001)] == [False, False]
+    assert not reaches(0.99999, 1.0)
 
 
 class Engine:

@@ -125,7 +125,7 @@ def test_a_scale_divides_rewards_and_charges_by_their_common_spread(scale):
     members = [[0, 1, 2], [3, 4, 5]] if scale == "group_std" else [[*range(6)]]
     for chosen in members:
         tokens = np.concatenate([ahead[i] for i in chosen])
-        spread = np.sqrt(rewards[chosen].var(correction=0).item() + tokens.var())
+        spread = np.sqrt(rewards[chosen].var().item() + tokens.var(ddof=1))
         for i in chosen:
             expected = (rewards[i].item() - 1 / 3 + ahead[i] - tokens.mean()) / spread
             np.testing.assert_allclose(found[i], expected, rtol=1e-4, atol=1e-4)
@@ -148,7 +148,7 @@ def test_reinforce_pp_with_its_kl_is_the_published_advantage():
     plain = [item.reward - 0.1 * values[::-1].cumsum()[::-1] for item, values in zip(flat, kl, strict=True)]
     tokens = np.concatenate(plain)
     found = torch.cat(charged(groups, "reinforce_pp", reward_kl=0.1))
-    np.testing.assert_allclose(found, (tokens - tokens.mean()) / tokens.std(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found, (tokens - tokens.mean()) / tokens.std(ddof=1), rtol=1e-4, atol=1e-4)
 
 
 def test_a_critics_advantages_are_white_over_all_micro_batches(folder, monkeypatch):  # noqa: F811
@@ -156,7 +156,7 @@ def test_a_critics_advantages_are_white_over_all_micro_batches(folder, monkeypat
     found, *_ = shaped(make_learner(folder, *words), make_groups(), monkeypatch)
     tokens = np.concatenate([advantage for _, advantage in found])
     assert tokens.mean() == pytest.approx(0, abs=1e-6)
-    assert tokens.std() == pytest.approx(1, abs=1e-4)
+    assert tokens.std(ddof=1) == pytest.approx(1, abs=1e-4)
 
 
 class Unknowing:

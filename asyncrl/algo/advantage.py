@@ -11,6 +11,7 @@ from torch import Tensor
 
 from asyncrl.algo import own
 from asyncrl.algo.method import Aggregate, Center, Loss, Scale
+from asyncrl.types import NOISE, RELATIVE_NOISE
 
 _STD_FLOOR = 1e-6
 """Added to a standard deviation, so that rewards that hardly differ are not blown up."""
@@ -22,7 +23,7 @@ def estimate(rewards: Tensor, groups: Tensor, lengths: Tensor, loss: Loss) -> Te
     ValueError if that function returns something else than one finite number a trajectory.
     """
     if not loss.advantage:
-        return advantages(rewards, groups, lengths, loss.center, loss.scale)
+        return advantages(rewards, groups, lengths, loss.center, loss.scale, correction=loss.std_correction)
     values = own.load(loss.advantage)(rewards, groups)
     if not isinstance(values, Tensor) or values.shape != rewards.shape or not bool(values.isfinite().all()):
         raise ValueError(
@@ -41,21 +42,25 @@ def overlong_punishment(lengths: Tensor, max_length: int, tail: int) -> Tensor:
     return ((max_length - tail - lengths.float()) / tail).clamp(-1.0, 0.0)
 
 
-def advantages(rewards: Tensor, groups: Tensor, lengths: Tensor, center: Center, scale: Scale) -> Tensor:
+def advantages(
+    rewards: Tensor, groups: Tensor, lengths: Tensor, center: Center, scale: Scale, *, correction: int = 1
+) -> Tensor:
     """Advantage of each trajectory; float[N] of the dtype of `rewards`: `centered`, over a standard deviation.
 
     `rewards` float[N]; `groups` int64[N], equal for trajectories of one prompt; `lengths` int64[N], trained tokens.
     `scale`: "group_std" and "batch_std" divide by `spreads`; "token_std" makes mean and standard deviation those of the
     trained tokens, 0 and 1 (REINFORCE++ 2501.03262, equation 5): a long trajectory counts as often as it has tokens.
-    Equal rewards of what is centered get exactly 0. ValueError if "loo" meets a group of one.
+    The variance of n values divides by n - `correction`. Equal rewards (`types.same_reward`) of what is centered get
+    exactly 0. ValueError if "loo" meets a group of one.
     """
     values = centered(rewards, groups, center)
     if scale == "token_std":
         weights = lengths / lengths.sum(dtype=torch.float64)
         values = values - (weights * values).sum()
-        values = scaled(values, (weights * values.square()).sum().sqrt())
+        variance = (weights * values.square()).sum() * bessel(lengths.sum(dtype=torch.float64), correction)
+        values = scaled(values, variance.sqrt())
     elif scale != "none":
-        values = scaled(values, spreads(rewards, values, groups, scale))
+        values = scaled(values, spreads(rewards, values, groups, scale, correction))
     return values.to(rewards.dtype)
 
 
@@ -83,25 +88,34 @@ def centered(rewards: Tensor, groups: Tensor, center: Center) -> Tensor:
     return deviation
 
 
-def spreads(rewards: Tensor, values: Tensor, groups: Tensor, scale: Scale) -> Tensor:
-    """Population standard deviation of the rewards of each trajectory's group ("group_std"), or of `values`, which are
-    all of them `centered` ("batch_std", ScaleRL 2510.13786); float64[N]."""
+def spreads(rewards: Tensor, values: Tensor, groups: Tensor, scale: Scale, correction: int) -> Tensor:
+    """Standard deviation of the rewards of each trajectory's group ("group_std"), or of `values`, which are all of them
+    `centered` ("batch_std", ScaleRL 2510.13786); float64[N]. That of a single value is 0."""
     if scale == "batch_std":
-        return values.std(correction=0).expand(len(values))
+        return values.std(correction=min(correction, len(values) - 1)).expand(len(values))
     _, index, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
-    return _group_mean(_deviation(rewards, index, sizes).square(), index, sizes).sqrt()
+    variance = _group_mean(_deviation(rewards, index, sizes).square(), index, sizes)
+    return (variance * bessel(sizes, correction)[index]).sqrt()
+
+
+def bessel(count: Tensor, correction: int) -> Tensor:
+    """What a mean of `count` squares is multiplied by, to divide by `count` - `correction` instead; 1 for one value,
+    which has no deviation."""
+    return count / (count - correction).clamp(min=1)
 
 
 def scaled(values: Tensor, spread: Tensor) -> Tensor:
-    """`values` over `spread`, which is broadcast; where that is 0, equal values stay what they are."""
-    return torch.where(spread > 0, values / (spread + _STD_FLOOR), values)
+    """`values` over `spread`, which is broadcast; where that is 0 but for rounding, they stay what they are."""
+    return torch.where(spread > NOISE, values / (spread + _STD_FLOOR), values)
 
 
 def _deviation(rewards: Tensor, index: Tensor, sizes: Tensor) -> Tensor:
     exact = rewards.double()
+    none = torch.full_like(sizes, torch.inf, dtype=torch.float64)
+    low, high = none.scatter_reduce(0, index, exact, "amin"), (-none).scatter_reduce(0, index, exact, "amax")
+    differ = high - low > (RELATIVE_NOISE * torch.maximum(low.abs(), high.abs())).clamp(min=NOISE)
     # Centered on the smallest reward first: equal rewards then have a mean of exactly 0.
-    low = torch.full_like(sizes, torch.inf, dtype=torch.float64).scatter_reduce(0, index, exact, "amin")
-    above = exact - low[index]
+    above = torch.where(differ[index], exact - low[index], 0.0)
     return above - _group_mean(above, index, sizes)
 
 

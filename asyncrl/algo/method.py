@@ -57,6 +57,9 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """What advantages are divided by: the standard deviation of the rewards of their group, or of all trajectories of
     the batch ("batch_std"), or of advantages over all trained tokens of the batch, whose mean is taken off, too
     ("token_std"; a critic's have no other)."""
+    std_correction: Literal[0, 1] = 1
+    """That deviation of n values divides by n - 1, as in TRL, verl, SkyRL and AReaL; 0 divides by n, as runs of asyncrl
+    0.1 did."""
     aggregate: Aggregate = "token"
 
     anchor: Anchor = "behavior"

@@ -18,7 +18,7 @@ from asyncrl.recovery.accounts import Account, Admitted, Batch, Dropped, Generat
 from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.recovery.curriculum import Curriculum
 from asyncrl.recovery.journal import Journal
-from asyncrl.types import Group, Prompt, Version
+from asyncrl.types import Group, Prompt, Version, reaches
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ class PromptQueue:
     def generated(self, group: Group) -> bool:
         """The group is finished and about to enter the buffer; whether its tokens are on disk, or need not be."""
         number, oldest, newest = group.prompt.id, group.oldest, group.newest
-        passed = sum(reward >= self._pass_reward for reward in group.rewards) / len(group.rewards)
+        passed = sum(reaches(reward, self._pass_reward) for reward in group.rewards) / len(group.rewards)
         self._write(Generated(id=number, oldest=oldest, newest=newest, stored=group.stored, passed=passed))
         if group.stored:
             self._stored.add(group.prompt.id)

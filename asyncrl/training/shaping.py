@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from asyncrl.algo.advantage import centered, estimate, scaled, spreads
+from asyncrl.algo.advantage import bessel, centered, estimate, scaled, spreads
 from asyncrl.algo.gae import gae
 from asyncrl.algo.loss import kl_estimate
 from asyncrl.algo.method import Loss
@@ -64,7 +64,7 @@ def shape(
             charges = [torch.zeros_like(charge) for charge in charges]
     if critic:
         advantages, learned = _with_critic(parts, charges, rewards, critic, settings)
-        advantages = _whitened(parts, advantages, batch, ranks) if loss.scale == "token_std" else advantages
+        advantages = _whitened(parts, advantages, batch, loss, ranks) if loss.scale == "token_std" else advantages
         metrics |= learned
     elif loss.reward_kl_level == "sequence":
         of_rewards = estimate(rewards.cpu(), batch.groups, batch.lengths, loss).to(rewards.device)
@@ -135,28 +135,37 @@ def _with_charges(
     ]
     if loss.scale == "token_std":
         both = [base[_owner(part)] + some for part, some in zip(parts, ahead, strict=True)]
-        return _whitened(parts, both, batch, ranks)
+        return _whitened(parts, both, batch, loss, ranks)
     index = batch.groups if loss.scale == "group_std" else torch.zeros_like(batch.groups)
-    ahead, of_charges = _centered(parts, ahead, index, batch.lengths, ranks)
+    ahead, of_charges = _centered(parts, ahead, index, batch.lengths, ranks, correction=loss.std_correction)
     both = [base[_owner(part)] + some for part, some in zip(parts, ahead, strict=True)]
     if loss.scale == "none":
         return both
-    of_rewards = spreads(rewards, values, batch.groups, loss.scale).to(device)
+    of_rewards = spreads(rewards, values, batch.groups, loss.scale, loss.std_correction).to(device)
     spread = (of_rewards.square() + of_charges.square()).sqrt()
     return [scaled(some, spread[_owner(part)]) for part, some in zip(parts, both, strict=True)]
 
 
-def _whitened(parts: Sequence[MicroBatch], values: Sequence[Tensor], batch: Batch, ranks: Ranks) -> list[Tensor]:
+def _whitened(
+    parts: Sequence[MicroBatch], values: Sequence[Tensor], batch: Batch, loss: Loss, ranks: Ranks
+) -> list[Tensor]:
     """With mean 0 and standard deviation 1 over all tokens of the step; equal ones become 0."""
-    centered_values, spread = _centered(parts, values, torch.zeros_like(batch.groups), batch.lengths, ranks)
+    one = torch.zeros_like(batch.groups)
+    centered_values, spread = _centered(parts, values, one, batch.lengths, ranks, correction=loss.std_correction)
     return [scaled(some, spread[0]) for some in centered_values]
 
 
 def _centered(
-    parts: Sequence[MicroBatch], values: Sequence[Tensor], index: Tensor, lengths: Tensor, ranks: Ranks
+    parts: Sequence[MicroBatch],
+    values: Sequence[Tensor],
+    index: Tensor,
+    lengths: Tensor,
+    ranks: Ranks,
+    *,
+    correction: int,
 ) -> tuple[list[Tensor], Tensor]:
     """Values of tokens less the mean of all whose trajectories share an `index` int64[N], float64; and the standard
-    deviation of these, of each trajectory, float64[N]."""
+    deviation of these n values, over n - `correction`, of each trajectory, float64[N]."""
     counts = torch.zeros(int(index.max()) + 1, dtype=torch.float64).index_add_(0, index, lengths.double())
     device = values[0].device
     index, counts = index.to(device), counts.to(device)
@@ -171,7 +180,8 @@ def _centered(
     exact = [some.double() for some in values]
     means = mean(exact)
     off = [some - means[place] for some, place in zip(exact, places, strict=True)]
-    return off, mean([some.square() for some in off]).sqrt()[index]
+    variance = mean([some.square() for some in off]) * bessel(counts, correction)
+    return off, variance.sqrt()[index]
 
 
 def _owner(part: MicroBatch) -> Tensor:
