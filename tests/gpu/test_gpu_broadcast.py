@@ -4,7 +4,6 @@ import asyncio
 
 import pytest
 import torch
-
 from sglang_learner import Learner, buckets_of
 
 MIB = 2**20
