@@ -22,7 +22,6 @@ from asyncrl.recovery.prompts import PromptQueue
 from asyncrl.recovery.supervisor import Supervisor
 from asyncrl.recovery.watchdog import Watchdog
 from asyncrl.runtime.machine import show_token
-from asyncrl.staleness import StalenessControl
 from asyncrl.system import System
 from asyncrl.training.learner import row_length
 from asyncrl.types import Group, Prompt
@@ -90,9 +89,6 @@ def make_system(
     )
     if evaluating:
         system.evaluators = evaluators
-    if config.buffer.max_staleness == "auto":
-        system.control = StalenessControl(*config.buffer.staleness_bounds)
-        buffer.allow(system.control.staleness)
     return system
 
 
@@ -118,8 +114,7 @@ def load_runtime(config: Config) -> ModuleType:
 def make_buffer(config: Config) -> Buffer:
     return Buffer(
         config.learner.groups_per_step,
-        config.buffer.highest_staleness,
-        order=config.buffer.order,
+        config.buffer.max_staleness,
         window=config.buffer.window or config.learner.groups_per_step,
         reuse=config.buffer.reuse,
     )

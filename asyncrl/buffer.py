@@ -24,7 +24,6 @@ import asyncio
 import time
 from bisect import bisect_left, insort
 from collections import Counter, deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from asyncrl.types import Group, Version
@@ -45,38 +44,22 @@ class _Entry:
     uses: int = 0
 
 
-def _oldest(_ready: list[int], _limit: int) -> int:
-    return 0
-
-
-def _freshest(ready: list[int], limit: int) -> int:
-    return bisect_left(ready, limit) - 1
-
-
-# Each picks an index into the sorted ticket numbers that are ready; numbers from `limit` on may not overtake yet.
-ORDERS: dict[str, Callable[[list[int], int], int]] = {"fifo": _oldest, "window": _oldest, "freshest": _freshest}
-
-
 class Buffer:
     """Groups on their way from the rollout actors to the learner."""
 
-    def __init__(
-        self, groups_per_step: int, max_staleness: int, *, order: str = "window", window: int = 1, reuse: int = 1
-    ) -> None:
-        """`window` - 1 younger groups may overtake a straggler; order "fifo" and staleness 0 allow none."""
-        if groups_per_step < 1 or max_staleness < 0 or window < 1 or reuse < 1 or order not in ORDERS:
+    def __init__(self, groups_per_step: int, max_staleness: int, *, window: int = 1, reuse: int = 1) -> None:
+        """`window` - 1 younger groups may overtake a straggler; staleness 0 allows none."""
+        if groups_per_step < 1 or max_staleness < 0 or window < 1 or reuse < 1:
             raise ValueError(
-                "a buffer needs groups_per_step >= 1, max_staleness >= 0, window >= 1, reuse >= 1 and an order of "
-                f"{sorted(ORDERS)}; got {groups_per_step}, {max_staleness}, {window}, {reuse}, {order!r}"
+                "a buffer needs groups_per_step >= 1, max_staleness >= 0, window >= 1 and reuse >= 1; "
+                f"got {groups_per_step}, {max_staleness}, {window}, {reuse}"
             )
-        self.groups_per_step = groups_per_step
+        self.groups_per_step, self.staleness = groups_per_step, max_staleness
         self.capacity = (max_staleness + 1) * groups_per_step
-        self._limit = self.capacity
-        self.window = 1 if order == "fifo" or max_staleness == 0 else min(window, self.capacity)
+        self.window = 1 if max_staleness == 0 else min(window, self.capacity)
         self.reuse = reuse
         self.max_lag = reuse * (self.capacity + self.window - 2) // groups_per_step if self.capacity > 1 else reuse - 1
         self.dropped: Counter[str] = Counter()
-        self._choose = ORDERS[order]
         self._next_number = 0
         self._pending: dict[int, Ticket] = {}  # admitted, not finished; in order of admission
         self._ready: dict[int, _Entry] = {}  # finished, not trained
@@ -93,11 +76,6 @@ class Buffer:
         return len(self._pending) + len(self._ready) + sum(map(len, self._taken)) + len(self._replays)
 
     @property
-    def staleness(self) -> int:
-        """The S that is admitted now."""
-        return self._limit // self.groups_per_step - 1
-
-    @property
     def num_ready(self) -> int:
         return len(self._ready)
 
@@ -105,20 +83,9 @@ class Buffer:
     def num_pending(self) -> int:
         return len(self._pending)
 
-    def allow(self, staleness: int) -> None:
-        """From here on admits up to `staleness`, which is at most the bound that the buffer was made with.
-
-        Lowering it drops nothing: slots above the new limit are not given out again.
-        """
-        limit = (staleness + 1) * self.groups_per_step
-        if not self.groups_per_step <= limit <= self.capacity:
-            raise RuntimeError(f"staleness {staleness} is outside 0 to {self.capacity // self.groups_per_step - 1}")
-        self._limit = limit
-        self._wake_admissions(limit - self.charged)
-
     async def admit(self) -> Ticket | None:
         """Waits for a free slot and charges it; None once the buffer is closed."""
-        while not self._closed and self.charged >= self._limit:
+        while not self._closed and self.charged >= self.capacity:
             turn = asyncio.get_running_loop().create_future()
             self._admissions.append(turn)
             try:
@@ -184,13 +151,13 @@ class Buffer:
             if entry.uses < self.reuse:
                 self._replays[entry.ticket.number] = entry
         self._changed.set()  # a batch of groups that are given out again needs no new one
-        self._wake_admissions(self._limit - self.charged)
+        self._wake_admissions(self.capacity - self.charged)
         return sum(now - entry.ready_at for entry in batch) / max(len(batch), 1)
 
     def discard(self, reason: str) -> None:
         """The newest batch was not trained and will not be: frees its slots, counted under `reason`."""
         self.dropped[reason] += len(self._taken.pop())
-        self._wake_admissions(self._limit - self.charged)
+        self._wake_admissions(self.capacity - self.charged)
 
     def close(self) -> None:
         """No more admissions and no more batches: those waiting get None and []."""
@@ -211,9 +178,7 @@ class Buffer:
 
     def _select(self, version: Version) -> list[_Entry] | None:
         within_window = bisect_left(self._order, self._oldest_pending + self.window)
-        if within_window + len(self._replays) < self.groups_per_step:
-            return None  # called after every put: no picking before it can succeed
-        picked = self._pick_untrained()
+        picked = self._order[: min(within_window, self.groups_per_step)]
         missing = self.groups_per_step - len(picked)
         if missing > len(self._replays):
             return None
@@ -221,25 +186,12 @@ class Buffer:
         if missing > len(self._replays):
             return None
         entries = [self._ready.pop(number) for number in picked]
-        self._order = sorted(self._ready)
+        del self._order[: len(picked)]
         return entries + [self._replays.pop(number) for number in sorted(self._replays)[:missing]]
 
     @property
     def _oldest_pending(self) -> int:
         return next(iter(self._pending), self._next_number)
-
-    def _pick_untrained(self) -> list[int]:
-        """Up to P ticket numbers, one after the other: none may be `window` or more above the oldest one left."""
-        ready = self._order.copy()
-        oldest_pending = self._oldest_pending
-        picked: list[int] = []
-        while ready and len(picked) < self.groups_per_step:
-            limit = min(oldest_pending, ready[0]) + self.window
-            index = self._choose(ready, limit)
-            if ready[index] >= limit:
-                break
-            picked.append(ready.pop(index))
-        return picked
 
     def _expire_replays(self, version: Version) -> None:
         expired = [n for n, entry in self._replays.items() if version - entry.group.oldest > self.max_lag]

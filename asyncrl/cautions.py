@@ -25,22 +25,12 @@ _NEEDS: list[tuple[str, Callable[[Config], bool], tuple[str, ...]]] = [
         lambda run: run.rollout.engine == "sglang",
         ("rollout.gpu_memory_utilization", "rollout.attention_backend"),
     ),
-    (
-        "buffer.max_staleness above 0 and buffer.order window or freshest",
-        lambda run: run.buffer.order != "fifo" and run.buffer.highest_staleness > 0,
-        ("buffer.window",),
-    ),
-    (
-        "buffer.max_staleness above 0 or buffer.reuse above 1",
-        lambda run: run.buffer.highest_staleness > 0 or run.buffer.reuse > 1,
-        ("buffer.order",),
-    ),
+    ("buffer.max_staleness above 0", lambda run: run.buffer.max_staleness > 0, ("buffer.window",)),
     (
         "critic.num_updates above 1",
         lambda run: not run.loss.needs_critic or run.critic.num_updates > 1,
         ("critic.clip",),
     ),
-    ("buffer.max_staleness auto", lambda run: run.buffer.max_staleness == "auto", ("buffer.staleness_bounds",)),
     ("learner.num_gpus above 1", lambda run: run.learner.num_gpus > 1, ("learner.reshard",)),
     ("lora.rank above 0", lambda run: run.lora.rank > 0, ("lora.alpha", "lora.targets")),
     ("a preset with center critic, such as ppo", lambda run: run.loss.needs_critic, ("critic",)),
@@ -121,7 +111,7 @@ def _without_room(config: Config) -> Iterator[str]:
     if not judges or loss.anchor == "proximal" or not narrow:
         return
     apart = [
-        (config.buffer.highest_staleness > 0, f"buffer.max_staleness is {config.buffer.max_staleness}"),
+        (config.buffer.max_staleness > 0, f"buffer.max_staleness is {config.buffer.max_staleness}"),
         (config.buffer.reuse > 1, f"buffer.reuse is {config.buffer.reuse}"),
         (config.rollout.dtype != "float32", f"rollout.dtype is {config.rollout.dtype}"),
         (config.learner.dtype == "bfloat16", f"learner.dtype is {config.learner.dtype}"),

@@ -5,6 +5,8 @@ A run's configuration is the defaults below, then a TOML file, then `section.key
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -96,21 +98,12 @@ class RolloutConfig(_Section, frozen=True, kw_only=True):
 
 
 class BufferConfig(_Section, frozen=True, kw_only=True):
-    max_staleness: int | Literal["auto"] = 1
-    """S: (S + 1) batches of groups may be in the system at once; 0 is synchronous training. "auto" moves it between
-    `staleness_bounds` by the effective sample size, the mismatch and the time that the learner waits."""
-    staleness_bounds: tuple[int, int] = (1, 8)
-    """Lowest and highest S of "auto", which starts at the lowest."""
-    order: Literal["window", "fifo", "freshest"] = "window"
+    max_staleness: int = 1
+    """S: (S + 1) batches of groups may be in the system at once; 0 is synchronous training."""
     window: int | None = None
-    """Groups that may compete with the oldest one for a place in the next batch; default: one batch."""
+    """Groups that may compete with the oldest one for a place in the next batch; 1 is strict order. Default: P."""
     reuse: int = 1
     """Times that a group may be trained on."""
-
-    @property
-    def highest_staleness(self) -> int:
-        """The largest S that may come to hold: it sizes the buffer and bounds the lag."""
-        return self.staleness_bounds[1] if self.max_staleness == "auto" else self.max_staleness
 
 
 class LearnerConfig(_Section, frozen=True, kw_only=True):
@@ -244,8 +237,7 @@ class EvalConfig(_Section, frozen=True, kw_only=True):
 
 class WeightsConfig(_Section, frozen=True, kw_only=True):
     bucket_mb: float = 1024.0
-    """Of weights that travel together, in MiB. Two buckets exist at a time on each side; on a GPU that they share, the
-    learner keeps its two from update to update."""
+    """Of weights that travel together, in MiB. Two buckets exist at a time on each side."""
     timeout_s: float = 120.0
     """Bound on joining a broadcast group and on each broadcast."""
     backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
@@ -335,7 +327,7 @@ class Config(_Section, frozen=True, kw_only=True):
     def overlaps(self) -> bool:
         """Whether a gradient is computed while weights travel. Ranks that share a model would mix up the two."""
         alone = self.learner.num_gpus == 1 and not self.rollout.release_memory
-        return self.weights.overlap and alone and self.buffer.highest_staleness > 0
+        return self.weights.overlap and alone and self.buffer.max_staleness > 0
 
     @property
     def loss(self) -> presets.Loss:
@@ -375,6 +367,7 @@ def from_tree(tree: dict[str, Any]) -> Config:
     """A checked `Config` from nested tables."""
     from asyncrl import rules  # which needs `Config` itself
 
+    upgrade(tree)
     tables.check(tree, Config)
     try:
         config = msgspec.convert(tree, Config)
@@ -382,6 +375,30 @@ def from_tree(tree: dict[str, Any]) -> Config:
         raise ValueError(f"configuration: {error}") from error
     rules.check(config)
     return config
+
+
+def completed(tree: dict[str, Any]) -> dict[str, Any]:
+    """Plain tables of every value, with today's defaults for settings that an earlier version did not have."""
+    tree = copy.deepcopy(tree)
+    upgrade(tree)
+    plain: dict[str, Any] = json.loads(json.dumps(to_tree(msgspec.convert(tree, Config))))
+    return plain
+
+
+def upgrade(tree: dict[str, Any]) -> None:
+    """Rewrites settings of earlier versions in place, as run folders have them. Raises `ValueError` for one whose
+    feature is gone."""
+    buffer = tree.get("buffer")
+    if not isinstance(buffer, dict):
+        return
+    order = buffer.pop("order", "window")
+    if order == "fifo":
+        buffer["window"] = 1
+    elif order != "window":
+        raise ValueError(f"buffer.order={order} was removed in 0.2: set buffer.window=1 for strict order")
+    buffer.pop("staleness_bounds", None)
+    if buffer.get("max_staleness") == "auto":
+        raise ValueError("buffer.max_staleness=auto was removed in 0.2: set a number, such as buffer.max_staleness=2")
 
 
 def checked(config: Config) -> Config:

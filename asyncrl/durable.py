@@ -46,6 +46,8 @@ def rename(source: Path, target: Path) -> None:
 def make_folder(path: Path, mode: int = 0o777) -> None:
     """Makes a folder, and those above it. Raises `FileExistsError` if it is there already."""
     above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir(mode=mode)
     for parent in path.absolute().parents:

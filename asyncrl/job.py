@@ -19,7 +19,7 @@ from asyncrl.envs.base import Env, heldout_prompts, load_env, no_skill
 from asyncrl.imports import interpreter
 from asyncrl.loop import run
 from asyncrl.model import check_attention, load_tokenizer
-from asyncrl.monitor.metrics import Metrics, plot, read, verdict
+from asyncrl.monitor.metrics import Metrics, read, verdict
 from asyncrl.monitor.sinks import import_wandb
 from asyncrl.recovery import checkpoint
 from asyncrl.recovery.accounts import Resumed, Started
@@ -134,7 +134,6 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
                     await run(system)
                 result = Result(folder, learner.version, metrics.last_accuracy, task.baselines)
             metrics.ended()
-            plot(folder, max(task.baselines.values(), default=None))
             _say_what_became_of_it(system, first_step)
             metrics.say(report(result, config.num_steps))
     return result

@@ -278,10 +278,6 @@ async def publish(system: System, groups: Sequence[Group], learnt: dict[str, flo
     row = of_batch(groups) | learnt | synced | clock.metrics() | of_buffer(buffer, buffered)
     row |= system.generated.take() | system.prompts.metrics()
     system.metrics.step(version, row, buffer.max_lag)
-    if system.control is not None and (decision := system.control.decide(row)) is not None:
-        buffer.allow(system.control.staleness)
-        system.metrics.say(decision)
-        system.metrics.timeline.mark("buffer", "staleness", decision=decision)
 
 
 def check_digests(groups: Sequence[Group], published: dict[int, str]) -> None:

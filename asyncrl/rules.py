@@ -41,7 +41,7 @@ def _check_correction(config: Config) -> None:
     loss, rollout, buffer = config.loss, config.rollout, config.buffer
     if not loss.is_corrected and not config.algorithm.allow_uncorrected:
         remedy = "choose a corrected preset such as async_default, or set algorithm.allow_uncorrected=true"
-        on_policy = ["buffer.max_staleness=0"] if buffer.highest_staleness > 0 else []
+        on_policy = ["buffer.max_staleness=0"] if buffer.max_staleness > 0 else []
         on_policy += ["buffer.reuse=1"] if buffer.reuse > 1 else []
         if on_policy:
             raise ValueError(
@@ -309,11 +309,8 @@ def _check_ranges(config: Config) -> None:
     for name, top_p in (("rollout", config.rollout.top_p), ("eval", config.eval.top_p)):
         if not 0 < top_p <= 1:
             raise ValueError(f"{name}.top_p must be above 0 and at most 1, got {top_p}")
-    if config.buffer.max_staleness != "auto" and config.buffer.max_staleness < 0:
+    if config.buffer.max_staleness < 0:
         raise ValueError(f"buffer.max_staleness must be at least 0, got {config.buffer.max_staleness}")
-    lowest, highest = config.buffer.staleness_bounds
-    if not 0 <= lowest <= highest:
-        raise ValueError(f"buffer.staleness_bounds must be 0 <= lowest <= highest, got {lowest} and {highest}")
     if config.buffer.window is not None and config.buffer.window < 1:
         raise ValueError(f"buffer.window must be at least 1, got {config.buffer.window}")
     if config.metrics.prometheus_port > 65535:

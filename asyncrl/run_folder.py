@@ -8,7 +8,6 @@ runs/20261122-193000-largest-digit/
     journal.bin  groups/         what happened to every prompt; the finished groups that a resume may need
     timeline.jsonl               what every part of the run did, and when
     trajectories/                a few trajectories of each step, parquet
-    curves.png                   reward, held-out accuracy, lag, utilisation
     output.log                   with --watch: what was printed besides the lines of the run
     error.txt                    what ended the run, and where it came from, if it was an error
 """
@@ -29,7 +28,7 @@ from typing import Any
 
 from asyncrl import durable
 from asyncrl.algo import presets
-from asyncrl.config import BUILT_IN, Config, stored, to_store
+from asyncrl.config import BUILT_IN, Config, completed, stored, to_store
 from asyncrl.imports import interpreter
 
 _CONFIG = "config.json"
@@ -64,7 +63,7 @@ def differences(folder: Path, config: Config) -> list[str]:
     Raises `ValueError` for what a run cannot change on its way: its checkpoints are of that shape, or it goes on using
     the weights that it started from.
     """
-    before, now = stored(folder / _CONFIG), json.loads(json.dumps(to_store(config)))
+    before, now = completed(stored(folder / _CONFIG)), completed(to_store(config))
     lines = _differences(before, now)
     remedy = "go on without this change, or start a new run"
     for line in lines:

@@ -20,7 +20,6 @@ from asyncrl.recovery.prompts import PromptQueue
 from asyncrl.recovery.supervisor import Supervisor
 from asyncrl.recovery.watchdog import Watchdog
 from asyncrl.rollout import scored
-from asyncrl.staleness import StalenessControl
 from asyncrl.step_row import Generated
 from asyncrl.types import Group, Prompt, Version
 
@@ -60,8 +59,6 @@ class System:
     """Those under way."""
     sampling: set[asyncio.Task[None]] = field(default_factory=set)
     """What keeps trajectories of a batch to look at, while it is under way."""
-    control: StalenessControl | None = None
-    """Moves the admitted staleness; without one it stays what the buffer was made with."""
 
 
 async def synchronize(system: System) -> dict[str, float]:

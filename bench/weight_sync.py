@@ -94,10 +94,10 @@ class LearnerActor:
         self.group = BroadcastGroup(self.where, 0, ray.util.get_node_ip_address(), self.store)
 
     def prepare(self) -> None:
-        self.outgoing = Outgoing(self.buckets, self.named, self.group)
+        self.outgoing = Outgoing(self.buckets, self.named, self.group.device)
 
     def send(self) -> str:
-        return self.outgoing.send()
+        return self.outgoing.send(self.group)
 
     def plain(self) -> float:
         self.join()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from asyncrl.buffer import ORDERS, Buffer, Ticket
+from asyncrl.buffer import Buffer, Ticket
 from asyncrl.types import Group, Prompt
 
 
@@ -47,12 +47,10 @@ class Simulation:
         self.batches: list[list[int]] = []
 
     async def fill(self) -> None:
-        limit = (self.buffer.staleness + 1) * self.buffer.groups_per_step
-        while self.buffer.charged < limit:
+        while self.buffer.charged < self.buffer.capacity:
             ticket = await self.buffer.admit()
             self.generating[ticket.number] = (ticket, self.live)
             self.admitted += 1
-        assert limit <= self.buffer.charged <= self.buffer.capacity  # above the limit only after it was lowered
         assert not await ready(self.buffer.admit())
 
     def finish_one(self) -> None:
@@ -104,23 +102,19 @@ class Simulation:
         {
             "groups_per_step": st.integers(1, 5),
             "max_staleness": st.integers(0, 4),
-            "window": st.integers(1, 30),
-            "order": st.sampled_from(sorted(ORDERS)),
+            "window": st.just(1) | st.integers(1, 30),
             "reuse": st.integers(1, 3),
         }
     ),
-    st.booleans(),
     st.randoms(use_true_random=False),
 )
-def test_bound_slots_and_accounts_hold(settings, varying, random):
+def test_bound_slots_and_accounts_hold(settings, random):
     buffer = Buffer(**settings)
     simulation = Simulation(buffer, random.choice)
 
     async def play():
         await simulation.fill()
         for _ in range(25):
-            if varying:
-                buffer.allow(random.randint(0, settings["max_staleness"]))
             await simulation.step()
 
     run(play())
@@ -128,7 +122,7 @@ def test_bound_slots_and_accounts_hold(settings, varying, random):
     assert max(simulation.trained.values()) <= buffer.reuse
     known = set(simulation.trained) | simulation.dropped | set(simulation.generating) | set(buffer._ready)
     assert known == set(range(simulation.admitted)), "a group was lost"
-    if settings["order"] == "fifo" and buffer.reuse == 1:
+    if settings["window"] == 1 and buffer.reuse == 1:
         order = [number for batch in simulation.batches for number in batch]
         assert order == sorted(order)
         assert buffer.max_lag == settings["max_staleness"]
@@ -153,10 +147,12 @@ def test_bound_is_reached_by_a_straggler(staleness, window, bound):
             for number in [n for n in tickets if n != straggler]:
                 ticket, born = tickets.pop(number)
                 buffer.put(ticket, group(number, born))
-            if len(buffer._pick_untrained()) < buffer.groups_per_step:
+            taking = asyncio.ensure_future(buffer.take(version))
+            await asyncio.sleep(0)
+            if not taking.done():  # everybody allowed has overtaken it
                 ticket, born = tickets.pop(straggler)
                 buffer.put(ticket, group(straggler, born))
-            batch = await buffer.take(version)
+            batch = await taking
             lag = next((version - item.oldest for item in batch if item.prompt.id == straggler), None)
             version += 1
             buffer.release()
@@ -185,16 +181,6 @@ def test_windowed_order_lets_exactly_window_minus_one_overtake():
     run(play())
 
 
-def test_freshest_takes_the_newest_allowed_first():
-    async def play():
-        buffer = Buffer(2, 3, order="freshest", window=4)
-        for number in range(8):
-            buffer.put(await buffer.admit(), group(number, 0))
-        return [item.prompt.id for item in await buffer.take(0)]
-
-    assert run(play()) == [3, 2]
-
-
 def test_admission_waits_for_release_not_for_take():
     async def play():
         buffer = Buffer(2, 0)
@@ -205,30 +191,6 @@ def test_admission_waits_for_release_not_for_take():
         assert not await ready(buffer.admit()), "prompts admitted before release would see old weights"
         buffer.release()
         assert await ready(buffer.admit())
-
-    run(play())
-
-
-def test_lowered_staleness_admits_less_and_raised_staleness_admits_at_once():
-    async def play():
-        buffer = Buffer(2, 2)
-        buffer.allow(0)
-        tickets = [await buffer.admit() for _ in range(2)]
-        third = asyncio.ensure_future(buffer.admit())
-        await asyncio.sleep(0)
-        assert not third.done()
-        assert (buffer.staleness, buffer.capacity) == (0, 6)
-        buffer.allow(1)
-        tickets.append(await third)
-        buffer.allow(0)
-        for ticket in tickets:
-            buffer.put(ticket, group(ticket.number, 0))
-        await buffer.take(0)
-        buffer.release()  # one group of three is left, so one slot of two is free
-        await buffer.admit()
-        assert not await ready(buffer.admit())
-        with pytest.raises(RuntimeError, match="staleness 3 is outside 0 to 2"):
-            buffer.allow(3)
 
     run(play())
 
@@ -267,8 +229,7 @@ def test_a_batch_of_groups_that_are_given_out_again_is_ready_with_their_release(
     """At staleness 0 all slots are theirs, so no new group will come and wake whoever waits."""
 
     async def body():
-        buffer = Buffer(2, 1, reuse=2)
-        buffer.allow(0)
+        buffer = Buffer(2, 0, reuse=2)
         for number in range(2):
             buffer.put(await buffer.admit(), group(number, 0))
         assert len(await buffer.take(0)) == 2

@@ -34,9 +34,9 @@ def test_every_shipped_config_loads(path):
 def test_words_override_the_file_and_the_defaults(tmp_path):
     path = tmp_path / "some.toml"
     path.write_text("num_steps = 7\n[rollout]\ngroup_size = 4\n")
-    config = configuration.load(path, ["rollout.group_size=16", "model.path=[some]/folder", "buffer.order=fifo"])
+    config = configuration.load(path, ["rollout.group_size=16", "model.path=[some]/folder", "learner.reshard=step"])
     assert (config.num_steps, config.rollout.group_size) == (7, 16)
-    assert (config.model.path, config.buffer.order) == ("[some]/folder", "fifo"), "no list"
+    assert (config.model.path, config.learner.reshard) == ("[some]/folder", "step"), "no list"
 
 
 def test_a_resolved_config_reads_back_the_same():
@@ -62,7 +62,7 @@ def test_a_resolved_config_reads_back_the_same():
             ["env.args.reward=[a:f,b:g]"],
             r"texts in a list .* have quotes, .* as in 'env.args.reward=\[\"first\", .*=\"\[one",
         ),
-        (["buffer.max_staleness=high"], "buffer.max_staleness must be a whole number or 'auto', got 'high'"),
+        (["buffer.max_staleness=high"], "buffer.max_staleness must be a whole number, got 'high'"),
         (["seed=99999999999999999999"], r"seed must be a whole number of 64 bits, .* got 99999999999999999999"),
         (["rollout.group_size"], "write section.key=value"),
         (["rollout.num_actors=0"], "rollout.num_actors must be at least 1, got 0"),
@@ -172,13 +172,7 @@ def test_no_shipped_config_is_warned_of(path):
     ("words", "told"),
     [
         (["critic.lam=0.9", "critic.clip=0"], "no effect .* of critic.clip=0.0, critic.lam=0.9: .* center critic"),
-        (["buffer.window=4", "buffer.order=fifo"], "no effect .* of buffer.window=4: .*order window or freshest"),
         (["buffer.window=4", "buffer.max_staleness=0"], "buffer.window=4: that needs buffer.max_staleness above 0"),
-        (["buffer.staleness_bounds=[1, 4]"], "that needs buffer.max_staleness auto"),
-        (
-            ["buffer.order=freshest", "buffer.max_staleness=0"],
-            "that needs buffer.max_staleness above 0 or buffer.reuse",
-        ),
         ([*PPO, "critic.num_updates=1", "critic.clip=0.5"], "critic.clip=0.5: that needs critic.num_updates above 1"),
         (["curriculum.skip=0.5"], "that needs curriculum.by"),
         (["lora.alpha=8"], "that needs lora.rank"),
@@ -232,9 +226,7 @@ def test_a_setting_that_does_nothing_is_warned_of(words, told):
         [*GSPO, "algorithm.loss.trust_low=0.03", "algorithm.loss.trust_high=0.04"],
         ["algorithm.preset=gmpo", "algorithm.loss.trust_low=0.0001"],
         ["buffer.window=4"],
-        ["buffer.order=fifo", "buffer.max_staleness=0", "buffer.reuse=2"],
         ["algorithm.loss.advantage=a:b", "algorithm.preset=reinforce_pp", *GROUPED],
-        ["buffer.window=4", "buffer.max_staleness=auto", "buffer.staleness_bounds=[0, 4]"],
         ["lora.rank=4", "lora.alpha=8"],
         ["cluster.address=auto"],
     ],
@@ -381,3 +373,16 @@ def test_what_ended_a_run_is_kept_until_it_goes_on(tmp_path, capsys):
     assert "np.zeros(2) + np.zeros(3)" in told
     with run_folder.error_kept(tmp_path):
         assert not (tmp_path / "error.txt").exists()
+
+
+def test_settings_of_earlier_versions_are_rewritten():
+    """Run folders have every setting of their time."""
+    old = {"buffer": {"max_staleness": 2, "staleness_bounds": [1, 8], "order": "fifo", "window": None}}
+    assert configuration.from_tree(old).buffer == configuration.BufferConfig(max_staleness=2, window=1)
+    assert configuration.load(None, ["buffer.order=window"]).buffer.window is None
+
+
+@pytest.mark.parametrize("word", ["buffer.order=freshest", "buffer.max_staleness=auto"])
+def test_a_feature_that_is_gone_is_named_with_its_remedy(word):
+    with pytest.raises(ValueError, match=rf"{re.escape(word)} was removed in 0\.2: .*buffer\.\w+=\d"):
+        configuration.load(None, [word])

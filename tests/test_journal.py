@@ -335,7 +335,6 @@ class World:
             "groups_per_step": st.integers(1, 4),
             "max_staleness": st.integers(0, 3),
             "window": st.integers(1, 8),
-            "order": st.sampled_from(["fifo", "window", "freshest"]),
             "reuse": st.integers(1, 2),
         }
     ),

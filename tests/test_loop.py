@@ -270,7 +270,6 @@ def test_a_run_folder_holds_everything_it_promises(tmp_path):
     names = {name for row in metrics.read(result.folder) for name in row} - {"version", "time", "timestamp"}
     assert names == set(metrics.METRICS), "the table of metrics and what is logged differ"
     assert list((result.folder / "tensorboard").glob("events*"))
-    assert (result.folder / "curves.png").stat().st_size > 10_000
     assert [folder.name for folder in (result.folder / "checkpoints").iterdir()] == ["step-000004"]
     folder = checkpoint.latest(result.folder / "checkpoints")
     assert checkpoint.load_cursor(folder).version == 4
@@ -341,8 +340,8 @@ def test_a_change_of_the_configuration_is_told_and_both_are_kept(tmp_path, monke
     assert run_folder.differences(folder, second) == ["num_steps 4 -> 6", "env.args.max_digits 4 -> 5"]
     run_folder.keep(folder, second, 3)
     run_folder.keep(folder, small(tmp_path, "num_steps=7"), 3)
-    assert configuration.load(folder / "config.step-000003.json") == first
-    assert configuration.load(folder / "config.step-000003.2.json") == second
+    kept = [configuration.load(folder / f"config.step-000003{end}.json") for end in ("", ".2")]
+    assert [configuration.to_store(config) for config in kept] == [configuration.to_store(c) for c in (first, second)]
     assert configuration.load(folder / "config.json").num_steps == 7
     with pytest.raises(ValueError, match=r"model.num_layers 2 -> 3: the checkpoints of .* are of the old value"):
         run_folder.differences(folder, small(tmp_path, "model.num_layers=3"))

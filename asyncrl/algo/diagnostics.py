@@ -78,7 +78,7 @@ _ESS_SEQUENCE_STEPS = 20
 _K3_FRESH = 0.01
 """Token KL between engine and learner under the same weights; bfloat16 on both sides shows 0.0005 to 0.002."""
 _K3 = 0.05
-"""Token KL of all tokens; the same limit that `buffer.max_staleness=auto` lowers the staleness at."""
+"""Token KL of all tokens."""
 
 _REMOVED = 0.8
 """Share of the gradient weight that masks may remove: with more there is nothing left to learn from."""

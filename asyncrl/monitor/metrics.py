@@ -1,4 +1,4 @@
-"""What a run logs, and its way out: JSON lines, other sinks, one console line a step, and a plot at the end.
+"""What a run logs, and its way out: JSON lines, other sinks, and one console line a step.
 
 Names are `area/name`.
 """
@@ -70,7 +70,7 @@ METRICS: dict[str, str] = {
     "rollout/failures": "attempts that came to nothing, failed rollouts and dead actors so far",
     "rollout/tokens_per_s": "tokens generated a second, all actors",
     "rollout/effective_tokens_per_s": "the same times ess/token: on-policy tokens that would be worth as much",
-    "buffer/staleness": "staleness that is admitted, S",
+    "buffer/staleness": "S, buffer.max_staleness",
     "buffer/ready": "finished groups that wait for the learner, after the step",
     "buffer/pending": "groups being generated, after the step",
     "buffer/wait_s": "seconds from a group's completion until its batch was trained and live, mean",
@@ -130,7 +130,7 @@ def page() -> str:
 
 
 class Metrics:
-    """The sink of one run. Use it as a context manager; on exit everything is flushed and the plot is written."""
+    """The sink of one run. Use it as a context manager; on exit everything is flushed."""
 
     def __init__(
         self,
@@ -287,44 +287,3 @@ def verdict(folder: Path, *, after: int = 0, turns: bool = False) -> Blame | Non
     """
     steps = [row for row in read(folder) if "reward/mean" in row and row["version"] > after]
     return blame(warmed_up(steps), turns=turns)
-
-
-def plot(folder: Path, baseline: float | None) -> Path:
-    """Writes curves.png: reward and held-out accuracy, lag, utilisation and weight sync over the steps. `baseline`: the
-    reward without skill, if it is known."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = read(folder)
-    steps = [row for row in rows if "reward/mean" in row]
-    evals = [row for row in rows if "eval/accuracy" in row]
-
-    def column(name: str, source: list[dict[str, float]] = steps) -> list[float]:
-        return [row[name] if row[name] is not None else math.nan for row in source]
-
-    at = column("version")
-    figure, ((rewards, lags), (idle, sync)) = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    rewards.plot(at, column("reward/mean"), label="training reward")
-    rewards.plot(column("version", evals), column("eval/accuracy", evals), "o-", label="held-out")
-    if baseline is not None:
-        rewards.axhline(baseline, color="grey", linestyle=":", label=f"no skill {baseline:.2f}")
-    rewards.set(title="reward", ylim=(-0.03, 1.03))
-    lags.plot(at, column("lag/mean"), label="mean")
-    lags.plot(at, column("lag/max"), label="maximum")
-    lags.set(title="lag of trained tokens, learner steps", ylim=(-0.1, None))
-    idle.plot(at, [1 - value for value in column("learner/idle")], label="learner")
-    idle.plot(at, [1 - value for value in column("rollout/idle")], label="rollout actors")
-    idle.set(title="utilisation", ylim=(-0.03, 1.03))
-    sync.plot(at, column("sync/total_s"), label="weight update")
-    sync.plot(at, column("sync/pause_s"), label="generation paused")
-    sync.set(title="weight update, seconds", ylim=(0, None))
-    for axes in (rewards, lags, idle, sync):
-        axes.set_xlabel("learner step")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    path = folder / "curves.png"
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return path

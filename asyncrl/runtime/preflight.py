@@ -203,7 +203,7 @@ def check_host_memory(
 
 def _share_of_rows(config: Config) -> float:
     """Of an embedded engine's cache, what requests can fill at once: on a CPU the rest is never touched."""
-    admitted = (config.buffer.highest_staleness + 1) * config.learner.groups_per_step * config.rollout.group_size
+    admitted = (config.buffer.max_staleness + 1) * config.learner.groups_per_step * config.rollout.group_size
     return min(1.0, (admitted + config.eval.max_running) / config.rollout.max_running)
 
 

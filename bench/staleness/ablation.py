@@ -76,7 +76,11 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", help="which of probe, a and b to measure")
     parser.add_argument("--system-staleness", help="bounds of layer B")
     parser.add_argument("--system-presets", default="async_default")
-    parser.add_argument("--system-orders", default="window", help="orders of the buffer for layer B")
+    parser.add_argument(
+        "--system-orders",
+        default="window",
+        help="orders of the buffer for layer B: window, fifo (buffer.window=1)",
+    )
     parser.add_argument("--system-seeds", type=int)
     parser.add_argument("--probe-batches", type=int)
     parser.add_argument("--probe-steps", default="16,40", help="learner steps whose weights are probed")

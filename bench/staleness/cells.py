@@ -135,7 +135,7 @@ def system_cells(options: argparse.Namespace, start: Path | None) -> list[Cell]:
                     f"learner.learning_rate={rate}",
                     f"seed={seed}",
                     f"buffer.max_staleness={bound}",
-                    f"buffer.order={order}",
+                    *(["buffer.window=1"] if order == "fifo" else []),
                     f"model.path={start}",
                     "warmup.num_steps=0",
                 ],
