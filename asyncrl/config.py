@@ -237,7 +237,8 @@ class EvalConfig(_Section, frozen=True, kw_only=True):
 
 class WeightsConfig(_Section, frozen=True, kw_only=True):
     bucket_mb: float = 1024.0
-    """Of weights that travel together, in MiB. Two buckets exist at a time on each side."""
+    """Of weights that travel together, in MiB. Two buckets exist at a time on each side; on a GPU that they share, the
+    learner keeps its two from update to update."""
     timeout_s: float = 120.0
     """Bound on joining a broadcast group and on each broadcast."""
     backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.distributed import TCPStore
 
+from asyncrl.ipc import IN_FLIGHT
 from asyncrl.training.sharding import whole
-from asyncrl.transport import IN_FLIGHT, Audience, BroadcastGroup, Rendezvous, open_rendezvous
+from asyncrl.transport import Audience, BroadcastGroup, Rendezvous, open_rendezvous
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
@@ -53,9 +54,12 @@ class Bucket:
             math.prod(shape) * DTYPES[dtype].itemsize for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
         ]
 
-    def pack(self, tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
-        """The flat buffer, uint8[num_bytes], cast to the bucket's dtypes. Of split tensors, on every rank."""
-        flat = torch.empty(self.num_bytes, dtype=torch.uint8, device=device)
+    def empty(self, device: torch.device) -> Tensor:
+        """A buffer for it, uint8[num_bytes]."""
+        return torch.empty(self.num_bytes, dtype=torch.uint8, device=device)
+
+    def pack(self, tensors: Mapping[str, Tensor], flat: Tensor) -> Tensor:
+        """Fills `flat`, uint8[num_bytes], in the bucket's dtypes, and returns it. Of split tensors, on every rank."""
         for tensor, dtype, part in zip(self._whole_tensors(tensors), self.dtypes, flat.split(self.sizes), strict=True):
             wanted = DTYPES[dtype]
             if part.storage_offset() % wanted.itemsize == 0:
@@ -144,14 +148,13 @@ def digest(received: Iterable[tuple[Bucket, Tensor]]) -> str:
 def digest_of(buckets: Iterable[Bucket], tensors: Mapping[str, Tensor]) -> str:
     """The digest that these tensors have when they travel in these buckets."""
     device = next(iter(tensors.values())).device
-    return digest((bucket, flat_digest(bucket.pack(tensors, device))) for bucket in buckets)
+    return digest((bucket, flat_digest(bucket.pack(tensors, bucket.empty(device)))) for bucket in buckets)
 
 
 def receive(group: BroadcastGroup, buckets: Sequence[Bucket], load: Callable[[Bucket, Tensor], None]) -> None:
     """Takes part in the broadcast of each bucket and hands it to `load`, in order, as uint8[num_bytes]."""
     arriving = iter(buckets)
-    empty = (torch.empty(bucket.num_bytes, dtype=torch.uint8, device=group.device) for bucket in buckets)
-    _travel(group, empty, lambda flat: load(next(arriving), flat))
+    _travel(group, (bucket.empty(group.device) for bucket in buckets), lambda flat: load(next(arriving), flat))
 
 
 def _travel(group: BroadcastGroup, buffers: Iterator[Tensor], arrived: Callable[[Tensor], None]) -> None:
@@ -181,9 +184,11 @@ class Outgoing:
     for; only the first has a group to send to.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], tensors: Mapping[str, Tensor], device: torch.device | None) -> None:
-        """`device`: where the buckets are put together; None at a rank that only gives its parts."""
-        self._buckets, self._tensors, self._device = buckets, tensors, device
+    def __init__(self, buckets: Sequence[Bucket], tensors: Mapping[str, Tensor], group: BroadcastGroup | None) -> None:
+        """`group`: where they go, and whose buffers they are put together in; None at a rank that only gives its
+        parts."""
+        self._buckets, self._tensors, self._group = buckets, tensors, group
+        self._largest = max(bucket.num_bytes for bucket in buckets)
         self._num_gathered = 0
         self._digests: list[Tensor] = []
         self._stream = None
@@ -193,17 +198,18 @@ class Outgoing:
         with torch.cuda.stream(self._stream):  # which does nothing for None
             self._ready = self._next()
 
-    def send(self, group: BroadcastGroup | None) -> str:
+    def send(self) -> str:
         """Broadcasts every bucket in order; returns the digest of what was sent, which is of nothing without a group.
 
         After a failure the remaining buckets are still gathered: the other ranks cannot know, and would wait.
         """
+        group = self._group
         with torch.cuda.stream(self._stream):
             try:
                 if group is not None:
                     _travel(group, self._put_together(), lambda _: None)
             finally:
-                self._device = self._ready = None
+                self._group = self._ready = None
                 while self._num_gathered < len(self._buckets):
                     self._next()
             return digest(zip(self._buckets, self._digests, strict=True)) if group is not None else ""
@@ -219,10 +225,10 @@ class Outgoing:
             return None
         bucket = self._buckets[self._num_gathered]
         self._num_gathered += 1
-        if self._device is None:
+        if self._group is None:
             bucket.gather(self._tensors)
             return None
-        flat = bucket.pack(self._tensors, self._device)
+        flat = bucket.pack(self._tensors, self._group.buffer(bucket.num_bytes, self._largest))
         self._digests.append(flat_digest(flat))
         return flat
 
@@ -239,6 +245,7 @@ class Sender:
         self._meetings: dict[Audience, tuple[Rendezvous, TCPStore]] = {}
         self._groups: dict[Audience, BroadcastGroup] = {}
         self._outgoing: dict[Audience, Outgoing] = {}
+        self._slots = defaultdict[Audience, list[Tensor]](list)  # send buffers, which go from group to group
 
     def rendezvous(self, world_size: int, audience: Audience) -> Rendezvous:
         """Opens the meeting point of a new group, on this node; `join` then enters it as rank 0."""
@@ -250,17 +257,17 @@ class Sender:
         if audience in self._groups:
             self._groups.pop(audience).leave()
         where, store = self._meetings[audience]
-        self._groups[audience] = BroadcastGroup(where, 0, self._address, store)
+        self._groups[audience] = BroadcastGroup(where, 0, self._address, store, self._slots[audience])
 
     def prepare(self, audience: Audience, buckets: Sequence[Bucket], tensors: Mapping[str, Tensor]) -> None:
         """Gets `tensors` ready to leave in `buckets`. Every rank."""
         group = self._groups.get(audience)
         if group is None and self._is_first:
             raise RuntimeError("prepare() before join()")
-        self._outgoing[audience] = Outgoing(buckets, tensors, group.device if group is not None else None)
+        self._outgoing[audience] = Outgoing(buckets, tensors, group)
 
     def broadcast(self, audience: Audience) -> str:
         """Sends what was prepared; returns its digest, which is empty but at the first rank. Every rank."""
         if audience not in self._outgoing:
             raise RuntimeError("broadcast() before join() and prepare()")
-        return self._outgoing.pop(audience).send(self._groups.get(audience))
+        return self._outgoing.pop(audience).send()

@@ -94,10 +94,10 @@ class LearnerActor:
         self.group = BroadcastGroup(self.where, 0, ray.util.get_node_ip_address(), self.store)
 
     def prepare(self) -> None:
-        self.outgoing = Outgoing(self.buckets, self.named, self.group.device)
+        self.outgoing = Outgoing(self.buckets, self.named, self.group)
 
     def send(self) -> str:
-        return self.outgoing.send(self.group)
+        return self.outgoing.send()
 
     def plain(self) -> float:
         self.join()

@@ -100,7 +100,7 @@ async def send(group, model, *engines) -> str:
     """Broadcasts the weights of `model` to paused engines; the digest of what was sent."""
     named = dict(model.named_parameters())
     buckets = make_buckets(named.items(), "float32", 200_000)
-    sending = asyncio.create_task(asyncio.to_thread(Outgoing(buckets, named, group.device).send, group))
+    sending = asyncio.create_task(asyncio.to_thread(Outgoing(buckets, named, group).send))
     await asyncio.gather(*(engine.receive(buckets) for engine in engines))
     return await sending
 
@@ -261,7 +261,7 @@ def test_a_partial_update_is_an_error(setup, trained):
         [bucket] = make_buckets(named.items(), "float32", 1 << 30)
         await setup.engine.pause()
         await asyncio.gather(
-            asyncio.to_thread(Outgoing([bucket], named, group.device).send, group),
+            asyncio.to_thread(Outgoing([bucket], named, group).send),
             setup.engine.receive([bucket]),
         )
         with pytest.raises(RuntimeError, match=r"partial: 1 of \d+ parameters did not arrive \(model.norm.weight"):
@@ -422,7 +422,7 @@ def test_an_update_that_was_cut_short_starts_over_in_a_new_group(tiny, trained):
         bucket = make_buckets(named.items(), "float32", 200_000)[0]
         await engine.pause()
         for error in (None, "arrived twice"):
-            sending = asyncio.to_thread(Outgoing([bucket], named, group.device).send, group)
+            sending = asyncio.to_thread(Outgoing([bucket], named, group).send)
             _, received = await asyncio.gather(sending, engine.receive([bucket]), return_exceptions=True)
             assert error is None or error in str(received)
         group = await meet(engine)

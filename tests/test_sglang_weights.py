@@ -99,7 +99,7 @@ def test_a_loader_that_only_copies_is_called_once_and_repeated(kind, num_loads, 
             name: torch.randn(rows, SIZE, generator=generator) for name, rows in (("q", 8), ("v", 4), ("out", 8))
         }
         [bucket] = make_buckets(weights.items(), "bfloat16", 1 << 20)
-        flat = bucket.pack(weights, torch.device("cpu"))
+        flat = bucket.pack(weights, bucket.empty(torch.device("cpu")))
         plain.load_weights(bucket.unpack(flat))
         loader.load(bucket, flat.clone())
         for name, parameter in model.named_parameters():

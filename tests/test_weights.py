@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncrl import transport, weights
+from asyncrl import ipc, transport, weights
 from asyncrl.transport import BroadcastGroup, Rendezvous, open_rendezvous
 from asyncrl.weights import DTYPES, Outgoing, digest_of, flat_digest, make_buckets, receive
 
@@ -30,7 +30,7 @@ def test_buckets_keep_every_tensor_whole_and_in_order(max_bytes, dtype):
     assert [name for bucket in buckets for name in bucket.names] == list(named)
     for bucket in buckets:
         assert bucket.num_bytes <= max_bytes or len(bucket.names) == 1
-        flat = bucket.pack(named, CPU)
+        flat = bucket.pack(named, bucket.empty(CPU))
         assert flat.dtype == torch.uint8
         assert len(flat) == bucket.num_bytes
         for name, tensor in bucket.unpack(flat):
@@ -117,7 +117,7 @@ def test_a_broadcast_is_bit_equal_everywhere_and_groups_can_be_rebuilt():
         where, store = open_rendezvous("127.0.0.1", 1 + num_engines, 20)
 
         def learner(where=where, store=store):
-            return Outgoing(buckets, named, CPU).send(BroadcastGroup(where, 0, store=store))
+            return Outgoing(buckets, named, BroadcastGroup(where, 0, store=store)).send()
 
         sent, *received = in_threads(
             [learner, *(lambda where=where, rank=rank: engine(where, rank + 1) for rank in range(num_engines))]
@@ -135,6 +135,9 @@ class RecordingGroup:
     def __init__(self):
         self.log, self.buffers, self.most = [], [], 0
 
+    def buffer(self, num_bytes, _largest):
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
     def start(self, flat):
         number = len(self.buffers)
         self.buffers.append(weakref.ref(flat))
@@ -151,7 +154,7 @@ def test_the_next_bucket_is_on_its_way_before_the_last_one_is_waited_for_and_two
     expected = ["start 0", "start 1", "wait 0", "start 2", "wait 1", "wait 2"]
 
     sending = RecordingGroup()
-    Outgoing(buckets, named, CPU).send(sending)
+    Outgoing(buckets, named, sending).send()
     assert (sending.log, sending.most) == (expected, 2)
 
     receiving, loaded = RecordingGroup(), []
@@ -199,61 +202,130 @@ def test_a_member_that_never_comes_is_an_error_that_names_the_group():
 
 @pytest.fixture
 def shared(monkeypatch):
-    """Stands in for CUDA's handles between processes: the protocol around them is the same."""
-    handles: dict[bytes, torch.Tensor] = {}
+    """Stands in for CUDA's handles between processes: the protocol around them is the same.
+
+    Like torch's, an export is for one user; what was exported and is open is in the dictionary under its handle.
+    """
+    exports: dict[bytes, torch.Tensor] = {}
+    opened: set[bytes] = set()
 
     def export(flat):
-        handles[handle := str(len(handles)).encode()] = flat
+        exports[handle := str(len(exports)).encode()] = flat
         return handle
 
-    monkeypatch.setattr(transport, "_export", export)
-    monkeypatch.setattr(transport, "_open", handles.__getitem__)
-    return handles
+    def open_once(handle):
+        assert handle not in opened, "torch would count the export twice, and never free it"
+        opened.add(handle)
+        return exports[handle].view(-1)
+
+    monkeypatch.setattr(ipc, "_export", export)
+    monkeypatch.setattr(ipc, "_open", open_once)
+    monkeypatch.setattr(ipc, "_ipc_device", lambda: CPU)
+    monkeypatch.setattr(BroadcastGroup, "device", CPU)
+    return exports
 
 
-def ipc_group(num_members, timeout_s=20.0):
+def ipc_group(num_members, timeout_s=20.0, slots=None):
     where, store = open_rendezvous("127.0.0.1", num_members, timeout_s, "ipc")
     others = (lambda rank=rank: BroadcastGroup(where, rank) for rank in range(1, num_members))
-    return in_threads([lambda: BroadcastGroup(where, 0, store=store), *others])
+    return in_threads([lambda: BroadcastGroup(where, 0, store=store, slots=slots), *others])
 
 
-@pytest.mark.usefixtures("shared")
-def test_whole_updates_over_one_gpu_again_and_again(monkeypatch):
-    """More buckets than are remembered, in several updates, with members that do not run in step."""
-    monkeypatch.setattr(BroadcastGroup, "device", torch.device("cpu"))
+def filled(group, value, num_bytes=10):
+    return group.buffer(num_bytes, num_bytes).fill_(value)
+
+
+def take(engine, named, buckets):
+    """Checks what an engine receives."""
+    received = {}
+    receive(engine, buckets, lambda bucket, flat: received.update(dict(bucket.unpack(flat.clone()))))
+    assert all(torch.equal(received[name], tensor) for name, tensor in named.items())
+
+
+@pytest.mark.parametrize(("num_buckets", "num_slots"), [(1, 1), (9, 2)])
+def test_updates_over_one_gpu_export_and_open_each_buffer_once(shared, num_buckets, num_slots):
+    """In several updates, with members that do not run in step; a group that comes after takes the buffers over."""
     named = {f"w{number}": torch.full((300,), float(number)) for number in range(9)}
-    buckets = make_buckets(named.items(), "float32", 1200)
-    assert len(buckets) == 9
-    learner, *engines = ipc_group(3)
-
-    def engine(group, received):
-        receive(group, buckets, lambda bucket, flat: received.update(dict(bucket.unpack(flat.clone()))))
-
-    for update in range(3):
-        sent = {name: tensor + update for name, tensor in named.items()}
-        copies: list[dict] = [{} for _ in engines]
-        takes = [lambda g=g, c=c: engine(g, c) for g, c in zip(engines, copies, strict=True)]
-        in_threads([lambda sent=sent: Outgoing(buckets, sent, CPU).send(learner), *takes])
-        for copy in copies:
-            assert all(torch.equal(copy[name], tensor) for name, tensor in sent.items())
+    buckets = make_buckets(named.items(), "float32", 1200 * 9 // num_buckets)
+    assert len(buckets) == num_buckets
+    slots: list[torch.Tensor] = []
+    for life, num_engines in enumerate((2, 1), 1):
+        learner, *engines = ipc_group(1 + num_engines, slots=slots)
+        for update in range(6):
+            sent = {name: tensor + update for name, tensor in named.items()}
+            takes = [lambda engine=engine, sent=sent: take(engine, sent, buckets) for engine in engines]
+            in_threads([lambda sent=sent, learner=learner: Outgoing(buckets, sent, learner).send(), *takes])
+        assert len(slots) == num_slots
+        assert len(shared) == num_slots * (2 if life == 1 else 3), "an export for each engine and buffer of a group"
+    assert {flat.data_ptr() for flat in shared.values()} == {slot.data_ptr() for slot in slots}
 
 
-def test_ranks_of_one_gpu_copy_from_rank_0(shared):
-    learner, *engines = ipc_group(3)
-    for number in range(4):
-        sent = torch.full((1000,), number, dtype=torch.uint8)
-        filled = [torch.zeros_like(sent) for _ in engines]
-        sends = [lambda sent=sent: learner.start(sent)()]
-        takes = [lambda e=e, f=f: e.start(f)() for e, f in zip(engines, filled, strict=True)]
-        in_threads(sends + takes)
-        assert all(torch.equal(copy, sent) for copy in filled)
+def test_a_buffer_is_packed_again_only_when_the_last_member_has_copied_out_of_it(shared, monkeypatch):
+    learner, quick, late = ipc_group(3)
+    begun, wait = threading.Event(), ipc.Receipt.wait
+
+    def waiting(*arguments):
+        begun.set()
+        wait(*arguments)
+
+    def send():
+        for value in range(5):
+            learner.start(filled(learner, value))  # without a wait for its receipt
+            if value == 2:
+                begun.set()  # too early: the first one is overwritten
+
+    def copy(engine, start):
+        start()
+        for value in range(5):
+            flat = torch.full((10,), 99, dtype=torch.uint8)
+            engine.start(flat)
+            assert flat.tolist() == [value] * 10
+
+    monkeypatch.setattr(ipc.Receipt, "wait", waiting)
+    in_threads([send, lambda: copy(quick, lambda: None), lambda: copy(late, lambda: begun.wait(20))])
     assert len(shared) == 4
+
+
+def test_a_slot_that_was_not_needed_for_long_is_free_again(shared):
+    learner, engine = ipc_group(2, timeout_s=5)
+
+    def both(num_in_flight):
+        waits = [learner.start(filled(learner, value)) for value in range(num_in_flight)]
+        for value in range(num_in_flight):
+            engine.start(flat := torch.zeros(10, dtype=torch.uint8))()
+            assert flat.tolist() == [value] * 10
+        for wait in waits:
+            wait()
+
+    for num_in_flight in (2, 1, 1, 1, 1, 1, 2):
+        both(num_in_flight)
+    assert len(shared) == 2
+
+
+def test_a_larger_bucket_gets_a_larger_buffer(shared):
+    learner, engine = ipc_group(2)
+    for number, num_bytes in enumerate((10, 1000, 10)):
+        learner.start(filled(learner, number, num_bytes))
+        engine.start(flat := torch.zeros(num_bytes, dtype=torch.uint8))()
+        assert flat.unique().tolist() == [number]
+    assert [len(flat) for flat in shared.values()] == [10, 1000]
+
+
+def test_leaving_closes_what_was_opened(shared):
+    learner, engine = ipc_group(2)
+    learner.start(filled(learner, 1))
+    engine.start(torch.zeros(10, dtype=torch.uint8))()
+    (opened,) = engine._group._opened.values()
+    opened = weakref.ref(opened)
+    engine.leave()
+    assert opened() is None
+    assert shared
 
 
 @pytest.mark.usefixtures("shared")
 def test_a_rank_that_cannot_copy_is_heard_by_all_at_once():
     learner, good, bad = ipc_group(3, timeout_s=600)
-    sent = torch.zeros(10, dtype=torch.uint8)
+    sent = filled(learner, 0)
     errors = []
 
     def broadcast(member, flat):
@@ -269,7 +341,7 @@ def test_a_rank_that_cannot_copy_is_heard_by_all_at_once():
 @pytest.mark.usefixtures("shared")
 def test_an_abandoned_group_ends_every_wait_at_once():
     learner, engine, silent = ipc_group(3, timeout_s=600)
-    flat = torch.zeros(10, dtype=torch.uint8)
+    flat = filled(learner, 0)
     waits = [learner.start(flat), engine.start(flat.clone())]
     transport.abandon(learner.where, "actor 2 died")
     for wait in waits:
@@ -284,7 +356,7 @@ def test_an_abandoned_group_ends_every_wait_at_once():
 def test_an_ipc_rank_that_is_gone_is_missed_after_the_timeout():
     learner, _ = ipc_group(2, timeout_s=0.3)
     with pytest.raises(RuntimeError, match=r"rank 0: broadcast of 10 bytes failed or took longer than 0\.3 s"):
-        learner.start(torch.zeros(10, dtype=torch.uint8))()
+        learner.start(filled(learner, 0))()
 
 
 @pytest.mark.parametrize("backend", ["gloo", "ipc"])

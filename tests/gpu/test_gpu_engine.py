@@ -113,7 +113,7 @@ def test_a_broadcast_is_bit_equal(run, learner, world, backend):
     buckets, received = run(body(), 120)
     assert len(received) == len(buckets) > 1
     for bucket, flat in zip(buckets, received, strict=True):
-        assert torch.equal(flat, bucket.pack(tensors, torch.device("cpu")))
+        assert torch.equal(flat, bucket.pack(tensors, bucket.empty(torch.device("cpu"))))
     receiver.close()
 
 

@@ -18,7 +18,8 @@ Tensors = Mapping[str, torch.Tensor]
 
 def _serve(pipe: Connection, backend: str, device: str, dtype: str) -> None:
     """Obeys ("open", world size, seconds), ("join",), ("send", tensors, how many buckets) until the pipe closes;
-    ("join as", rendezvous, rank) and ("receive", buckets) make it another member instead."""
+    ("join as", rendezvous, rank) and ("receive", buckets) make it another member instead; ("memory",) asks for the
+    bytes that it holds on its GPU."""
     torch.set_num_threads(1)
     if device != "cpu":
         torch.cuda.set_device(device)
@@ -41,6 +42,8 @@ def _serve(pipe: Connection, backend: str, device: str, dtype: str) -> None:
         elif command == "join as":
             group = BroadcastGroup(*rest)
             pipe.send("joined")
+        elif command == "memory":
+            pipe.send(torch.cuda.memory_allocated())
         elif command == "receive":
             flats = [torch.empty(bucket.num_bytes, dtype=torch.uint8, device=group.device) for bucket in rest[0]]
             for flat in flats:
@@ -49,8 +52,8 @@ def _serve(pipe: Connection, backend: str, device: str, dtype: str) -> None:
         else:
             tensors, limit = rest
             try:
-                outgoing = Outgoing(buckets_of(tensors, dtype)[:limit], dict(tensors), group.device)
-                pipe.send(outgoing.send(group))
+                outgoing = Outgoing(buckets_of(tensors, dtype)[:limit], dict(tensors), group)
+                pipe.send(outgoing.send())
             except RuntimeError as error:
                 pipe.send(error)
 
@@ -120,6 +123,11 @@ class Learner:
         """What arrives, as a member that is not the first."""
         received: list[torch.Tensor] = await self._ask("receive", buckets)
         return received
+
+    async def memory(self) -> int:
+        """Bytes that it holds on its GPU."""
+        num_bytes: int = await self._ask("memory")
+        return num_bytes
 
     def kill(self) -> None:
         self._process.kill()

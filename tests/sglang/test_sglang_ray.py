@@ -38,7 +38,7 @@ class LearnerActor:
         self.group = BroadcastGroup(self.where, 0, "127.0.0.1", self.store)
 
     def send(self) -> str:
-        return Outgoing(self.buckets, self.named, self.group.device).send(self.group)
+        return Outgoing(self.buckets, self.named, self.group).send()
 
 
 @ray.remote(num_cpus=0)
