@@ -19,7 +19,8 @@ from asyncrl.envs.base import Env, heldout_prompts, load_env, no_skill
 from asyncrl.imports import interpreter
 from asyncrl.loop import run
 from asyncrl.model import check_attention, load_tokenizer
-from asyncrl.monitor.metrics import Metrics, read, verdict
+from asyncrl.monitor import rows
+from asyncrl.monitor.metrics import Metrics, verdict
 from asyncrl.monitor.sinks import import_wandb
 from asyncrl.recovery import checkpoint
 from asyncrl.recovery.accounts import Resumed, Started
@@ -141,7 +142,8 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
 
 def has_last_evaluation(folder: Path, version: Version) -> bool:
     """Whether a run that ended at `version` did what comes after its last step, whatever eval.every is."""
-    return any("eval/accuracy" in row and row["version"] == version for row in read(folder))
+    stream = rows.read(folder / "metrics.jsonl")
+    return any("eval/accuracy" in row and row["version"] == version for row in stream)
 
 
 def open_journal(folder: Path, buffer: Buffer, *, resumed: bool) -> tuple[Journal, Path | None]:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from asyncrl import durable, job, system
-from asyncrl.monitor import metrics
+from asyncrl.monitor import metrics, rows
 from asyncrl.recovery import checkpoint, groups
 from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.recovery.journal import Journal
@@ -261,7 +261,7 @@ def test_a_run_goes_on_when_groups_cannot_be_written_and_says_so(tmp_path, monke
 def test_rows_of_steps_that_are_made_again_and_a_torn_line_are_cut_off(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"version": 1}\n{"version": 3}\n{"version": 2, "eval/accuracy": null}\n{"versi')
-    metrics.cut(tmp_path, 2)
+    rows.cut(tmp_path / "metrics.jsonl", 2)
     assert path.read_text() == '{"version": 1}\n{"version": 2, "eval/accuracy": null}\n'
     assert [child.name for child in tmp_path.iterdir()] == ["metrics.jsonl"]
 

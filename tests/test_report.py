@@ -224,13 +224,17 @@ def test_watching_a_run_that_grows(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     path = tmp_path / "metrics.jsonl"
-    follower = view.Follower(path)
-    assert follower.read() == []
+    follower = view.Follower(path, view.NAMES, view.NUM_STEPS)
+    assert not follower.read().steps
     path.write_bytes(b"".join(lines[:4]) + lines[4][:30])
-    assert len(follower.read()) == 4
+    assert sum(len(curve.points) for curve in follower.read().curves.values()) > 4
     with path.open("ab") as file:
         file.write(b"".join(lines)[path.stat().st_size :])
-    assert follower.read() == metrics.read(folder)
+    rows = metrics.read(folder)
+    assert list(follower.read().steps) == [row for row in rows if "reward/mean" in row]
+    assert follower.read().curves["eval/accuracy"].points == [
+        row["eval/accuracy"] for row in rows if "eval/accuracy" in row
+    ]
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(view.screen("a run", config, follower.read()))
     text = console.export_text()

@@ -19,6 +19,7 @@ from rich.console import Console
 from asyncrl import config as configuration
 from asyncrl import job, run_folder
 from asyncrl.monitor import view
+from asyncrl.monitor.course import Course
 from launch import watch
 
 ROOT = Path(__file__).parent.parent
@@ -178,6 +179,10 @@ def test_without_a_terminal_it_says_so_and_writes_lines(tmp_path, capsys):
     assert "╭" not in written
 
 
+def course(rows):
+    return Course(view.NAMES, view.NUM_STEPS, rows)
+
+
 def text_of(renderable):
     console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(renderable)
@@ -187,17 +192,17 @@ def text_of(renderable):
 def test_the_advice_is_of_the_steps_of_this_configuration():
     config = configuration.to_tree(configuration.load(None, ["num_steps=9"]))
     rows = [ROW | {"version": version} for version in range(1, 9)]
-    assert "the learner waited 50%" in text_of(view.screen("run", config, rows))
-    assert "the learner waited" not in text_of(view.screen("run", config, rows, begin=4)), "too few since"
+    assert "the learner waited 50%" in text_of(view.screen("run", config, course(rows)))
+    assert "the learner waited" not in text_of(view.screen("run", config, course(rows), begin=4)), "too few since"
 
 
 def test_a_run_that_went_silent_is_said_to_have(tmp_path):
     config = configuration.to_tree(configuration.load(None, ["num_steps=9"]))
-    assert "no step for" not in text_of(view.screen("run", config, [ROW], silent_s=59))
+    assert "no step for" not in text_of(view.screen("run", config, course([ROW]), silent_s=59))
     assert "no step for 0:05:00, they took 2.0 s: has the run ended?" in text_of(
-        view.screen("run", config, [ROW], silent_s=300)
+        view.screen("run", config, course([ROW]), silent_s=300)
     )
-    done = text_of(view.screen("run", config, [ROW | {"version": 9}], silent_s=300))
+    done = text_of(view.screen("run", config, course([ROW | {"version": 9}]), silent_s=300))
     assert "no step for" not in done
     assert make_folder(tmp_path, [ROW])
     os.utime(tmp_path / "metrics.jsonl", (0, 0))
@@ -214,13 +219,18 @@ def test_the_end_is_when_nothing_follows_the_last_step(tmp_path):
 
 def test_a_resumed_run_writes_its_rows_anew(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    follower = view.Follower(path)
-    path.write_text("".join(json.dumps({"version": number, "long": "x" * 99}) + "\n" for number in range(1, 6)))
-    assert [row["version"] for row in follower.read()] == [1, 2, 3, 4, 5]
-    partial = tmp_path / "partial"
-    partial.write_text("".join(json.dumps({"version": number}) + "\n" for number in (1, 2, 3)))
-    partial.rename(path)
-    assert [row["version"] for row in follower.read()] == [1, 2, 3]
+    follower = view.Follower(path, view.NAMES, view.NUM_STEPS)
+
+    def write(file, numbers, **more):
+        rows = ({"version": number, "reward/mean": number, **more} for number in numbers)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write(path, range(1, 6), long="x" * 99)
+    assert follower.read().curves["reward/mean"].points == [1, 2, 3, 4, 5]
+    write(tmp_path / "partial", (1, 2, 3))
+    (tmp_path / "partial").rename(path)
+    assert follower.read().curves["reward/mean"].points == [1, 2, 3]
+    assert follower.read().version == 3
 
 
 def test_a_terminal_that_is_not_ours_keeps_its_echo(monkeypatch, tmp_path, capsys):

@@ -32,6 +32,8 @@ _LEARNER = {
     "checkpoint": "wait/learner_for_checkpoint_s",
     "update evaluators": "wait/learner_for_evaluation_s",
 }
+_NEEDED = ("rollout/num_actors", "rollout/idle", "time/step_s", "time/sync_s")
+"""What a row must have to count, beside its waits."""
 _ENOUGH = 5
 """Steps below which nothing is said: the first ones fill the buffer."""
 _WORTH_SAYING = 0.1
@@ -116,12 +118,12 @@ def blame(rows: Sequence[Mapping[str, float]], *, turns: bool = False) -> Blame 
     Both would always be busy with N * b / l actors to one learner. The bound: with devices of their own and nothing
     else to do, the two sides overlap until the busier one never stops, so a step takes no less than its work.
     """
-    rows = [row for row in rows if row.get("wait/window_s")]
+    rows = [row for row in rows if row.get("wait/window_s") and all(row.get(name) is not None for name in _NEEDED)]
     if len(rows) < _ENOUGH:
         return None
     total_s = sum(row["wait/window_s"] for row in rows)
     shares = {
-        name: sum(row[name] or 0.0 for row in rows if math.isfinite(row[name] or 0.0)) / total_s
+        name: sum(value for row in rows if math.isfinite(value := row.get(name) or 0.0)) / total_s
         for name in METRICS
         if name != "wait/window_s"
     }

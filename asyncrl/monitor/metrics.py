@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from asyncrl.algo.diagnostics import METRICS as DIAGNOSTICS
 from asyncrl.algo.diagnostics import WITH_REFERENCE, alarms
 from asyncrl.config import Config, MetricsConfig
-from asyncrl.monitor import events
+from asyncrl.monitor import events, rows
 from asyncrl.monitor.blame import METRICS as WAITS
 from asyncrl.monitor.blame import Blame, blame, told, waits, warmed_up
 from asyncrl.monitor.samples import Samples
@@ -27,6 +28,9 @@ from asyncrl.monitor.timeline import Timeline
 from asyncrl.recovery.curriculum import METRICS as CURRICULUM
 from asyncrl.training.shaping import METRICS as SHAPING
 from asyncrl.types import Group
+
+_SENTENCE = 10_000
+"""Steps that the verdict is about at most."""
 
 METRICS: dict[str, str] = {
     "reward/mean": "mean reward of the batch, made by lagged policies; with algorithm.drop_zero_variance or a "
@@ -150,7 +154,7 @@ class Metrics:
         self.folder = folder
         self.timeline = Timeline(folder / "timeline.jsonl" if settings.timeline else None, events.last_run_s(folder))
         self.events = events.Events(folder, self.timeline.now)
-        cut(folder, first_step)
+        last_s, self._damage = rows.cut(folder / "metrics.jsonl", first_step)
         self._file = (folder / "metrics.jsonl").open("a", buffering=1)
         self._board = TensorBoard(folder, config, OVERVIEW, first_step)
         self._sinks: list[Sink] = [self._board]
@@ -161,7 +165,7 @@ class Metrics:
         self._samples = Samples(folder, config, decode) if config and decode else None
         self._terminal = open_terminal(folder, num_steps, first_step, quiet=quiet, watch=watch)
         self.events.listen(lambda event: self._terminal.say(event.line))
-        self._began = time.monotonic() - max((row["time"] for row in read(folder)), default=0.0)  # as if never stopped
+        self._began = time.monotonic() - last_s  # as if never stopped
         self._history: deque[dict[str, float]] = deque(maxlen=100)
         self._alarmed: set[str] = set()  # metrics, at the step before
         self._last_step_s: float | None = None
@@ -169,6 +173,8 @@ class Metrics:
 
     def __enter__(self) -> Metrics:
         self._terminal.start()
+        if self._damage.count:
+            self.say(str(self._damage))
         return self
 
     def __exit__(
@@ -263,27 +269,24 @@ def _thousands(value: float) -> str:
     return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
 
 
-def read(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.jsonl, in the order written; the line being written to a run in progress is left."""
-    *lines, _ = (folder / "metrics.jsonl").read_text().split("\n")
-    return [json.loads(line) for line in lines]
+def read(folder: Path) -> list[rows.Row]:
+    """The rows of a run's metrics.jsonl, in the order written; the line being written to a run in progress is left.
 
-
-def cut(folder: Path, version: int) -> None:
-    """Takes out what a run wrote of steps after `version`, which it makes again, and the line a crash tore."""
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        return
-    rows = [row for row in read(folder) if row["version"] <= version]
-    partial = folder / ".metrics.jsonl.partial"
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    partial.rename(path)
+    Warns of lines that cannot be read, which are left out.
+    """
+    damage = rows.Damage(folder / "metrics.jsonl")
+    found = list(rows.read(damage.path, damage))
+    if damage.count:
+        warnings.warn(str(damage), stacklevel=2)
+    return found
 
 
 def verdict(folder: Path, *, after: int = 0, turns: bool = False) -> Blame | None:
-    """Who waited for whom in the steps after this one, once the run was warm; None while there are too few.
+    """Who waited for whom in the steps after this one, the newest 10,000 of them, once the run was warm; None while
+    there are too few.
 
     `turns`: the two sides take turns by the configuration (`rollout.release_memory`).
     """
-    steps = [row for row in read(folder) if "reward/mean" in row and row["version"] > after]
-    return blame(warmed_up(steps), turns=turns)
+    stream = rows.read(folder / "metrics.jsonl")
+    steps = deque((row for row in stream if "reward/mean" in row and row["version"] > after), _SENTENCE)
+    return blame(warmed_up(list(steps)), turns=turns)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from asyncrl import run_folder
+from asyncrl import run_folder, tables
 from asyncrl.imports import check_run
 from asyncrl.monitor.blame import blame, takes_turns, told, warmed_up
-
-Row = dict[str, Any]
+from asyncrl.monitor.course import Course, Follower
+from asyncrl.monitor.rows import Row
 
 _RECENT = 20
 """Steps that the rates and the waits are taken over."""
@@ -37,6 +36,9 @@ _CURVES = (
     ("tokens/s", "rollout/tokens_per_s", "{:,.0f}"),
     ("weight update", "sync/total_s", "{:.3f} s"),
 )
+NAMES = tuple(name for _, name, _ in _CURVES)
+NUM_STEPS = _SENTENCE + 10
+"""Steps to hold for the sentence, which leaves out the first ten of a run."""
 _WAITS = (
     ("learner for groups", "wait/learner_for_groups_s"),
     ("learner for weights", "wait/learner_for_weights_s"),
@@ -51,28 +53,6 @@ _RARE_WAITS = (
 """Shown where they take a share that can be seen."""
 
 
-class Follower:
-    """The rows of a metrics file that grows; each read parses only what is new."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._offset = path, 0
-        self._file_id: int | None = None
-        self._rows: list[Row] = []
-
-    def read(self) -> list[Row]:
-        """Every row so far. A resumed run writes the file anew, without the steps that it makes again."""
-        if not self._path.exists():
-            return self._rows
-        with self._path.open("rb") as file:
-            if (file_id := os.fstat(file.fileno()).st_ino) != self._file_id:
-                self._file_id, self._offset, self._rows = file_id, 0, []
-            file.seek(self._offset)
-            whole, newline, _ = file.read().rpartition(b"\n")
-        self._offset += len(whole) + len(newline)
-        self._rows += [json.loads(line) for line in whole.splitlines()]
-        return self._rows
-
-
 class View:
     """The screen of one run folder. Raises `ValueError` for a folder that is none."""
 
@@ -80,45 +60,51 @@ class View:
         check_run(folder)
         self._name = folder.resolve().name
         self._settings, self._path = folder / "config.json", folder / "metrics.jsonl"
-        self._rows = Follower(self._path)
+        self._follower = Follower(self._path, NAMES, NUM_STEPS)
+        self._known = tables.read(self._settings)
 
     def finished(self) -> bool:
         """Whether the last step is done and nothing followed for a while, such as its evaluation or further steps of a
         run that was resumed with more of them."""
-        return newest_version(self._rows.read()) >= self._config()["num_steps"] and self._silent_s() > _LINGER_S
+        return self._follower.read().version >= num_steps(self._config()) and self._silent_s() > _LINGER_S
 
     def render(self) -> RenderableType:
         """The whole screen, as the run's files are now."""
         begin, _ = run_folder.stretches(self._path.parent)[-1]
-        return screen(self._name, self._config(), self._rows.read(), self._silent_s(), begin)
+        course = self._follower.read()
+        damage = str(self._follower.damage)
+        return screen(self._name, self._config(), course, silent_s=self._silent_s(), begin=begin, damage=damage)
 
     def _config(self) -> dict[str, Any]:
-        """As it is now: a resume changes it on its way."""
-        config: dict[str, Any] = json.loads(self._settings.read_text())
-        return config
+        """As it is now, as a resume changes it on its way; where it cannot be read any more, as it was."""
+        with suppress(ValueError):
+            self._known = tables.read(self._settings)
+        return self._known
 
     def _silent_s(self) -> float:
         return time.time() - self._path.stat().st_mtime if self._path.exists() else 0.0
 
 
-def newest_version(rows: Sequence[Row]) -> int:
-    return max((row["version"] for row in rows if "reward/mean" in row), default=0)
+def num_steps(config: Mapping[str, Any]) -> int:
+    return int(config.get("num_steps", 0))
 
 
 def screen(
-    name: str, config: dict[str, Any], rows: Sequence[Row], silent_s: float = 0.0, begin: int = 0
+    name: str, config: dict[str, Any], course: Course, *, silent_s: float = 0.0, begin: int = 0, damage: str = ""
 ) -> RenderableType:
-    """`silent_s`: seconds since the run last wrote a row. `begin`: the step that it has this configuration from."""
-    steps = [row for row in rows if "reward/mean" in row]
-    parts: list[RenderableType] = [progress(config, steps)]
+    """`silent_s`: seconds since the run last wrote a row. `begin`: the step that it has this configuration from.
+    `damage`: what cannot be read, in a line."""
+    steps = list(course.steps)
+    parts: list[RenderableType] = [progress(config, course.version, steps)]
     if steps:
         recent = warmed_up([row for row in steps if row["version"] > begin])[-_SENTENCE:]
         found = blame(recent, turns=takes_turns(config))
-        parts += [Text(), curves(rows), Text(), waits(steps[-_RECENT:])]
+        parts += [Text(), curves(course), Text(), waits(steps[-_RECENT:])]
         parts += [Text(found.sentence, style="yellow")] if found else []
-        parts += silence(silent_s, steps) if newest_version(steps) < config["num_steps"] else []
+        parts += silence(silent_s, steps) if course.version < num_steps(config) else []
     else:
         parts.append(Text("no step has ended yet", style="dim"))
+    parts += [Text(damage, style="red")] if damage else []
     return Panel(Group(*parts), title=f"asyncrl · {name}", border_style="blue", padding=(0, 2))
 
 
@@ -137,9 +123,9 @@ def mean_step_s(steps: Sequence[Row]) -> float:
     return sum(recent) / len(recent) if recent else math.nan
 
 
-def progress(config: dict[str, Any], steps: Sequence[Row]) -> RenderableType:
-    done = newest_version(steps)
-    total = max(done, config["num_steps"])
+def progress(config: dict[str, Any], done: int, steps: Sequence[Row]) -> RenderableType:
+    """`done`: steps so far; `steps`: the newest ones, for the time that they take."""
+    total = max(done, num_steps(config))
     left_s = (total - done) * mean_step_s(steps)
     table = Table.grid(padding=(0, 2), expand=True)
     table.add_column(no_wrap=True)
@@ -149,13 +135,14 @@ def progress(config: dict[str, Any], steps: Sequence[Row]) -> RenderableType:
     return table
 
 
-def curves(rows: Sequence[Row]) -> Table:
+def curves(course: Course) -> Table:
     """One line a metric: its last value and its course over the whole run."""
     table = Table.grid(padding=(0, 2))
     for title, name, form in _CURVES:
-        values = [row[name] for row in rows if row.get(name) is not None]
-        if values:
-            table.add_row(Text(title, style="dim"), form.format(values[-1]), Text(sparkline(values, 40), style="cyan"))
+        curve = course.curves[name]
+        if curve.points:
+            line = Text(sparkline(curve.points, 40), style="cyan")
+            table.add_row(Text(title, style="dim"), form.format(curve.last), line)
     return table
 
 
