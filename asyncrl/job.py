@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -12,20 +13,18 @@ from typing import Any
 
 from asyncrl import config as configuration
 from asyncrl import run_folder
-from asyncrl.assembly import load_runtime, make_buffer, make_prompts, make_system, try_prompts
+from asyncrl.assembly import load_runtime, make_buffer, make_prompts, make_system
 from asyncrl.buffer import Buffer
 from asyncrl.config import Config
-from asyncrl.envs.base import Env, heldout_prompts, load_env, no_skill
+from asyncrl.envs.base import Env
 from asyncrl.imports import interpreter
 from asyncrl.loop import run
-from asyncrl.model import check_attention, load_tokenizer
 from asyncrl.monitor import rows
 from asyncrl.monitor.metrics import Metrics, verdict
-from asyncrl.monitor.sinks import import_wandb
 from asyncrl.recovery import checkpoint
 from asyncrl.recovery.accounts import Resumed, Started
 from asyncrl.recovery.journal import Journal
-from asyncrl.runtime.parts import check_machine, check_own, check_targets
+from asyncrl.runtime.preconditions import Look, require
 from asyncrl.system import System
 from asyncrl.threads import kept_handlers
 from asyncrl.training.warmup import prepare
@@ -56,23 +55,18 @@ class Task:
     """What policies without skill score on the held-out prompts; empty without eval.baseline."""
 
 
-def load_task(config: Config, known: dict[str, float] | None = None, *, quiet: bool = False) -> Task:
+def load_task(
+    config: Config, known: dict[str, float] | None = None, resume: Path | None = None, *, quiet: bool = False
+) -> Task:
     """`known`: what policies without skill scored when the run began, which is not asked for again.
 
     Raises `ValueError` for what the run could not start with, or would not end with.
     """
-    check_own(config)
-    check_machine(config)  # before the warm-up, which may take long
-    check_attention(config)
-    import_wandb(config)
+    with tempfile.TemporaryDirectory() as scratch:
+        look = Look(config, resume or Path(config.run_dir), scratch, known=known)
+        require(look)  # before the warm-up, which may take long
     initial = str(prepare(config, quiet=quiet))
-    tokenizer = load_tokenizer(initial)
-    env = load_env(config.env.path, tokenizer, config.env.args)
-    heldout = heldout_prompts(env, config.eval.num_prompts)
-    baselines = (known or no_skill(env, heldout)) if config.eval.baseline else {}
-    try_prompts(config, env)
-    check_targets(config, initial)
-    return Task(initial, tokenizer, env, heldout, baselines)
+    return Task(initial, look.tokenizer, look.env, look.heldout, look.baselines)
 
 
 async def train(config: Config, resume: Path | None = None, *, quiet: bool = False, watch: bool = False) -> Result:
@@ -86,7 +80,7 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
     changes = run_folder.differences(resume, config) if resume else []  # before a warm-up is made for nothing
     known = run_folder.known_baselines(resume, changes) if resume else None
     with _ctrl_c_at_once():
-        task = load_task(config, known, quiet=quiet)
+        task = load_task(config, known, resume, quiet=quiet)
     folder = (resume or run_folder.create(config, task.baselines)).absolute()
     if resume and task.baselines and task.baselines != known:
         run_folder.keep_baselines(folder, task.baselines)

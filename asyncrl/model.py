@@ -89,19 +89,25 @@ def load_model(
     return model.eval()
 
 
-def empty_model(path: str | Path, attention: str = "sdpa") -> PreTrainedModel:
-    """A float32 model like that of `load_model` on the CPU, whose weights and buffers have no values yet.
-
-    Nothing is read or written, so it takes no memory until someone does. Raises `ValueError` as `load_model` does.
-    """
+def described_model(path: str | Path, attention: str = "sdpa") -> PreTrainedModel:
+    """A float32 model with the shapes of that at `path`, on the device "meta": without memory. Raises `ValueError` as
+    `load_model` does."""
     quiet()
     try:
         check_model(path)
         config = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
     except (OSError, ValueError) as error:
         raise ValueError(f"no model could be loaded from {str(path)!r}: {error}") from error
+
+
+def empty_model(path: str | Path, attention: str = "sdpa") -> PreTrainedModel:
+    """A float32 model like that of `load_model` on the CPU, whose weights and buffers have no values yet.
+
+    Nothing is read or written, so it takes no memory until someone does. Raises `ValueError` as `load_model` does.
+    """
+    model = described_model(path, attention)
     model.to_empty(device="cpu")
     model.tie_weights()
     _remove_dropout(model)

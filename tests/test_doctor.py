@@ -1,11 +1,12 @@
-"""The preflight: each check passes and fails for its own reason, without the hardware that it is about."""
+"""The preconditions: each passes and fails for its own reason, through the doctor and through a run, without the
+hardware that it is about."""
 
 import errno
 import fcntl
 import importlib.util
 import json
 import os
-import shutil
+import re
 import socket
 import subprocess
 import sys
@@ -14,16 +15,19 @@ from pathlib import Path
 import pytest
 
 from asyncrl import config as configuration
+from asyncrl import job
 from asyncrl.engine.sglang_launch import SUPPORTED_VERSION
-from asyncrl.runtime import preflight
+from asyncrl.runtime import machine, preconditions, preflight
+from asyncrl.runtime.preconditions import PRECONDITIONS, Look
+from asyncrl.tiny import build_tiny
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "doctor.py"
 _spec = importlib.util.spec_from_file_location("doctor", SCRIPT)
 doctor = sys.modules["doctor"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(doctor)
 
-H100 = doctor.Gpu("H100", (9, 0), 80.0, 85.0)
-T4 = doctor.Gpu("T4", (7, 5), 15.0, 16.0)
+H100 = preflight.Gpu("H100", (9, 0), 80.0, 85.0)
+T4 = preflight.Gpu("T4", (7, 5), 15.0, 16.0)
 
 
 def config(*words):
@@ -37,25 +41,34 @@ def raising(error):
     return action
 
 
-@pytest.mark.parametrize(("version", "status"), [("3.10.9", "FAIL"), ("3.11.0", "ok"), ("3.13.1", "ok")])
-def test_python(version, status):
-    assert doctor.check_python(version, ">=3.11").status == status
+def row(name, wanted, scratch, **facts):
+    """The doctor's row of one precondition, where some of what is looked at is given."""
+    look = Look(wanted, Path(wanted.run_dir), str(scratch), num_heldout=1)
+    vars(look).update(facts)
+    condition = next(condition for condition in PRECONDITIONS if condition.name == name)
+    return preconditions.tried(condition, look)
 
 
 @pytest.mark.parametrize(
-    ("found", "status"), [(None, "FAIL"), ("2.10.1", "FAIL"), ("2.11.0", "ok"), ("2.13.0+cpu", "ok")]
+    ("python", "torch", "status", "word"),
+    [
+        ("3.11.0", "2.11.0", "ok", "torch 2.11.0"),
+        ("3.13.1", "2.13.0+cpu", "ok", "Python 3.13.1"),
+        ("3.10.9", "2.13.0", "FAIL", "Python 3.10.9, needed is >=3.11"),
+        ("3.11.0", None, "FAIL", "torch not installed, needed is >=2.11"),
+        ("3.11.0", "2.10.1", "FAIL", "torch 2.10.1"),
+    ],
 )
-def test_package(found, status):
-    check = doctor.check_package("torch>=2.11", {"torch": found}.get)
-    assert (check.name, check.status) == ("torch", status)
-    assert bool(check.remedy) == (status == "FAIL")
+def test_packages(python, torch, status, word):
+    needs = ["torch>=2.11", "peft>=0.18; extra == 'lora'"]
+    check = preflight.check_packages(needs, ">=3.11", python, {"torch": torch}.get)
+    assert (check.status, word in check.finding, bool(check.remedy)) == (status, True, status == "FAIL")
 
 
 def test_the_sglang_that_the_engine_takes_is_the_one_that_is_installed_and_tested():
     pinned = f"sglang=={SUPPORTED_VERSION}"
     assert f'"{pinned}"' in (doctor.ROOT / "pyproject.toml").read_text()
     assert pinned in (doctor.ROOT / "tests" / "sglang" / "requirements-no-deps.txt").read_text().splitlines()
-    assert doctor.check_package(pinned, {"sglang": "0.5.18"}.get).status == "FAIL"
 
 
 @pytest.mark.parametrize(
@@ -72,17 +85,19 @@ def test_the_sglang_that_the_engine_takes_is_the_one_that_is_installed_and_teste
     ],
 )
 def test_cuda(found, status, remedy):
-    check = doctor.check_cuda(*found)
+    check = preflight.check_cuda(*found)
     assert check.status == status
     assert remedy in check.remedy
 
 
 def test_the_transformers_that_sglang_was_made_for():
     needs = ["torch==2.11", "sentence_transformers; extra == 'test'", "transformers==5.12.1"]
-    check = doctor.check_transformers(needs, "5.23.0")
+    check = preflight.check_transformers(needs, "5.23.0", "fa3")
     assert (check.status, "made for ==5.12.1" in check.finding) == ("warn", True)
     assert check.remedy.endswith(" -m pip install 'transformers==5.12.1'")
-    assert {doctor.check_transformers(*facts).status for facts in [(needs, "5.12.1"), ([], "5.23.0")]} == {"ok"}
+    assert {preflight.check_transformers(*facts, "fa3").status for facts in [(needs, "5.12.1"), ([], "5.23.0")]} == {
+        "ok"
+    }
 
 
 SGLANG = ["rollout.engine=sglang", "rollout.dtype=bfloat16"]
@@ -102,33 +117,35 @@ SGLANG = ["rollout.engine=sglang", "rollout.dtype=bfloat16"]
     ],
 )
 def test_gpus(gpus, words, status):
-    assert doctor.check_gpus(config(*words), gpus).status == status
-
-
-def test_without_a_gpu_that_comes_first_and_sglang_is_not_asked_for(monkeypatch):
-    monkeypatch.setattr(doctor, "find_gpus", lambda: ([], None))
-    first, *rest = doctor.examine(config(*SGLANG), False)
-    assert (first.name, first.status, "configs/quickstart_cpu.toml" in first.remedy) == ("gpus", "FAIL", True)
-    assert {"sglang", "flashinfer-python", "attention backend"}.isdisjoint(check.name for check in rest)
+    assert preflight.check_gpus(config(*words), gpus).status == status
 
 
 @pytest.mark.parametrize(("capability", "word"), [((9, 0), "for 9.0"), (None, "torch_native on the CPU")])
-def test_attention(monkeypatch, capability, word):
+def test_sglang_and_its_attention(monkeypatch, tmp_path, capability, word):
     from asyncrl.engine import sglang_launch
 
     monkeypatch.setattr(sglang_launch, "available_attention_backends", lambda: {"triton", "torch_native"})
+    monkeypatch.setattr(sglang_launch, "check_version", lambda: None)
+    monkeypatch.setattr(preconditions.metadata, "requires", lambda _: [])
     gpus = [H100] if capability else []
-    assert word in doctor.attention(config(), gpus)
-    with pytest.raises(ValueError, match="attention_backend 'flashinfer'"):
-        doctor.attention(config("rollout.attention_backend=flashinfer"), gpus)
+    assert word in row("sglang", config(), tmp_path, gpus=gpus).finding
+    wrong = row("sglang", config("rollout.attention_backend=flashinfer"), tmp_path, gpus=gpus)
+    assert (wrong.status, "attention_backend 'flashinfer'" in wrong.finding) == ("FAIL", True)
 
 
-def test_placement():
+def test_placement(tmp_path):
     words = ["device=cuda", "rollout.num_actors=2"]
-    assert doctor.check_placement(config(*words), 3).status == "ok"
-    few = doctor.check_placement(config(*words), 1)
+    assert row("placement", config(*words), tmp_path, gpus=[H100] * 3).status == "ok"
+    few = row("placement", config(*words), tmp_path, gpus=[H100])
     assert (few.status, "needs 3 GPUs" in few.finding, "lower" in few.remedy) == ("FAIL", True, True)
-    assert doctor.check_placement(config(*words, "cluster.address=auto"), 1).status == "warn"
+
+
+def test_what_nodes_of_the_runs_own_have(monkeypatch, tmp_path):
+    named = config('cluster.learner_resources={"node:127.0.0.1"=0.1, big=1}')
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"big": 1}')
+    assert row("placement", named, tmp_path).status == "ok"
+    monkeypatch.delenv("RAY_OVERRIDE_RESOURCES")
+    assert row("placement", named, tmp_path).status == "FAIL"
 
 
 @pytest.mark.parametrize(("have", "status"), [(20.0, "ok"), (11.0, "warn"), (9.0, "FAIL")])
@@ -137,100 +154,95 @@ def test_compare(have, status):
 
 
 def test_host_memory_grows_with_the_model_on_a_cpu_only():
-    assert doctor.check_host_memory(config(), False, 400_000, 16.0).status == "ok"
-    assert doctor.check_host_memory(config(), False, 10**9, 16.0).status == "FAIL"
-    assert doctor.check_host_memory(config(), True, 10**9, 16.0).status == "ok"
-    assert doctor.check_host_memory(config("learner.num_gpus=2"), True, 10**9, 16.0).status == "FAIL", "a checkpoint"
-    assert doctor.check_host_memory(config(), False, 1, None).status == "warn"
+    assert preflight.check_host_memory(config(), False, 400_000, 16.0).status == "ok"
+    assert preflight.check_host_memory(config(), False, 10**9, 16.0).status == "FAIL"
+    assert preflight.check_host_memory(config(), True, 10**9, 16.0).status == "ok"
+    assert preflight.check_host_memory(config("learner.num_gpus=2"), True, 10**9, 16.0).status == "FAIL", "a checkpoint"
+    assert preflight.check_host_memory(config(), False, 1, None).status == "warn"
 
 
 def test_gpu_memory_counts_the_share_that_sglang_takes():
     shared = ["rollout.engine=sglang", "rollout.num_actors=1", "placement=colocated", "rollout.dtype=bfloat16"]
-    assert doctor.check_gpu_memory(config(), 10**9, []).status == "ok"
-    assert doctor.check_gpu_memory(config(), 10**9, [H100]).status == "ok"
-    assert doctor.check_gpu_memory(config(), 10**9, [H100, T4]).status == "FAIL"
-    assert doctor.check_gpu_memory(config(), 7 * 10**9, [H100]).status == "FAIL"
-    assert doctor.check_gpu_memory(config("learner.num_gpus=4"), 7 * 10**9, [H100]).status == "ok"
-    assert doctor.check_gpu_memory(config("lora.rank=16"), 7 * 10**9, [H100]).status == "ok"
+    assert preflight.check_gpu_memory(config(), 10**9, []).status == "ok"
+    assert preflight.check_gpu_memory(config(), 10**9, [H100]).status == "ok"
+    assert preflight.check_gpu_memory(config(), 10**9, [H100, T4]).status == "FAIL"
+    assert preflight.check_gpu_memory(config(), 7 * 10**9, [H100]).status == "FAIL"
+    assert preflight.check_gpu_memory(config("learner.num_gpus=4"), 7 * 10**9, [H100]).status == "ok"
+    assert preflight.check_gpu_memory(config("lora.rank=16"), 7 * 10**9, [H100]).status == "ok"
     alone = ["lora.rank=16", "rollout.engine=sglang", "rollout.dtype=bfloat16"]
-    assert doctor.check_gpu_memory(config(*alone), 30 * 10**9, [H100]).status == "FAIL", "of the learner"
-    assert doctor.check_gpu_memory(config(*alone, "learner.num_gpus=4"), 30 * 10**9, [H100]).status == "ok"
+    assert preflight.check_gpu_memory(config(*alone), 30 * 10**9, [H100]).status == "FAIL", "of the learner"
+    assert preflight.check_gpu_memory(config(*alone, "learner.num_gpus=4"), 30 * 10**9, [H100]).status == "ok"
     alone += ["learner.num_gpus=4", "lora.sync=adapter"]
-    assert doctor.check_gpu_memory(config(*alone), 30 * 10**9, [H100]).status == "FAIL", "the base is kept"
+    assert preflight.check_gpu_memory(config(*alone), 30 * 10**9, [H100]).status == "FAIL", "the base is kept"
     low, high = (f"rollout.gpu_memory_utilization={share}" for share in (0.3, 0.9))
-    assert doctor.check_gpu_memory(config(*shared, low), 10**9, [H100]).status == "ok"
-    assert doctor.check_gpu_memory(config(*shared, high), 10**9, [H100]).status == "FAIL"
+    assert preflight.check_gpu_memory(config(*shared, low), 10**9, [H100]).status == "ok"
+    assert preflight.check_gpu_memory(config(*shared, high), 10**9, [H100]).status == "FAIL"
 
 
 def test_disk_counts_the_checkpoints():
-    assert doctor.check_disk(config(), 10**9, 100.0).status == "ok"
-    assert doctor.check_disk(config(), 10**9, 20.0).status == "FAIL"
-    assert doctor.check_disk(config("lora.rank=16"), 10**9, 20.0).status == "ok"
-    assert doctor.check_disk(config("checkpoint.keep=20"), 10**9, 100.0).status == "FAIL"
+    assert preflight.check_disk(config(), 10**9, 100.0).status == "ok"
+    assert preflight.check_disk(config(), 10**9, 20.0).status == "FAIL"
+    assert preflight.check_disk(config("lora.rank=16"), 10**9, 20.0).status == "ok"
+    assert preflight.check_disk(config("checkpoint.keep=20"), 10**9, 100.0).status == "FAIL"
 
 
 def test_ports():
-    assert doctor.check_ports(8, lambda wanted: wanted).status == "ok"
-    assert doctor.check_ports(8, lambda _: 3).status == "FAIL"
-    assert doctor.bind_loopback(3) == 3
+    assert preflight.check_ports(8, lambda wanted: wanted).status == "ok"
+    assert preflight.check_ports(8, lambda _: 3).status == "FAIL"
+    assert machine.bind_loopback(3) == 3
 
 
-def test_a_port_for_metrics_that_is_taken():
+@pytest.mark.parametrize(
+    ("words", "limit", "status"),
+    [
+        (["runtime=local", "rollout.num_actors=2"], 1024, "ok"),
+        (["runtime=local", "rollout.num_actors=64"], 1024, "FAIL"),
+        (["runtime=local", "rollout.num_actors=64"], 4096, "ok"),
+        (["rollout.num_actors=64"], 1024, "ok"),
+    ],
+)
+def test_open_files(words, limit, status):
+    assert preflight.check_open_files(config(*words), limit).status == status
+
+
+def test_a_port_for_metrics_that_is_taken(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        assert doctor.attempt("metrics port", "another", lambda: doctor.listen("127.0.0.1", port)).status == "FAIL"
-    assert doctor.attempt("metrics port", "another", lambda: doctor.listen("127.0.0.1", port)).status == "ok"
+        port = f"metrics.prometheus_port={taken.getsockname()[1]}"
+        assert row("metrics port", config(port), tmp_path).status == "FAIL"
+    assert row("metrics port", config(port), tmp_path).status == "ok"
 
 
-def test_model_environment_and_parameters(tmp_path):
-    check, model = doctor.attempt_for("model", "", lambda: doctor.read_model(config(), tmp_path))
-    assert check.status == "ok"
-    folder, parameters, tokenizer = model
-    assert folder == tmp_path
-    assert parameters == pytest.approx(400_000, rel=0.05)
-    told, longest = doctor.draw_prompt(config(), tokenizer)
-    assert ("first prompt" in told, longest) == (True, 7)
-    wrong = config("env.path=asyncrl.envs.digits:Nothing")
-    check, longest = doctor.attempt_for("environment", "", lambda: doctor.draw_prompt(wrong, tokenizer))
-    assert (check.status, check.remedy, longest) == ("FAIL", "write 'package.module:Name'", None)
+def test_model_and_environment(tmp_path):
+    look = Look(config(), tmp_path, str(tmp_path))
+    assert look.parameters == pytest.approx(400_000, rel=0.05)
+    assert "0.4 M parameters, 25 tokens" in row("model", config(), tmp_path).finding
+    assert "first prompt of 5 tokens" in row("environment", config(), tmp_path).finding
+    wrong = row("environment", config("env.path=asyncrl.envs.digits:Nothing"), tmp_path)
+    assert (wrong.status, wrong.remedy) == ("FAIL", "write 'package.module:Name'")
 
 
-def test_a_missing_model_fails(tmp_path):
-    missing = config(f"model.path={tmp_path / 'none'}")
-    check, model = doctor.attempt_for("model", "", lambda: doctor.read_model(missing, tmp_path))
-    assert (check.status, model) == ("FAIL", None)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny")
-    doctor.read_model(config(), path)
-    return path
-
-
-def test_adapters_that_match_no_layer(folder):
+def test_adapters_that_match_no_layer(tmp_path):
     targets = 'lora.targets=["q_proj", "v_proj"]'
-    assert doctor.try_targets(config("lora.rank=4", targets), folder) == "rank 4, q_proj, v_proj"
-    wrong = config("lora.rank=4", 'lora.targets=["query"]')
-    check = doctor.attempt("adapters", "", lambda: doctor.try_targets(wrong, folder))
+    assert row("adapters", config("lora.rank=4", targets), tmp_path).finding == "rank 4, q_proj, v_proj"
+    check = row("adapters", config("lora.rank=4", 'lora.targets=["query"]'), tmp_path)
     assert (check.status, check.remedy) == ("FAIL", 'set lora.targets="all-linear", or name linear layers')
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
-def test_the_cache_of_an_embedded_engine(folder, dtype, size):
-    """Keys and values of 2 layers with 2 heads of 32 numbers, for 1,000 requests of 30 tokens, in whole 16s."""
-    words = ["rollout.max_running=1000", "rollout.max_new_tokens=20", f"rollout.dtype={dtype}"]
-    told, num_bytes = doctor.size_cache(config(*words), folder, 10)
-    assert num_bytes == 2 * 2 * 1000 * 2 * 32 * 32 * size
-    assert told.endswith("MB in each engine, for 1000 requests of 30 tokens")
+def test_the_cache_of_an_embedded_engine(tmp_path, dtype, size):
+    """Keys and values of 2 layers with 2 heads of 32 numbers, for 1,000 requests of 27 tokens, in whole 16s."""
+    wanted = config("rollout.max_running=1000", "rollout.max_new_tokens=20", f"rollout.dtype={dtype}")
+    assert Look(wanted, tmp_path, str(tmp_path)).cache_gb == 2 * 2 * 1000 * 2 * 32 * 32 * size / 1e9
+    assert row("kv cache", wanted, tmp_path).finding.endswith("MB in each engine, for 1000 requests of 27 tokens")
 
 
-def test_the_cache_finds_prompts_that_are_too_long_for_the_model(folder, tmp_path):
-    windowed = shutil.copytree(folder, tmp_path / "windowed")
+def test_the_cache_finds_prompts_that_are_too_long_for_the_model(tmp_path):
+    windowed = tmp_path / "windowed"
+    build_tiny(windowed, seed=0)
     settings = json.loads((windowed / "config.json").read_text())
     settings |= {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2}
     (windowed / "config.json").write_text(json.dumps(settings))
-    check, _ = doctor.attempt_for("kv cache", "", lambda: doctor.size_cache(config(), windowed, 7))
+    check = row("kv cache", config(f"model.path={windowed}"), tmp_path)
     assert (check.status, "window of 8" in check.finding) == ("FAIL", True)
     assert check.remedy.startswith("lower the environment's max_prompt_tokens plus rollout.max_new_tokens to 8")
 
@@ -238,17 +250,21 @@ def test_the_cache_finds_prompts_that_are_too_long_for_the_model(folder, tmp_pat
 def test_memory_counts_the_caches():
     one = ["rollout.num_actors=1"]
     few = [*one, "learner.groups_per_step=1", "rollout.group_size=2", "eval.max_running=6", "rollout.max_running=100"]
-    assert doctor.check_host_memory(config(*one), False, 400_000, 16.0, cache_gb=15.0).status == "FAIL"
-    assert doctor.check_host_memory(config(*few), False, 400_000, 16.0, cache_gb=10.0).status == "ok", "a tenth of it"
-    assert doctor.check_host_memory(config(*few), False, 400_000, 16.0, cache_gb=17.0).status == "FAIL", "in one piece"
-    assert doctor.check_host_memory(config(*one), True, 400_000, 16.0, cache_gb=15.0).status == "ok", "on the GPU"
-    full = doctor.check_gpu_memory(config(*one), 10**9, [H100], cache_gb=90.0)
+    assert preflight.check_host_memory(config(*one), False, 400_000, 16.0, cache_gb=15.0).status == "FAIL"
+    assert preflight.check_host_memory(config(*few), False, 400_000, 16.0, cache_gb=10.0).status == "ok", (
+        "a tenth of it"
+    )
+    assert preflight.check_host_memory(config(*few), False, 400_000, 16.0, cache_gb=17.0).status == "FAIL", (
+        "in one piece"
+    )
+    assert preflight.check_host_memory(config(*one), True, 400_000, 16.0, cache_gb=15.0).status == "ok", "on the GPU"
+    full = preflight.check_gpu_memory(config(*one), 10**9, [H100], cache_gb=90.0)
     assert (full.status, "rollout.max_running" in full.remedy) == ("FAIL", True)
 
 
 def test_settings_that_do_nothing():
-    assert doctor.check_settings(config()).status == "ok"
-    check = doctor.check_settings(config("lora.alpha=8", "learner.learning_rate=0"))
+    assert preflight.check_settings(config()).status == "ok"
+    check = preflight.check_settings(config("lora.alpha=8", "learner.learning_rate=0"))
     assert (check.status, check.finding.count("\n")) == ("warn", 1)
 
 
@@ -264,7 +280,7 @@ def test_settings_that_do_nothing():
     ],
 )
 def test_threads(words, cores, status):
-    assert doctor.check_threads(config(*words), cores).status == status
+    assert preflight.check_threads(config(*words), cores).status == status
 
 
 @pytest.mark.parametrize(
@@ -277,7 +293,7 @@ def test_threads(words, cores, status):
     ],
 )
 def test_wandb(found, status, word):
-    check = doctor.check_wandb("project", *found)
+    check = preflight.check_wandb("project", *found)
     assert (check.status, word in check.remedy) == (status, True)
 
 
@@ -285,30 +301,30 @@ def test_a_key_for_wandb_is_in_the_environment_or_in_a_netrc_file(monkeypatch, t
     for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert not doctor.has_wandb_key()
+    assert not machine.has_wandb_key()
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password made-up\n")
-    assert doctor.has_wandb_key()
+    assert machine.has_wandb_key()
     monkeypatch.setenv("WANDB_BASE_URL", "http://wandb.example:8080")
-    assert not doctor.has_wandb_key(), "of another server"
+    assert not machine.has_wandb_key(), "of another server"
     monkeypatch.setenv("WANDB_API_KEY", "made-up")
-    assert doctor.has_wandb_key()
+    assert machine.has_wandb_key()
 
 
 def test_a_cluster_is_reached_or_not(monkeypatch, tmp_path):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     with pytest.raises(ValueError, match="no Ray was started on this machine"):
-        doctor.reach("auto")
+        machine.reach("auto")
     with pytest.raises(ValueError, match="has no host and port: write HOST:6379"):
-        doctor.reach("somewhere")
+        machine.reach("somewhere")
     with socket.create_server(("127.0.0.1", 0)) as head:
         address = f"127.0.0.1:{head.getsockname()[1]}"
-        assert doctor.reach(address) == f"{address} answers"
+        assert machine.reach(address) == f"{address} answers"
         (tmp_path / "ray").mkdir()
         (tmp_path / "ray" / "ray_current_cluster").write_text(f"{address}\n")
-        assert doctor.reach("auto") == f"{address} answers"
+        assert machine.reach("auto") == f"{address} answers"
     with pytest.raises(ConnectionRefusedError):
-        doctor.reach(address)
+        machine.reach(address)
 
 
 @pytest.mark.parametrize(
@@ -328,40 +344,105 @@ def test_a_cluster_is_shown_the_token_that_there_is_unless_the_user_says_otherwi
         (tmp_path / ".ray" / "auth_token").write_text("made-up")
     before, after = modes
     monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path)} | ({"RAY_AUTH_MODE": before} if before else {}))
-    doctor.show_token(address)
+    machine.show_token(address)
     assert os.environ.get("RAY_AUTH_MODE") == after
 
 
-def test_an_own_loss_is_tried():
-    own = config("algorithm.loss.advantage=test_doctor:raising", "device=cpu")
-    check = doctor.attempt("own loss", "", lambda: doctor.try_loss(own))
-    assert (check.status, "tried on made-up numbers" in check.finding) == ("FAIL", True)
-    own = config("algorithm.loss.advantage=test_doctor:nowhere")
-    check = doctor.attempt("own loss", "", lambda: doctor.try_loss(own))
-    assert (check.status, "no function 'nowhere'" in check.finding) == ("FAIL", True)
+def test_a_cluster_is_joined_or_the_reason_is_told(monkeypatch):
+    """By what the process that tries it prints, so without Ray."""
+    monkeypatch.setattr(machine, "_JOIN", 'print("a warning"); print("TOTALS", \'{"CPU": 2.0}\')')
+    assert machine.join("head:6379") == {"CPU": 2.0}
+    endless = 'import time; print("Unauthenticated: InvalidAuthToken", flush=True); time.sleep(60)'
+    monkeypatch.setattr(machine, "_JOIN", endless)
+    with pytest.raises(ValueError, match=r"head:6379 asks for a token, .* ~/.ray/auth_token"):
+        machine.join("head:6379")
+    monkeypatch.setattr(machine, "_JOIN", "raise RuntimeError('Version mismatch')")
+    with pytest.raises(ValueError, match=r"cannot be joined \(RuntimeError: Version mismatch\)"):
+        machine.join("head:6379")
+    monkeypatch.setattr(machine, "_JOIN", 'import time; print("waiting", flush=True); time.sleep(60)')
+    with pytest.raises(ValueError, match=r"cannot be joined \(waiting\)"):
+        machine.join("head:6379", timeout_s=2)
 
 
-def test_what_a_run_does_not_use_has_no_row(monkeypatch):
-    monkeypatch.setattr(doctor, "check_package", lambda *_: doctor.Check("package", "ok", ""))
-    rows = {check.name for check in doctor.examine(config(), False)}
+def nobody(*_):
+    raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+
+
+def no_token(address):
+    raise ValueError(f"the Ray cluster at {address} asks for a token, and none is here: copy ~/.ray/auth_token")
+
+
+DRIVER = {"find_driver": lambda: "580.1", "cuda_build": lambda: "13.0"}
+JOINED = ["cluster.address=head:6379"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("packages", [], {"installed": lambda _: None}, "torch not installed"),
+        ("open files", ["rollout.num_actors=64", "runtime=local"], {"open_files_limit": lambda: 1024}, "1,024 allowed"),
+        ("ports", [], {"bind_loopback": lambda _: 3}, "3 of 12 ports"),
+        ("wandb", ["metrics.wandb=project"], {}, "the package is not installed"),
+        ("cluster", JOINED, {"reach": nobody}, "Connection refused"),
+        ("placement", JOINED, {"reach": str, "join": no_token}, "asks for a token"),
+        ("placement", [*JOINED, "device=cuda"], {"reach": str, "join": lambda _: {"CPU": 8.0}}, "needs 3 GPUs"),
+        (
+            "placement",
+            [*JOINED, "cluster.learner_resources={big=1}"],
+            {"reach": str, "join": lambda _: {"CPU": 8.0}},
+            "the Ray resource 'big'",
+        ),
+        ("placement", ["cluster.learner_resources={big=1}"], {}, "the Ray resource 'big'"),
+        ("gpus", ["device=cuda"], {"find_gpus": list}, "made for GPUs"),
+        ("gpus", SGLANG, {"find_gpus": list}, "made for GPUs"),
+        (
+            "placement",
+            ["device=cuda"],
+            {"find_gpus": lambda: [H100] * 2, **DRIVER},
+            "needs 3 GPUs",
+        ),
+        ("sglang", SGLANG, {"find_gpus": lambda: [H100] * 3, **DRIVER}, "package sglang"),
+        ("learner attention", ["device=cpu", "learner.attention=varlen"], {}, "needs a GPU"),
+        ("own loss", ["device=cpu", "algorithm.loss.advantage=test_doctor:raising"], {}, "tried on made-up numbers"),
+        ("own loss", ["algorithm.loss.advantage=test_doctor:nowhere"], {}, "no function 'nowhere'"),
+        ("model", ["model.path=models/none"], {}, "there is no folder 'models/none'"),
+        ("environment", ["env.path=asyncrl.envs.digits:Nothing"], {}, "no 'Nothing'"),
+        ("adapters", ["lora.rank=4", 'lora.targets=["nowhere"]'], {}, "does not fit Qwen2ForCausalLM"),
+        ("host memory", [], {"available_gb": lambda _: 1.0}, "1.0 GB free"),
+        ("disk", ["checkpoint.keep=1000000000"], {}, "GB needed"),
+    ],
+)
+def test_the_doctor_and_a_run_refuse_the_same_and_a_run_has_nothing_yet(monkeypatch, tmp_path, case):
+    name, words, facts, message = case
+    for fact, found in facts.items():
+        monkeypatch.setattr(machine, fact, found)
+    wanted = config(f"run_dir={tmp_path / 'runs'}", *words)
+    failed = next(row for row in doctor.examine(wanted, tmp_path / "runs", False) if row.status == "FAIL")
+    assert failed.name == name
+    assert message in failed.finding
+    assert failed.remedy
+    with pytest.raises(ValueError, match=re.escape(message)) as told:
+        job.load_task(wanted, quiet=True)
+    assert failed.remedy in " ".join(str(told.value).split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_run_does_not_use_has_no_row(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "reach", str)
+    monkeypatch.setattr(machine, "join", lambda _: {})
+    rows = {check.name for check in doctor.examine(config(), tmp_path, False)}
     assert rows >= {"settings", "kv cache", "threads"}
     assert rows.isdisjoint({"own loss", "adapters", "wandb", "cluster", "learner attention"})
-    words = ["lora.rank=4", "metrics.wandb=project", "cluster.address=auto", "algorithm.loss.advantage=nowhere:no"]
+    words = ["lora.rank=4", "metrics.wandb=project", *JOINED, "algorithm.loss.advantage=nowhere:no"]
     words.append("learner.attention=varlen")
-    rows |= (more := {check.name for check in doctor.examine(config(*words), False)})
+    rows |= (more := {check.name for check in doctor.examine(config(*words), tmp_path, False)})
     assert more >= {"own loss", "adapters", "wandb", "cluster", "learner attention"}
-    assert "threads" not in more, "of other machines"
-
-
-def test_attention_without_a_gpu_fails():
-    config_of_gpus = config("device=cpu", "learner.attention=varlen")
-    check = doctor.attempt("learner attention", "", lambda: doctor.try_attention(config_of_gpus))
-    assert (check.status, check.remedy) == ("FAIL", "set learner.attention=auto")
+    assert more.isdisjoint({"threads", "host memory", "peft"}), "of other machines"
 
 
 def test_the_number_of_rollout_actors_as_launch_run_takes_it(monkeypatch):
     seen = []
-    monkeypatch.setattr(doctor, "examine", lambda config, _: seen.append(config) or [])
+    monkeypatch.setattr(doctor, "examine", lambda config, *_: seen.append(config) or [])
     assert doctor.main(["--num-rollout-actors", "5"]) == 0
     assert seen[0].rollout.num_actors == 5
     assert doctor.main(["--num-rollout-actors", "5", "rollout.num_actors=4"]) == 2
@@ -370,7 +451,7 @@ def test_the_number_of_rollout_actors_as_launch_run_takes_it(monkeypatch):
 def test_a_run_to_resume_is_looked_at_with_the_words_of_launch_run(monkeypatch, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(configuration.to_tree(config("rollout.num_actors=5"))))
     seen = []
-    monkeypatch.setattr(doctor, "examine", lambda config, _: seen.append(config) or [])
+    monkeypatch.setattr(doctor, "examine", lambda config, *_: seen.append(config) or [])
     resume = ["--resume", str(tmp_path), "--watch", "--dry-run"]
     assert doctor.main([*resume, "num_steps=7"]) == 0
     assert (seen[0].rollout.num_actors, seen[0].num_steps) == (5, 7)
@@ -380,26 +461,26 @@ def test_a_run_to_resume_is_looked_at_with_the_words_of_launch_run(monkeypatch, 
 
 
 def test_an_error_keeps_its_own_remedy():
-    check = doctor.attempt("a", "other", raising(ValueError("the rule, 3: do this")))
+    check = preflight.attempt("a", "other", raising(ValueError("the rule, 3: do this")))
     assert (check.finding, check.remedy) == ("the rule, 3", "do this")
-    check = doctor.attempt("a", "other", raising(OSError("disk: gone")))
+    check = preflight.attempt("a", "other", raising(OSError("disk: gone")))
     assert (check.finding, check.remedy) == ("OSError: disk: gone", "other")
 
 
 def test_the_run_folder(tmp_path, monkeypatch):
-    doctor.write(tmp_path / "new" / "runs")
+    machine.write(tmp_path / "new" / "runs")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
-    assert doctor.attempt("run folder", "", lambda: doctor.write(tmp_path / "file")).status == "FAIL"
+    assert row("run folder", config(f"run_dir={tmp_path / 'file'}"), tmp_path).status == "FAIL"
     monkeypatch.setattr(fcntl, "flock", raising(OSError(errno.ENOSYS, "Function not implemented")))
-    check = doctor.attempt("run folder", "", lambda: doctor.write(tmp_path))
+    check = row("run folder", config(f"run_dir={tmp_path}"), tmp_path)
     assert (check.status, "cannot be locked" in check.finding) == ("FAIL", True)
     assert check.remedy.startswith("mount its file system with locks")
 
 
 def test_exit_codes(capsys, monkeypatch):
     for status, code in (("ok", 0), ("warn", 0), ("FAIL", 1)):
-        monkeypatch.setattr(doctor, "examine", lambda *_, status=status: [doctor.Check("one", status, "found")])
+        monkeypatch.setattr(doctor, "examine", lambda *_, status=status: [preflight.Check("one", status, "found")])
         assert doctor.main([]) == code
     assert doctor.main(["rollout.group_sice=3"]) == 2
     assert "did you mean" in capsys.readouterr().err

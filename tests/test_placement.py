@@ -1,18 +1,14 @@
 """GPUs and nodes are shared out, or refused with the numbers, before any actor starts."""
 
 import asyncio
-from importlib import metadata
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import run
 
 from asyncrl import config as configuration
 from asyncrl.runtime import cluster
-from asyncrl.runtime.parts import check_machine, check_targets
 from asyncrl.runtime.placement import Placement, check_resources, check_room, plan
-from asyncrl.tiny import build_tiny
 
 ROOT = Path(__file__).parent.parent
 
@@ -170,32 +166,3 @@ def test_as_many_actors_as_there_is_room_for_may_be_asked_for(existing, words, n
 def test_more_actors_than_there_is_room_for_are_told_with_the_numbers(existing, words, num_actors, message):
     with pytest.raises(ValueError, match=message):
         check_room(configuration.load(None, words), num_actors, existing)
-
-
-def test_what_the_actors_would_refuse_is_refused_before_they_start(tmp_path, monkeypatch):
-    build_tiny(tmp_path, seed=0)
-
-    def check(*words):
-        config = configuration.load(None, list(words))
-        check_machine(config)
-        check_targets(config, str(tmp_path))
-
-    adapters = ["lora.rank=4", 'lora.targets=["nowhere"]']
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    check("lora.rank=4", 'lora.targets=["q_proj"]')
-    with pytest.raises(ValueError, match=r"the run needs 3 GPUs .*, 0 exist: .* or device=cpu"):
-        check("device=cuda")
-    with pytest.raises(ValueError, match=r"lora.targets \['nowhere'\] does not fit Qwen2ForCausalLM"):
-        check(*adapters)
-    check("device=cuda", "cluster.address=auto")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    check("device=cuda")  # Ray counts them
-
-    def missing(_name):
-        raise metadata.PackageNotFoundError
-
-    monkeypatch.setattr(metadata, "distribution", missing)
-    with pytest.raises(ValueError, match=r"package sglang, .* 'asyncrl\[gpu\]', or set rollout.engine=embedded"):
-        check("rollout.engine=sglang")
-    with pytest.raises(ValueError, match=r"package peft, .* 'asyncrl\[lora\]', or set lora.rank=0"):
-        check("lora.rank=4")

@@ -100,7 +100,7 @@ LAYERS = [
     {"loop"},
     {"runtime.exchange", "runtime.placement", "runtime.stacks", "runtime.parts", "runtime.local"}
     | {"runtime.actors", "runtime.remotes", "runtime.cluster"},
-    {"assembly", "runtime.preflight", "runtime.machine"},
+    {"assembly", "runtime.preflight", "runtime.machine", "runtime.preconditions"},
     {"job"},
 ]
 

@@ -22,30 +22,12 @@ from asyncrl.model import empty_model, load_model, load_tokenizer, stop_token_id
 from asyncrl.recovery import checkpoint
 from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.rollout import Attempts, Rollout
-from asyncrl.runtime.placement import Placement, plan
+from asyncrl.runtime.placement import Placement
 from asyncrl.training.learner import Learner, row_length
-from asyncrl.training.lora import Adapters, check_peft, refuse_adapters
+from asyncrl.training.lora import Adapters, refuse_adapters
 from asyncrl.training.sharding import Ranks
 from asyncrl.types import Sampling
 from asyncrl.weights import DTYPES
-
-
-def check_machine(config: Config) -> None:
-    """Raises `ValueError` naming a package or a GPU that the actors need and this machine lacks.
-
-    Of a cluster that is joined nothing is known here. How many GPUs there are is Ray's to say; without any, the
-    placement is known.
-    """
-    if _joins_cluster(config):
-        return
-    if config.rollout.engine == "sglang":
-        from asyncrl.engine.sglang_launch import check_version  # of an optional package
-
-        check_version()
-    if config.lora.rank:
-        check_peft()
-    if config.runtime == "local" or not torch.cuda.device_count():
-        plan(config, num_gpus=0)
 
 
 def check_own(config: Config) -> None:

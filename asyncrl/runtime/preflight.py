@@ -1,5 +1,5 @@
-"""The preflight's rules: what a run needs against what was found. `machine.py` finds it, `launch/doctor.py` prints the
-table.
+"""The rules of preconditions: what a run needs against what was found. `machine.py` finds it, `preconditions.py` has
+the list of them.
 
 Each check is a function of facts and returns one row. Needs of memory and disk are rough: they count parameters,
 optimizer and processes, not activations and caches. Nothing heavy is imported here, so that a package that is missing
@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from asyncrl.imports import interpreter
 
 if TYPE_CHECKING:
     from asyncrl.config import Config
 
-T = TypeVar("T")
-
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}  # by CUDA major version: NVIDIA's table of minor-version compatibility
 STORE_GB = 0.6  # Ray's object store as the run starts it
+FILES_OF_A_RUN, FILES_OF_AN_ACTOR = 100, {"local": 20, "cluster": 4}  # measured: 19 and 2
 PROCESS_GB = {False: 0.5, True: 3.0}  # host memory of a process without and with a GPU, apart from its model
 
 
@@ -46,65 +45,62 @@ class Gpu:
     total_gb: float
 
 
-def attempt(name: str, remedy: str, action: Callable[[], str]) -> Check:
-    """What `action` finds, or a failure with what it raises, as `attempt_for` has it."""
-    check, _ = attempt_for(name, remedy, lambda: (action(), None))
-    return check
+def attempt(name: str, remedy: str, action: Callable[[], str | Check]) -> Check:
+    """What `action` finds; a failure where it raises, whatever that is, as an environment is the user's code.
 
-
-def attempt_for(name: str, remedy: str, action: Callable[[], tuple[str, T]]) -> tuple[Check, T | None]:
-    """What `action` finds, in words and as a value for later checks.
-
-    Where it raises, whatever that is, as an environment is the user's code, a failure and None. A `ValueError` of the
-    project ends with a remedy of its own, which then stands in place of `remedy`.
+    A `ValueError` of the project ends with a remedy of its own, which then stands in place of `remedy`.
     """
     try:
-        finding, value = action()
-        return Check(name, "ok", finding), value
+        found = action()
+        return found if isinstance(found, Check) else Check(name, "ok", found)
     except Exception as error:
         text = " ".join(str(error).split())[:400]
         rule, own = re.fullmatch(r"(?:(.*)[:;] )?(.*)", text).groups()  # type: ignore[union-attr]
         if type(error) is ValueError and rule:
-            return Check(name, "FAIL", rule, own), None
-        return Check(name, "FAIL", f"{type(error).__name__}: {text}", remedy), None
+            return Check(name, "FAIL", rule, own)
+        return Check(name, "FAIL", f"{type(error).__name__}: {text}", remedy)
 
 
-def check_python(version: str, allowed: str) -> Check:
+def check_packages(
+    requirements: Sequence[str], allowed: str, python: str, version_of: Callable[[str], str | None]
+) -> Check:
+    """Whether Python and the packages that every run needs have the versions that the project's metadata ask for."""
+    from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
-    if SpecifierSet(allowed).contains(version, prereleases=True):
-        return Check("python", "ok", version)
-    return Check("python", "FAIL", f"{version}, needed is {allowed}", f"make the environment with Python {allowed}")
+    if not SpecifierSet(allowed).contains(python, prereleases=True):
+        finding = f"Python {python}, needed is {allowed}"
+        return Check("packages", "FAIL", finding, f"make the environment with Python {allowed}")
+    wanted = [one for one in map(Requirement, requirements) if one.marker is None]
+    found = {one.name: version_of(one.name) for one in wanted}
+    short = [
+        one
+        for one in wanted
+        if (version := found[one.name]) is None or not one.specifier.contains(version, prereleases=True)
+    ]
+    if not short:
+        return Check("packages", "ok", ", ".join([f"Python {python}", *(f"{name} {found[name]}" for name in found)]))
+    finding = ", ".join(f"{one.name} {found[one.name] or 'not installed'}, needed is {one.specifier}" for one in short)
+    return Check("packages", "FAIL", finding, _install(*map(str, short)))
 
 
-def check_package(requirement: str, version_of: Callable[[str], str | None]) -> Check:
-    """Whether the version that `version_of` finds meets a line of the project's dependencies."""
-    from packaging.requirements import Requirement
-
-    wanted = Requirement(requirement)
-    found = version_of(wanted.name)
-    if found is not None and wanted.specifier.contains(found, prereleases=True):
-        return Check(wanted.name, "ok", found)
-    finding = f"{found or 'not installed'}, needed is {wanted.specifier}"
-    return Check(wanted.name, "FAIL", finding, _install(requirement))
-
-
-def check_transformers(requirements: Sequence[str], found: str | None) -> Check:
-    """Whether SGLang, whose metadata has these `requirements`, knows the version that is installed."""
+def check_transformers(requirements: Sequence[str], found: str | None, attention: str) -> Check:
+    """Whether SGLang, whose metadata has these `requirements`, knows the version that is installed. `attention` is what
+    else is told where it does."""
     from packaging.requirements import Requirement
 
     wanted = next((one for one in map(Requirement, requirements) if one.name == "transformers"), None)
     if found is None or wanted is None or wanted.specifier.contains(found, prereleases=True):
-        return Check("sglang's needs", "ok", f"transformers {found}")
+        return Check("sglang", "ok", f"transformers {found}, attention {attention}")
     finding = (
         f"transformers {found}, and sglang was made for {wanted.specifier}: another may fail when the engine starts"
     )
-    return Check("sglang's needs", "warn", finding, _install(f"transformers{wanted.specifier}"))
+    return Check("sglang", "warn", finding, _install(f"transformers{wanted.specifier}"))
 
 
-def _install(requirement: str) -> str:
+def _install(*requirements: str) -> str:
     """For the environment that the run will have, whatever `pip` is found first."""
-    return f"{interpreter()} -m pip install '{requirement}'"
+    return f"{interpreter()} -m pip install {' '.join(map(repr, requirements))}"
 
 
 def check_cuda(device: str, build: str | None, driver: str | None, num_gpus: int) -> Check:
@@ -131,7 +127,7 @@ def check_gpus(config: Config, gpus: Sequence[Gpu]) -> Check:
     if needy and not gpus:
         remedy = (
             "take a machine with a GPU, or a configuration that needs none, such as configs/quickstart_cpu.toml or "
-            "configs/smollm2_135m_cpu.toml"
+            "configs/smollm2_135m_cpu.toml; or set device=cpu"
         )
         status: Literal["warn", "FAIL"] = "warn" if config.cluster.address else "FAIL"
         return Check("gpus", status, "none here, and the configuration is made for GPUs", remedy)
@@ -141,20 +137,6 @@ def check_gpus(config: Config, gpus: Sequence[Gpu]) -> Check:
         remedy = "set learner.dtype=float32 and rollout.dtype=float16"
         return Check("gpus", "warn", f"{finding}: bfloat16 needs compute capability 8.0", remedy)
     return Check("gpus", "ok", finding)
-
-
-def check_placement(config: Config, num_gpus: int) -> Check:
-    """Whether the GPUs suffice; a failure is only a warning where an existing cluster may have more of them."""
-    from asyncrl.runtime.placement import plan
-
-    def describe() -> str:
-        found = plan(config, num_gpus)
-        learner = f"{config.learner.num_gpus} x {found.learner_gpus:g} for the learner"
-        shares = f"{learner}, {config.num_engines} x {found.rollout_gpus:g} GPUs"
-        return f"{shares if found.device == 'cuda' else 'cpu'}, weights by {found.backend}"
-
-    check = attempt("placement", "", describe)
-    return replace(check, status="warn") if check.status == "FAIL" and config.cluster.address else check
 
 
 def compare(name: str, need: float, have: float, remedy: str) -> Check:
@@ -195,8 +177,9 @@ def check_host_memory(
     models = max(models, cache_gb)  # asked for in one piece
     if on_gpu:  # several learner ranks, or LoRA, put a checkpoint together in it
         models = saved_gb(config, parameters) if config.learner.num_gpus > 1 or config.lora.rank else 0.0
-    num_processes = config.num_engines + config.learner.num_gpus + 1
-    need = STORE_GB + num_processes * PROCESS_GB[on_gpu] + models
+    need = PROCESS_GB[on_gpu] + models
+    if config.runtime == "cluster":
+        need += STORE_GB + (config.num_engines + config.learner.num_gpus) * PROCESS_GB[on_gpu]
     knobs = "rollout.num_actors or rollout.max_running" if cache_gb and not on_gpu else "rollout.num_actors"
     return compare("host memory", need, have_gb, f"lower {knobs}, or take a smaller model")
 
@@ -228,12 +211,34 @@ def check_disk(config: Config, parameters: int, free_gb: float) -> Check:
     return compare("disk", need, free_gb, "free some space, lower checkpoint.keep, or move run_dir")
 
 
+def check_open_files(config: Config, limit: int) -> Check:
+    """Whether the driver may have as many files and sockets open as its actors take of it."""
+    each = FILES_OF_AN_ACTOR[config.runtime]
+    need = FILES_OF_A_RUN + each * config.num_engines
+    finding = f"about {need} needed for {config.num_engines} engines, {limit:,} allowed"
+    if need <= limit:
+        return Check("open files", "ok", finding)
+    return Check("open files", "FAIL", finding, f"run `ulimit -n {2 * need}` before, or lower rollout.num_actors")
+
+
 def check_ports(wanted: int, bind: Callable[[int], int]) -> Check:
     """Whether `bind` gets as many ports at once as the run's processes listen on."""
     found = bind(wanted)
     if found == wanted:
         return Check("ports", "ok", f"{wanted} free ports on 127.0.0.1")
     return Check("ports", "FAIL", f"{found} of {wanted} ports on 127.0.0.1", "see `ss -ltn` and `ulimit -n`")
+
+
+def cache_bytes(config: Config, model: Any, max_prompt_tokens: int) -> int:
+    """Of an embedded engine's keys and values, whose rules for a model see `model`, which takes no memory."""
+    from torch import nn
+
+    from asyncrl.engine.kv_cache import SlotCache
+    from asyncrl.weights import DTYPES
+
+    nn.Module.to(model, "meta", DTYPES[config.rollout.dtype])
+    length = max_prompt_tokens + config.rollout.max_new_tokens
+    return SlotCache(model, config.rollout.max_running, length).num_bytes
 
 
 def check_settings(config: Config) -> Check:
