@@ -22,6 +22,7 @@ HOMES = {
 # Each layer may import itself and the ones before it.
 LAYERS = [
     {"types", "algo.method", "algo.own", "algo.presets", "tables", "config", "rules", "cautions", "transport"}
+    | {"sandbox.calls"}
     | {"receipts", "ipc", "monitor.rows", "monitor.course"}
     | {"durable", "monitor.events", "monitor.timeline", "sandbox.confine", "sandbox", "garbage", "threads", "imports"},
     {

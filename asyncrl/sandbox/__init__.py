@@ -6,10 +6,12 @@
 
 What holds, for root and for other users alike, without privileges (`confine` has the mechanism of each):
 
+    descriptors       its input and its two outputs alone, whatever the caller and its event loop left open (close_range)
+    system calls      those of a list, all others are refused (seccomp; `calls` has the list)
     network           no socket can be opened, but pairs of streams to itself (seccomp)
     processes         no new ones, threads only (seccomp); so each limit below is a limit of the whole program
     other processes   no signals, also none through a socket's owner, no access to their memory, limits, priorities, or
-                      files in /proc (seccomp, Landlock)
+                      files in /proc, no shared memory, semaphores or messages of System V or POSIX (seccomp, Landlock)
     files             its folder, the Python library and the system's libraries, all read-only; no others (Landlock)
     disk              nothing can be written, not even to a file in memory (Landlock, RLIMIT_FSIZE 0), and no file gets
                       another mode, owner, time or attribute (seccomp)
@@ -40,6 +42,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from asyncrl.sandbox.calls import call_filter
 
 _CONFINE = Path(__file__).with_name("confine.py")
 _FLAGS = ("-E", "-s", "-S", "-B", "-X", "utf8")
@@ -131,6 +135,7 @@ class Sandbox:
             "listable": [sysconfig.get_path("stdlib")],
             "cpu_s": math.ceil(self.limits.time_s),
             "memory_bytes": self.limits.memory_mb << 20,
+            "filter": call_filter().hex(),
         }
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
