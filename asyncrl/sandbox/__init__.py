@@ -6,7 +6,7 @@
 
 What holds, for root and for other users alike, without privileges (`confine` has the mechanism of each):
 
-    descriptors       its input and its two outputs alone, whatever the caller and its event loop left open (close_range)
+    descriptors       its input and its two outputs alone, whatever the caller had open (close_range)
     system calls      those of a list, all others are refused (seccomp; `calls` has the list)
     network           no socket can be opened, but pairs of streams to itself (seccomp)
     processes         no new ones, threads only (seccomp); so each limit below is a limit of the whole program
