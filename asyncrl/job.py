@@ -153,7 +153,7 @@ def open_journal(folder: Path, buffer: Buffer, *, resumed: bool) -> tuple[Journa
         raise ValueError(f"{folder} has neither a checkpoint nor a journal to go on from; start a new run")
     cursor = checkpoint.load_cursor(saved) if saved else checkpoint.Cursor(0, 0, [])
     existed = path.exists()
-    journal = Journal(path, reuse=buffer.reuse, max_lag=buffer.max_lag)
+    journal = Journal(path, reuse=buffer.reuse, max_lag=buffer.max_lag, resume_at=cursor.version)
     if not existed:
         open_ids = tuple(cursor.open_prompts)
         journal.append(Started(version=cursor.version, next_id=cursor.next_prompt, open_ids=open_ids))

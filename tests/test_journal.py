@@ -1,12 +1,14 @@
 """The journal against crashes: torn and damaged files, and accounts that hold whatever is killed whenever."""
 
 import asyncio
+import copy
 import errno
 import fcntl
 import itertools
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -244,8 +246,10 @@ class World:
 
     async def life(self, num_steps: int) -> tuple[PromptQueue, Counter]:
         buffer = Buffer(**self.shape)
-        journal = Journal(self.folder / "journal.bin", reuse=buffer.reuse, max_lag=buffer.max_lag)
         version = max(self.checkpoints, default=0)
+        path, bounds = self.folder / "journal.bin", {"reuse": buffer.reuse, "max_lag": buffer.max_lag}
+        journal = Journal(path, **bounds, resume_at=version)
+        assert_same_accounts(journal, Accounts(**bounds), version)
         journal.append(Resumed(version=version))
         weights = list(self.checkpoints.get(version, ()))
         published = dict(journal.accounts.published)
@@ -326,6 +330,20 @@ class World:
         if self.random.random() < 0.1 and len(self.checkpoints) > 1:
             del self.checkpoints[len(weights)]  # it turns out damaged
             raise Killed
+
+
+def assert_same_accounts(journal, whole, version):
+    """What was forgotten while the file was read makes no difference to a run resumed at this version."""
+    for record in [*journal.records(), Resumed(version=version)]:
+        whole.apply(record)
+    found = copy.deepcopy(journal.accounts)
+    found.apply(Resumed(version=version))
+    assert found.open_ids == whole.open_ids
+    assert found.totals() == whole.totals()
+    assert (found.next_id, found.kept) == (whole.next_id, whole.kept)
+    for accounts in (found, whole):
+        accounts.useful = {a.id: a for a in accounts if accounts.usable_at(a, version) or not a.settled}
+    assert found.useful == whole.useful
 
 
 @settings(max_examples=60, deadline=None)
@@ -432,3 +450,41 @@ def test_a_group_file_that_is_a_folder_counts_as_not_there_and_ends_nothing(tmp_
     with pytest.warns(UserWarning, match=r"000000003\.msgpack cannot be deleted"):
         files.delete_others(tmp_path, set())
     assert (tmp_path / "notes.msgpack").exists()
+
+
+def history(path, steps, groups=2):
+    """A journal of so many steps, of which each second one is saved."""
+    journal = Journal(path)
+    for step in range(1, steps + 1):
+        ids = tuple(range((step - 1) * groups, step * groups))
+        journal.append(*(Admitted(id=number, checksum=0) for number in ids))
+        journal.append(*(Generated(id=number, oldest=step - 1, newest=step - 1, stored="ab") for number in ids))
+        journal.append(Batch(step=step, ids=ids), Synced(version=step, digest="cd"))
+        if step % 2 == 0:
+            journal.append(Saved(version=step, kept=(step - 2, step)))
+    journal.close()
+
+
+def test_memory_of_a_resume_is_bounded_by_what_is_open(tmp_path):
+    path = tmp_path / "journal.bin"
+    history(path, 2000)
+    tracemalloc.start()
+    accounts = Journal(path, resume_at=2000, max_lag=1).accounts
+    assert tracemalloc.get_traced_memory()[1] < 3e5
+    tracemalloc.stop()
+    assert accounts.totals() == {"trained": 4000}
+    assert len(list(accounts)) + len(accounts.published) < 20
+
+
+def test_a_restored_old_checkpoint_opens_again_what_was_trained_since(tmp_path):
+    path = tmp_path / "journal.bin"
+    history(path, 10)
+    journal = Journal(path, resume_at=4)
+    journal.append(Resumed(version=4))
+    assert journal.accounts.open_ids == list(range(8, 20))
+    journal.append(Batch(step=5, ids=(8, 9)), Synced(version=5, digest="cd"), Saved(version=5, kept=(5,)))
+    journal.close()
+    again = Journal(path, resume_at=5)
+    again.append(Resumed(version=5))
+    assert again.accounts.open_ids == list(range(10, 20)), "what was forgotten waits for the last time that it can open"
+    assert again.accounts.totals() == {"trained": 10, "open": 10}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -151,28 +151,25 @@ class Accounts:
             totals[account.fate] += 1
         return totals
 
-    def apply(self, record: Record) -> None:
-        """The state after one more record."""
+    def apply(self, record: Record, *, replaying: bool = False) -> None:
+        """The state after one more record. `replaying`: it is read from the file, and may be of a prompt that
+        `forget_before` left out."""
         match record:
-            case Started(version=version, next_id=next_id, open_ids=open_ids):
-                self.version, self.next_id, self.kept = version, next_id, (version,)
-                self._accounts = {number: Account(number) for number in open_ids}
-                if next_id > len(open_ids):
-                    self.closed["settled before this journal"] = next_id - len(open_ids)
+            case Started():
+                self._start(record)
             case Admitted(id=number, checksum=checksum):
                 account = self._accounts.setdefault(number, Account(number))
                 account.checksum = checksum
                 account.forget_group()
                 self.next_id = max(self.next_id, number + 1)
             case Generated(id=number, oldest=oldest, newest=newest, stored=stored):
-                account = self._accounts[number]
-                account.oldest, account.newest, account.stored = oldest, newest, stored
+                for account in self._of((number,), replaying):
+                    account.oldest, account.newest, account.stored = oldest, newest, stored
             case Batch(step=step, ids=ids):
-                for number in ids:
-                    self._accounts[number].steps.append(step)
+                for account in self._of(ids, replaying):
+                    account.steps.append(step)
             case Dropped(ids=ids, version=version):
-                for number in ids:
-                    account = self._accounts[number]
+                for account in self._of(ids, replaying):
                     account.steps = [step for step in account.steps if step <= version]
                     account.dropped = record
             case Synced(version=version, digest=digest):
@@ -186,6 +183,15 @@ class Accounts:
                 self.published = {v: digest for v, digest in self.published.items() if v <= version}
                 for account in self._accounts.values():
                     account.resume(version)
+
+    def _start(self, record: Started) -> None:
+        self.version, self.next_id, self.kept = record.version, record.next_id, (record.version,)
+        self._accounts = {number: Account(number) for number in record.open_ids}
+        if num_settled := record.next_id - len(record.open_ids):
+            self.closed["settled before this journal"] = num_settled
+
+    def _of(self, ids: Iterable[int], replaying: bool) -> list[Account]:
+        return [self._accounts[number] for number in ids if not replaying or number in self._accounts]
 
     def usable_at(self, account: Account, version: Version) -> bool:
         """Whether a learner resumed at `version` could train on the stored group."""
@@ -214,6 +220,18 @@ class Accounts:
             if dropped or (ended and account.uses_at(oldest) > 0):
                 del self._accounts[account.id]
                 self.closed[account.fate] += 1
+
+    def forget_before(self, floor: Version, resume_at: Version) -> None:
+        """Of a file that is read: leaves out prompts that are settled by `floor`, the lowest version that the file goes
+        back to from here on, and of no use to a run that is resumed at `resume_at`; and versions too old for both."""
+        for account in list(self._accounts.values()):
+            dropped = account.dropped is not None and account.dropped.version <= floor
+            useful = self.usable_at(account, resume_at) or self._comes_again(account)
+            if dropped or (account.uses_at(floor) > 0 and not useful):
+                del self._accounts[account.id]
+                self.closed[account.fate] += 1
+        oldest = min(floor, self.version) - self.max_lag - 1
+        self.published = {version: digest for version, digest in self.published.items() if version >= oldest}
 
 
 def checksum_of(prompt: Prompt) -> int:

@@ -24,16 +24,22 @@ import fcntl
 import os
 import struct
 import zlib
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from asyncrl import durable
-from asyncrl.recovery.accounts import Accounts, Record
+from asyncrl.recovery.accounts import Accounts, Record, Resumed, Saved
+from asyncrl.types import Version
 
 _MAGIC = b"\xa5jr\x01"
 _HEADER = struct.Struct("<4sII")  # magic, length of the payload, CRC-32 of the payload
 _decoder = msgspec.msgpack.Decoder(Record)
+_resumed = msgspec.msgpack.Decoder(Resumed)
+_MAX_BYTES = 2**28
+"""Of a record; a length above it is damage."""
 _UNSYNCED = 1000
 """Records after which fsync is not put off any longer."""
 
@@ -41,8 +47,13 @@ _UNSYNCED = 1000
 class Journal:
     """The file, and the accounts that it adds up to. Belongs to the driver; only `sync` may run in another thread."""
 
-    def __init__(self, path: Path | None, *, reuse: int = 1, max_lag: int = 0) -> None:
+    def __init__(
+        self, path: Path | None, *, reuse: int = 1, max_lag: int = 0, resume_at: Version | None = None
+    ) -> None:
         """Opens or makes the file at `path` and reads it; with None the accounts live in memory only.
+
+        `resume_at`: the version that the run is about to be resumed at. Prompts that are settled for good by then are
+        forgotten as they are read, so that memory does not grow with the history.
 
         An incomplete last record, which a crash leaves behind, is cut off; `torn_bytes` says how much that was. Raises
         `ValueError` if a record before the last one is damaged, if another process holds the journal, or if it cannot
@@ -62,17 +73,27 @@ class Journal:
             durable.sync(path.parent)
         try:
             lock(self._file, path)
-            records, self.num_bytes, size = read(path)
+            self._read(path, resume_at)
         except BlockingIOError as error:
             os.close(self._file)
             raise ValueError(f"{path} is in use: another process runs this run; stop that one first") from error
         except ValueError:
             os.close(self._file)
             raise
-        self.torn_bytes = size - self.num_bytes
+        self.torn_bytes = path.stat().st_size - self.num_bytes
         os.ftruncate(self._file, self.num_bytes)
-        for record in records:
-            self.accounts.apply(record)
+
+    def _read(self, path: Path, resume_at: Version | None) -> None:
+        """Books every record of the file."""
+        floors = deque(_floors(path, resume_at)) if resume_at is not None else None
+        for record, self.num_bytes in scan(path):
+            self.accounts.apply(record, replaying=True)
+            if floors is None or resume_at is None:
+                continue
+            if isinstance(record, Resumed):
+                floors.popleft()
+            elif isinstance(record, Saved):
+                self.accounts.forget_before(floors[0], resume_at)
 
     def append(self, *records: Record) -> None:
         """Writes the records at once, then books them. Raises `OSError` if the disk does not take them."""
@@ -89,9 +110,9 @@ class Journal:
         for record in records:
             self.accounts.apply(record)
 
-    def records(self) -> list[Record]:
-        """All that the file holds; nothing where there is none."""
-        return read(self._path)[0] if self._path else []
+    def records(self) -> Iterator[Record]:
+        """All that the file holds, one after the other; nothing where there is none."""
+        return (record for record, _ in scan(self._path)) if self._path else iter(())
 
     def sync(self) -> None:
         """Everything written so far survives a power failure once this returns."""
@@ -107,27 +128,65 @@ class Journal:
 
 
 def read(path: Path) -> tuple[list[Record], int, int]:
-    """The records of a journal, the bytes that they take, and the size of the file.
+    """The records of a journal, the bytes that they take, and the size of the file. Raises `ValueError` as `scan`."""
+    found = list(scan(path))
+    return [record for record, _ in found], found[-1][1] if found else 0, path.stat().st_size
+
+
+def scan(path: Path) -> Iterator[tuple[Record, int]]:
+    """The records of a journal one after the other, each with the bytes up to its end.
 
     What follows the last good record is torn if no good record comes after it. Otherwise the middle of the file is
     damaged, which raises `ValueError`: records are missing, and nobody can say what they were.
     """
-    data = path.read_bytes()
-    records: list[Record] = []
     end = 0
-    while (payload := _payload(data, end)) is not None:
-        records.append(_decoder.decode(payload))
+    for payload in _payloads(path):
+        try:
+            record = _decoder.decode(payload)
+        except msgspec.MsgspecError as error:
+            raise ValueError(f"{path}: the record at byte {end} is of another version of asyncrl ({error})") from error
         end += _HEADER.size + len(payload)
-    later = data.find(_MAGIC, end + 1)
+        yield record, end
+    _check_torn(path, end)
+
+
+def _payloads(path: Path) -> Iterator[bytes]:
+    """The payloads of the good records that the file begins with."""
+    with path.open("rb") as file:
+        while len(header := file.read(_HEADER.size)) == _HEADER.size:
+            magic, length, checksum = _HEADER.unpack(header)
+            if magic != _MAGIC or length > _MAX_BYTES:
+                return
+            payload = file.read(length)
+            if len(payload) < length or zlib.crc32(payload) != checksum:
+                return
+            yield payload
+
+
+def _check_torn(path: Path, end: int) -> None:
+    """Raises `ValueError` if a good record follows what cannot be read from byte `end` on."""
+    with path.open("rb") as file:
+        file.seek(end)
+        data = file.read()
+    later = data.find(_MAGIC, 1)
     while later >= 0:
         if _payload(data, later) is not None:
             raise ValueError(
-                f"{path} is damaged: the record at byte {end} of {len(data)} cannot be read and others follow it. "
-                "Delete the file to go on from the newest checkpoint's own list of open prompts; groups that were "
+                f"{path} is damaged: the record at byte {end} of {end + len(data)} cannot be read and others follow "
+                "it. Delete the file to go on from the newest checkpoint's own list of open prompts; groups that were "
                 "finished since are then generated again"
             )
         later = data.find(_MAGIC, later + 1)
-    return records, end, len(data)
+
+
+def _floors(path: Path, resume_at: Version) -> list[Version]:
+    """For each stretch of the file between resumes: the lowest version that a later resume goes back to. What is
+    settled by then is so for good."""
+    found = [_resumed.decode(payload).version for payload in _payloads(path) if payload[2:9] == b"resumed"]
+    floors = [resume_at]
+    for version in reversed(found):
+        floors.append(min(floors[-1], version))
+    return floors[::-1]
 
 
 def lock(file: int, path: Path, kind: int = fcntl.LOCK_EX) -> None:
