@@ -15,9 +15,10 @@ from helpers import run
 from asyncrl.config import TINY_BYTES
 from asyncrl.engine.embedded import EmbeddedEngine
 from asyncrl.envs.base import load_env
-from asyncrl.envs.code import UnitTest, matches, read_tests
+from asyncrl.envs.code import UnitTest, matches, programs_in, read_tests
 from asyncrl.envs.data import read_rows
 from asyncrl.envs.multi_turn import SHIPPED
+from asyncrl.envs.swe import _RepairEpisode
 from asyncrl.envs.tools import ToolError, calculator, same_answer
 from asyncrl.model import load_model, load_tokenizer
 from asyncrl.rollout import Rollout
@@ -201,6 +202,42 @@ def test_sql_compares_numbers_by_their_value(tokenizer, tmp_path, order):
     assert play(env, tokenizer, "<answer>SELECT 15</answer>")[0].reward == 1
 
 
+@pytest.mark.parametrize(
+    ("right", "reward"),
+    [
+        ("SELECT x FROM t ORDER  BY x", 0),
+        ("select x from t order\n\tby x", 0),
+        ("SELECT x FROM (SELECT x FROM t ORDER BY x)", 1),
+        ("WITH s AS (SELECT x FROM t ORDER BY x LIMIT 9) SELECT x FROM s", 1),
+        ("SELECT x FROM t WHERE 'order by' <> '' -- ORDER BY x", 1),
+        ("SELECT sum(x) OVER (ORDER BY x) - sum(x) OVER (ORDER BY x) + x FROM t", 1),
+        ("SELECT x FROM t UNION ALL SELECT x FROM t WHERE 0 ORDER BY 1", 0),
+    ],
+)
+def test_order_counts_where_the_outermost_query_sorts(tokenizer, tmp_path, right, reward):
+    schema = "CREATE TABLE t(x); INSERT INTO t VALUES (20), (10);"
+    row = {"schema": schema, "question": "?", "sql": right, "split": "train"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    env = load_env(TASKS["sql:TextToSQL"], tokenizer, {"data": str(tmp_path / "rows.jsonl")})
+    assert play(env, tokenizer, "<answer>SELECT x FROM t ORDER BY x DESC</answer>")[0].reward == reward
+
+
+@pytest.mark.parametrize(("query", "reward"), [("SELECT x'6162'", 1), ("SELECT '6162'", 0), ("SELECT 'ab'", 0)])
+def test_a_blob_is_no_text(tokenizer, tmp_path, query, reward):
+    row = {"schema": "CREATE TABLE t(x);", "question": "?", "sql": "SELECT x'6162'", "split": "train"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    env = load_env(TASKS["sql:TextToSQL"], tokenizer, {"data": str(tmp_path / "rows.jsonl")})
+    attempt, policy = play(env, tokenizer, f"<sql>{query}</sql>", f"<answer>{query}</answer>")
+    assert attempt.reward == reward
+    assert ("x'6162'" in heard(policy, 0)) == reward
+
+
+@pytest.mark.parametrize("language", ["", "py", "Python", "python3", "python title=a.py"])
+def test_fences_that_hold_programs(language):
+    assert programs_in(f"```text\n1\n```\nso\n```{language}\nprint(1)\n```\nand\n```cpp\nint x;```") == ["print(1)\n"]
+    assert programs_in(f"```{language}\nprint(1)") == []
+
+
 def test_queries_may_be_tried_on_a_database_that_cannot_change(tokenizer):
     env = load_env(TASKS["sql:TextToSQL"], tokenizer, {"max_turns": 5, "time_limit_s": 1.5})
     forever = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT count(*) FROM n"
@@ -249,6 +286,11 @@ def test_a_program_that_fails_a_public_test_may_be_replaced(tokenizer):
         ("debug\n[1, 2]", "[1,2]", True, True),
         ("12", "[1,2]", True, False),
         ("nothing", "1", True, False),
+        ("9" * 5000, "1", True, False),
+        ("[" * 60000, "1", True, False),
+        ("[" * 60000 + "]" * 60000, "1", True, False),
+        ("1e" + "9" * 30, "1", False, False),
+        ("sNaN", "nan", False, False),
     ],
 )
 def test_outputs_are_compared_as_the_benchmark_does(printed, expected, functional, same):
@@ -310,6 +352,26 @@ def test_changing_the_tests_repairs_nothing(tokenizer):
     assert "passed 1" in heard(policy, 1)
     assert "must occur once in stats.py, it occurs 0 times" in heard(policy, 2)
     assert attempt.reward == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("\n<old> a</old>\n\n<new> b</new>\n", "edited f.py"),
+        ("<old> a</old><new><old> b</old><new></new>", "edited f.py"),
+        ("<old>a</old> <new></new>", "edited f.py"),
+        ("<old>x</old><new>y</new>", "occurs 0 times"),
+        ("<old></old><new>y</new>", "occurs"),
+        ("<old>a</old>and<new>y</new>", "an edit needs"),
+        ("<old>a</old>", "an edit needs"),
+        ("<old>a</new>", "an edit needs"),
+        ("<new>a</new>", "an edit needs"),
+        ("", "an edit needs"),
+    ],
+)
+def test_what_an_edit_is(change, told):
+    episode = _RepairEpisode(None, {"f.py": " a"}, {})
+    assert told in run(episode.respond(f'so <edit path="f.py">{change}</edit>'))
 
 
 class Guess:

@@ -34,6 +34,7 @@ if __name__ == "__main__":
     _function = getattr(Solution(), {name!r}) if "Solution" in globals() else globals()[{name!r}]
     print(_json.dumps(_function(*_arguments)))
 """
+_IMPORTABLE = "it can import the standard library, nothing else."
 # What LiveCodeBench's solutions take for granted: what is in these modules, the modules by name (which come second, as
 # some hold a function of their own name), and calls this deep.
 _IMPORTS = """
@@ -59,6 +60,8 @@ import bisect, collections, copy, datetime, functools, heapq, io, itertools, jso
 import statistics, string, sys, typing
 sys.setrecursionlimit(50000)
 """
+_FENCE = re.compile(r"```[ \t]*+([\w+.-]*+)[^\n`]*+\n")
+_LANGUAGES = ("", "py", "py3", "python", "python3")
 _ROOM = 1 << 16
 """Bytes that a program may print at least; or twice the longest output that the data expect."""
 
@@ -101,7 +104,7 @@ class CodeTask(MultiTurn):
             raise ValueError(f"a row has no tests: {row['question_content'][:200]!r}")
         if any(test.functional for test in tests) and not _function(row):
             raise ValueError(f"tests call a function, and metadata has no func_name: {row['question_content'][:200]!r}")
-        text = f"{field(row, 'question_content')}\nWrite Python in one ```python block."
+        text = f"{field(row, 'question_content')}\nWrite Python in one ```python block; {_IMPORTABLE}"
         if row.get("starter_code"):
             text += f" Complete this:\n```python\n{row['starter_code']}\n```"
         else:
@@ -122,7 +125,7 @@ class _CodeEpisode:
         self._function = _function(row)
 
     async def respond(self, reply: str) -> str | None:
-        blocks = re.findall(r"```(?:python)?\n(.*?)```", reply, re.DOTALL)
+        blocks = programs_in(reply)
         if not blocks:
             self.metrics["no_program"] += 1
             return "error: no program; write it in one ```python block"
@@ -154,12 +157,26 @@ class _CodeEpisode:
         return f"printed:\n{outcome.stdout}"
 
 
+def programs_in(reply: str) -> list[str]:
+    """What its fences hold that are of Python, or of no language; one that is not closed holds nothing."""
+    found = []
+    end = 0
+    while opened := _FENCE.search(reply, end):
+        close = reply.find("```", opened.end())
+        if close < 0:
+            break
+        if opened[1].lower() in _LANGUAGES:
+            found.append(reply[opened.end() : close])
+        end = close + 3
+    return found
+
+
 def matches(printed: str, test: UnitTest) -> bool:
     """Whether the output is right: as JSON for a function; else line by line, words equal as text or as numbers."""
     if test.functional:
         try:  # what the program itself printed stands before the result
             return bool(json.loads(printed.strip().rpartition("\n")[2]) == json.loads(test.output))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, thousands of brackets
             return False
     found, right = ([line.split() for line in text.strip().splitlines()] for text in (printed, test.output))
     return [len(line) for line in found] == [len(line) for line in right] and all(

@@ -23,10 +23,18 @@ SYSTEM_PROMPT = "Solve the problem step by step. End with the answer on a line o
 NUMBER = r"(?:(?<![\w.)\]])-)?(?:[$€£]\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\d\w])-?\.\d+"
 """A pattern of what is read as a number; `plain` first."""
 _NUMBER = re.compile(NUMBER)
-_FRACTION = re.compile(r"(-?)\\[dt]?frac\{(\d+)\}\{(\d+)\}")
+# Of an answer by itself a space may part thousands, too, and a sign may stand off.
+_WHOLE = r"\d{1,3}(?:[ ,]\d{3})+(?!\d)|\d+"
+_VALUE = re.compile(
+    rf"(?P<sign>-?)\s*+(?:\\[dt]?frac\{{(?P<over>\d+)\}}\{{(?P<under>\d+)\}}"
+    rf"|(?:(?P<add>{_WHOLE})\s++)?(?P<above>\d+)\s*+/\s*+(?P<below>\d+)"
+    rf"|(?P<number>(?:{_WHOLE})(?:\.\d+)?|\.\d+))"
+)
+_BEGIN = re.compile(r"(?:^\s*+-\s*+|(?<![\w.)\]])-)?(?:\d|\.\d|\\[dt]?frac)")
+_POWER = re.compile(r"(?<=[A-Za-z])\^\{?\d\}?")
 _WRAPPED = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")
 _UNIT = re.compile(r"(?<=\d)\s+[A-Za-z][A-Za-z ./]*$")
-_MARKUP = re.compile(r"\^\{?\\circ\}?|\\[$%,!;: ]|[\s%°$€£]")
+_MARKUP = re.compile(r"\^\{?\\circ\}?|\\[$%,!;: ]|[%°$€£]")
 
 
 class GSM8K(DatasetEnv):
@@ -92,7 +100,7 @@ def prepare_row(row: Row) -> Row:
         raise ValueError("a row needs a question and an answer")
     solution = re.sub(r"<<[^<>]*>>", "", str(row["answer"])).strip()
     marked = solution.rpartition("####")
-    target = _plain_number(marked[2]) if marked[1] else None
+    target = _line_number(marked[2]) if marked[1] else None
     if target is None:
         raise ValueError(f"the answer must end in '#### number', got {solution[-60:]!r}: correct the data")
     return {"question": row["question"], "reply": solution, "target": _write(target)}
@@ -110,15 +118,17 @@ def is_right(text: str, target: str, *, marked: bool = False, verify: bool = Fal
 def final_number(text: str, *, marked: bool = False) -> Fraction | None:
     """The number that a reply ends on, exactly; None if it has none, or, with `marked`, none in a marked form.
 
-    An answer is looked for in the last `\\boxed{}`, then after the last `####`, then as the last number of the text. A
-    box that holds anything but a number has no number, whatever comes before it.
+    An answer is looked for in the last `\\boxed{}`, then after the last `####`, then as the last number of the text.
+    The whole of a box or of the line after `####` counts, or what stands behind its last `=`: a number, a fraction or a
+    mixed number, with words around it. A box or line that holds anything else has no number, whatever comes before it.
     """
     text = plain(text)
     if (boxed := _last_boxed(text)) is not None:
         return _boxed_number(boxed)
     _, mark, after = text.rpartition("####")
-    if mark and (number := _plain_number(after.strip().split("\n")[0])) is not None:
-        return number
+    line = after.strip().partition("\n")[0]
+    if mark and any(character.isdigit() for character in line):
+        return _line_number(line)
     if marked:
         return None
     found = _NUMBER.findall(text)
@@ -135,10 +145,29 @@ def value_of(number: str) -> str:
     return re.sub(r"[,$€£\s]", "", number)
 
 
-def _plain_number(text: str) -> Fraction | None:
-    """The first number of a short text such as `$1,200 per week`."""
-    found = _NUMBER.search(text)
-    return _parse(found.group()) if found else None
+def _line_number(line: str) -> Fraction | None:
+    """The number of a short text such as `$1,200 per week` or `3 * 6 = 18`; None where it has several, or none."""
+    text = _POWER.sub("", _MARKUP.sub("", _unwrapped(line))).rpartition("=")[2]
+    begin = _BEGIN.search(text)
+    if begin is None:
+        return None
+    last = max(place for place, character in enumerate(text) if character.isdigit() or character == "}")
+    return _read(text[begin.start() : last + 1].strip())
+
+
+def _read(text: str) -> Fraction | None:
+    """The number that a text is, from its first character to its last."""
+    found = _VALUE.fullmatch(text)
+    if found is None:
+        return None
+    above, below = found["over"] or found["above"], found["under"] or found["below"]
+    if above is None:
+        value = _parse(found["number"])
+    elif below.strip("0"):
+        value = _parse(found["add"] or "0") + _parse(above) / _parse(below)
+    else:
+        return None
+    return -value if found["sign"] else value
 
 
 def _parse(text: str) -> Fraction:
@@ -150,14 +179,15 @@ def _write(number: Fraction) -> str:
 
 
 def _boxed_number(boxed: str) -> Fraction | None:
-    unwrapped = _WRAPPED.sub(lambda found: found[1] if re.search(r"\d", found[1]) else "", boxed)
-    bare = _MARKUP.sub("", _UNIT.sub("", unwrapped)).rpartition("=")[2].rstrip(".")
+    bare = _MARKUP.sub("", _UNIT.sub("", _unwrapped(boxed).strip())).rpartition("=")[2].strip().rstrip(".")
     if bare[:1] + bare[-1:] == "()":
         bare = bare[1:-1]
-    if fraction := _FRACTION.fullmatch(bare):
-        sign, above, below = fraction.groups()
-        return Fraction(int(sign + above), int(below)) if int(below) else None
-    return _parse(bare) if _NUMBER.fullmatch(bare) else None
+    return _read(bare.strip())
+
+
+def _unwrapped(text: str) -> str:
+    """Without LaTeX around words; words alone are left out."""
+    return _WRAPPED.sub(lambda found: found[1] if re.search(r"\d", found[1]) else "", text)
 
 
 def _last_boxed(text: str) -> str | None:

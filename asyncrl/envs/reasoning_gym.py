@@ -20,7 +20,6 @@ from asyncrl.types import Prompt, Trajectory
 
 _SIZE = 10**9
 """Examples that a task is asked for, which are made when drawn. A few tasks want less: `config = { size = 1000 }`."""
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _NUMBER = re.compile(rf"(?:{NUMBER})(?:/\d+)?")
 
 
@@ -118,5 +117,6 @@ class ReasoningGym:
         if self._answer == "last_number":
             numbers = _NUMBER.findall(plain(text))
             return value_of(numbers[-1]) if numbers else None
-        found = _TAG.findall(text)
-        return found[-1].strip() if found else None
+        begin = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))
+        answer = text[begin + len("<answer>") :].partition("</answer>")[0]
+        return answer.strip() if begin >= 0 else None

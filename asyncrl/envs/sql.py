@@ -13,6 +13,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import sqlglot
+from sqlglot.tokens import TokenType
+
 from asyncrl.envs.base import Tokenizer
 from asyncrl.envs.chat import Message
 from asyncrl.envs.data import Row
@@ -27,7 +30,7 @@ try:
     rows = connection.execute(sys.stdin.read()).fetchall()
 except (sqlite3.Error, sqlite3.Warning) as error:
     sys.exit(f"{type(error).__name__}: {error}")
-print(json.dumps(rows, default=lambda blob: blob.hex()))
+print(json.dumps(rows, default=lambda blob: {"blob": blob.hex()}))
 """
 _SYSTEM = (
     "Answer the question with one SQLite query. The tables:\n{schema}\n"
@@ -42,8 +45,8 @@ class QueryError(Exception):
 class TextToSQL(MultiTurn):
     """Rows of `schema` (SQL that makes the tables and fills them), `question` and `sql` (a right query).
 
-    Reward 1 if the answer returns the rows of the right query: as a list if that one sorts, as a multiset otherwise
-    (execution match, as in Spider, Yu et al., 2018).
+    Reward 1 if the answer returns the rows of the right query: as a list if the outermost part of that one sorts, as a
+    multiset otherwise (execution match, as in Spider, Yu et al., 2018). A blob is no text, whatever it holds.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class TextToSQL(MultiTurn):
     def opening(self, row: Row) -> list[Message]:
         database, tables = build(field(row, "schema"))
         check_query(database, field(row, "sql"))
+        sorts(row["sql"])
         return [
             {"role": "system", "content": _SYSTEM.format(schema=tables)},
             {"role": "user", "content": field(row, "question")},
@@ -86,7 +90,7 @@ class _SQLEpisode:
             return "error: no query; write <sql>...</sql>, or <answer>...</answer> to end"
         self.metrics["queries"] += 1
         try:
-            return shorten(json.dumps(await self._rows(query)))
+            return shorten(json.dumps(await self._rows(query), default=lambda blob: f"x'{blob.hex()}'"))
         except QueryError as error:
             self.metrics["bad_calls"] += 1
             return shorten(f"error: {error}")
@@ -102,7 +106,7 @@ class _SQLEpisode:
             right = await self._rows(self._right)
         except QueryError as error:
             raise RuntimeError(f"the data's own query {self._right!r} fails: {error}") from error
-        if "order by" in self._right.lower():
+        if sorts(self._right):
             return float(found == right)
         return float(Counter(map(tuple, found)) == Counter(map(tuple, right)))
 
@@ -110,8 +114,25 @@ class _SQLEpisode:
         outcome = await self._sandbox.run(_RUN, stdin=query, files={"data.sqlite": self._database})
         if not outcome.ok:
             raise QueryError(outcome.explain())
-        rows: list[Any] = json.loads(outcome.stdout)
+        rows: list[Any] = json.loads(outcome.stdout, object_hook=lambda blob: bytes.fromhex(blob["blob"]))
         return rows
+
+
+def sorts(query: str) -> bool:
+    """Whether the order of a query's rows means something: its outermost part has ORDER BY, not one in brackets alone.
+
+    Raises `ValueError` for a query that is no SQL.
+    """
+    depth = 0
+    try:
+        tokens = sqlglot.tokenize(query, read="sqlite")
+    except sqlglot.errors.TokenError as error:
+        raise ValueError(f"a row's right query cannot be read: {error}: {query[:200]!r}") from error
+    for token in tokens:
+        depth += {TokenType.L_PAREN: 1, TokenType.R_PAREN: -1}.get(token.token_type, 0)
+        if token.token_type is TokenType.ORDER_BY and depth == 0:
+            return True
+    return False
 
 
 def check_query(database: bytes, query: str) -> None:

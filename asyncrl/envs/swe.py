@@ -16,9 +16,11 @@ from asyncrl.envs.base import Tokenizer
 from asyncrl.envs.chat import Message
 from asyncrl.envs.data import Row
 from asyncrl.envs.multi_turn import SHIPPED, Episode, MultiTurn, field
-from asyncrl.envs.tools import shorten, tagged
+from asyncrl.envs.tools import between, shorten, tagged
 from asyncrl.sandbox import Limits, Sandbox
 
+_OLD_TO_NEW = re.compile(r"</old>\s*<new>")
+_LONGEST_PATH = 200
 _RUN_TESTS = """
 import sys, unittest
 tests = unittest.defaultTestLoader.discover(".", pattern="test_*.py")
@@ -81,9 +83,9 @@ class _RepairEpisode:
         if tagged(reply, "done") is not None:
             return None
         if (path := tagged(reply, "view")) is not None:
-            return self._files[path] if path in self._files else self._bad(f"no file {path!r}")
-        if edit := re.search(r'<edit path="(.*?)">(.*?)</edit>', reply, re.DOTALL):
-            return self._edit(edit[1], edit[2])
+            return self._files[path] if path in self._files else self._bad(f"no file {path[:_LONGEST_PATH]!r}")
+        if edit := between(reply, '<edit path="', '">', "</edit>"):
+            return self._edit(*edit)
         if tagged(reply, "test") is not None:
             self.metrics["test_runs"] += 1
             return (await self._test(self._files))[1]
@@ -93,14 +95,18 @@ class _RepairEpisode:
         return float((await self._test({**self._files, **self._tests}))[0])
 
     def _edit(self, path: str, change: str) -> str:
-        # Not stripped: in Python, space at the start of a line has a meaning.
-        parts = re.fullmatch(r"\s*<old>(.*?)</old>\s*<new>(.*?)</new>\s*", change, re.DOTALL)
-        if path not in self._files or parts is None:
-            return self._bad(f"no file {path!r}" if parts else "an edit needs <old>...</old><new>...</new>")
-        count = self._files[path].count(parts[1])
-        if not parts[1] or count != 1:
+        change = change.strip()
+        # What is inside is not stripped: in Python, space at the start of a line has a meaning.
+        parts = _OLD_TO_NEW.split(change.removeprefix("<old>").removesuffix("</new>"), maxsplit=1)
+        if len(parts) < 2 or not change.startswith("<old>") or not change.endswith("</new>"):
+            return self._bad("an edit needs <old>...</old><new>...</new>")
+        if path not in self._files:
+            return self._bad(f"no file {path[:_LONGEST_PATH]!r}")
+        old, new = parts
+        count = self._files[path].count(old)
+        if not old or count != 1:
             return self._bad(f"the old text must occur once in {path}, it occurs {count} times")
-        self._files[path] = self._files[path].replace(parts[1], parts[2])
+        self._files[path] = self._files[path].replace(old, new)
         self.metrics["edits"] += 1
         return f"edited {path}"
 

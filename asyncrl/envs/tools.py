@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import operator
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from decimal import Decimal, InvalidOperation
@@ -109,8 +108,25 @@ class _ToolEpisode:
 
 def tagged(text: str, name: str) -> str | None:
     """What stands between the first `<name>` and the next `</name>`, None where there is no such pair."""
-    found = re.search(rf"<{name}>(.*?)</{name}>", text, re.DOTALL)
-    return found[1].strip() if found else None
+    found = between(text, f"<{name}>", f"</{name}>")
+    return found[0].strip() if found else None
+
+
+def between(text: str, *marks: str) -> list[str] | None:
+    """What stands between marks, the first of each after the one before; None where one is missing.
+
+    In one pass: a pattern with lazy parts would look from every first mark to the end of a text that lacks the last.
+    """
+    parts: list[str] = []
+    end = 0
+    for number, mark in enumerate(marks):
+        start = text.find(mark, end)
+        if start < 0:
+            return None
+        if number:
+            parts.append(text[end:start])
+        end = start + len(mark)
+    return parts
 
 
 def shorten(text: str) -> str:
