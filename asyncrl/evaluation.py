@@ -22,12 +22,15 @@ def summarize(
     groups: Sequence[Group], version: Version, pass_reward: float, unscored: Sequence[Sequence[Failure]] = ()
 ) -> dict[str, float]:
     """The metrics `eval/...` of groups with n attempts each; an attempt passes with a reward of at least `pass_reward`.
-    `unscored` are the failures of each prompt that is left out.
+    `unscored` are the failures of each prompt that is left out; one is, too, none of whose attempts has a reward. Of no
+    prompt at all the means are nan.
 
     pass@k is there for k = 1, 2, 4, ... up to n, and for n.
     """
-    means = [_mean(group.rewards) for group in groups]
-    low, high = interval(means)
+    unscored = [*unscored, *(group.failures for group in groups if not group.scored)]
+    groups = [group for group in groups if group.scored]
+    means = [_mean(group.scored) for group in groups]
+    low, high = interval(means) if means else (math.nan, math.nan)
     row = {
         "eval/accuracy": _mean(means),
         "eval/low": low,
@@ -38,7 +41,7 @@ def summarize(
         "eval/unscored": float(len(unscored)),
         "eval/mixed_versions": _mean([float((group.oldest, group.newest) != (version, version)) for group in groups]),
     }
-    for k in ks(min(len(group.rewards) for group in groups)):
+    for k in ks(min((len(group.scored) for group in groups), default=1)):
         row[f"eval/pass@{k}"] = _mean(pass_at(groups, k, pass_reward))
     return row | by_source(groups, "eval")
 
@@ -48,8 +51,8 @@ def by_source(groups: Sequence[Group], area: str) -> dict[str, float]:
     rewards: dict[str, list[float]] = defaultdict(list)
     for group in groups:
         if group.prompt.source:
-            rewards[group.prompt.source] += group.rewards
-    return {f"{area}/{source}": _mean(values) for source, values in sorted(rewards.items())}
+            rewards[group.prompt.source] += group.scored
+    return {f"{area}/{source}": _mean(values) for source, values in sorted(rewards.items()) if values}
 
 
 def ks(num_samples: int) -> list[int]:
@@ -60,7 +63,7 @@ def ks(num_samples: int) -> list[int]:
 def pass_at(groups: Sequence[Group], k: int, pass_reward: float) -> list[float]:
     """pass@k of each prompt."""
     return [
-        pass_at_k(len(group.rewards), sum(reaches(reward, pass_reward) for reward in group.rewards), k)
+        pass_at_k(len(group.scored), sum(reaches(reward, pass_reward) for reward in group.scored), k)
         for group in groups
     ]
 
@@ -98,4 +101,4 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return sum(values) / len(values) if values else math.nan

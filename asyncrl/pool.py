@@ -219,7 +219,8 @@ class RolloutPool:
             with watch, self._calling(actor), self._timeline.span(actor.name, "group", prompt=prompt.id) as facts:
                 group = await actor.run(prompt)
                 facts |= {"oldest": group.oldest, "newest": group.newest, "lengths": group.lengths}
-                facts["reward"] = sum(group.rewards) / len(group.rewards)
+                if group.scored:
+                    facts["reward"] = sum(group.scored) / len(group.scored)
             return group
         finally:
             if actor in self._load:

@@ -11,8 +11,9 @@ import asyncio
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from asyncrl.engine.base import Engine
 from asyncrl.envs.base import Env
-from asyncrl.envs.faults import EnvFault, Held, Patience, attempt
+from asyncrl.envs.faults import EnvFault, Held, Patience, attempt, score_together
 from asyncrl.recovery import groups
 from asyncrl.transport import Rendezvous
 from asyncrl.types import Completion, Failure, Group, Prompt, Sampling, Trajectory, Version
@@ -98,7 +99,8 @@ class Rollout:
         """
         samples, failures = range(self._group_size), list[Failure]()
         try:
-            played = await _all([self._play_again(prompt, sample, self._sampling, failures) for sample in samples])
+            plays = [self._play_again(prompt, sample, self._sampling, failures) for sample in samples]
+            played = await self._score_together(prompt, await _all(plays), failures)
         except EnvFault as fault:
             fault.failures = tuple(failures)
             raise
@@ -126,6 +128,7 @@ class Rollout:
             samples, failures = range(attempts.num_samples), list[Failure]()
             try:
                 played = await _all([play(prompt, sample, failures) for sample in samples])
+                played = await self._score_together(prompt, played, failures)
             except EnvFault as fault:
                 fault.failures = tuple(failures)
                 return fault
@@ -165,10 +168,19 @@ class Rollout:
 
     async def _play_again(self, prompt: Prompt, sample: int, sampling: Sampling, failures: list[Failure]) -> Trajectory:
         """An attempt, made again while the environment spoils it; `failures` takes up each time that it did."""
+        return await self._again(partial(self._play, prompt, sample, sampling), failures)
+
+    async def _score_together(
+        self, prompt: Prompt, played: Sequence[Trajectory], failures: list[Failure]
+    ) -> list[Trajectory]:
+        """Where the environment scores attempts together: with their tokens as they are, scored again if that fails."""
+        return await self._again(partial(score_together, self._env, prompt, played, self._timeout_s), failures)
+
+    async def _again(self, make: Callable[[], Awaitable[T]], failures: list[Failure]) -> T:
         num_failed = 0
         while True:
             try:
-                return await self._play(prompt, sample, sampling)
+                return await make()
             except EnvFault as fault:
                 failures.append(Failure(fault.kind, str(fault)))
                 num_failed += 1

@@ -14,12 +14,14 @@ from asyncrl.types import Group
 
 def of_batch(groups: Sequence[Group]) -> dict[str, float]:
     """Rewards and lengths of a batch, from its metadata."""
-    rewards = [reward for group in groups for reward in group.rewards]
+    num_attempts = sum(len(group.rewards) for group in groups)
+    rewards = [reward for group in groups for reward in group.scored] or [math.nan]
     lengths = [length for group in groups for length in group.lengths]
     mean = sum(rewards) / len(rewards)
     row = {
         "reward/mean": mean,
         "reward/std": (sum((reward - mean) ** 2 for reward in rewards) / len(rewards)) ** 0.5,
+        "reward/unscored": sum(len(group.rewards) - len(group.scored) for group in groups) / num_attempts,
         "reward/zero_variance": sum(not group.has_variance for group in groups) / len(groups),
         "completion/mean_length": sum(lengths) / len(lengths),
         "completion/max_length": float(max(lengths)),
@@ -52,8 +54,8 @@ class Generated:
         self._num_rewards = self._num_groups = self._num_equal = 0
 
     def add(self, group: Group) -> None:
-        self._total += sum(group.rewards)
-        self._num_rewards += len(group.rewards)
+        self._total += sum(group.scored)
+        self._num_rewards += len(group.scored)
         self._num_groups += 1
         self._num_equal += not group.has_variance
         self.equal_in_a_row = 0 if group.has_variance else self.equal_in_a_row + 1
@@ -62,7 +64,7 @@ class Generated:
         """Of all since the last call; nan if there was none."""
         some = self._num_groups > 0
         row = {
-            "reward/generated": self._total / self._num_rewards if some else math.nan,
+            "reward/generated": self._total / self._num_rewards if self._num_rewards else math.nan,
             "reward/generated_zero_variance": self._num_equal / self._num_groups if some else math.nan,
         }
         self._total, self._num_rewards, self._num_groups, self._num_equal = 0.0, 0, 0, 0

@@ -111,6 +111,7 @@ class Trajectory:
     logprobs: Floats
     versions: Ints
     reward: float
+    """Finite, or nan where there is none (`UNSCORED`)."""
     finish: Finish
     digests: dict[Version, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -162,10 +163,16 @@ class Group:
     """Attempts that were made again; not stored, as they are counted when the group is handed over."""
 
     @property
+    def scored(self) -> tuple[float, ...]:
+        """The rewards of the attempts that have one."""
+        return tuple(reward for reward in self.rewards if not math.isnan(reward))
+
+    @property
     def has_variance(self) -> bool:
         """Whether the rewards differ; without variance every group-relative advantage is zero.
 
         These are the environment's rewards, before any overlong punishment, as DAPO's dynamic sampling goes by accuracy
         alone (2503.14476, equation 11): a group that is solved throughout is dropped whatever its lengths.
         """
-        return not same_reward(min(self.rewards), max(self.rewards))
+        rewards = self.scored
+        return len(rewards) > 1 and not same_reward(min(rewards), max(rewards))

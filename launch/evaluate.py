@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import sys
 import time
@@ -193,8 +194,13 @@ async def _play(config: Config, rollout: Rollout, prompts: list[Prompt], attempt
         "total_s": seconds,
         "metrics": summarize(groups, 0, config.eval.pass_reward, [fault.failures for fault in faults]),
         "first_fault": str(faults[0]) if faults else None,
-        "prompts": [{"id": group.prompt.id, "rewards": group.rewards} for group in groups],
+        "prompts": [{"id": group.prompt.id, "rewards": [*map(none_or, group.rewards)]} for group in groups],
     }
+
+
+def none_or(reward: float) -> float | None:
+    """JSON has no nan, which is the reward of an attempt that cannot be scored."""
+    return None if math.isnan(reward) else reward
 
 
 def placement_here(config: Config) -> Any:

@@ -197,3 +197,19 @@ def test_reinforce_pp_whitens_over_tokens(preset):
 def test_equal_rewards_of_a_batch_are_whitened_to_exactly_zero(center):
     found = advantages(torch.full((4,), 0.1), torch.tensor([0, 0, 1, 1]), LENGTHS[:4], center, "token_std")
     assert found.tolist() == [0.0] * 4
+
+
+@settings(deadline=None, max_examples=40)
+@given(batches(), st.sampled_from(CENTERS), st.sampled_from(SCALES), st.data())
+def test_attempts_without_a_reward_have_advantage_0_and_no_part_in_others(batch, center, scale, data):
+    assume(scale != "group_std" or center in ("mean", "loo"))
+    rewards, groups, lengths = batch
+    known = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(rewards), max_size=len(rewards))))
+    if center == "loo":  # the only one of a group with a reward has nothing to be compared with
+        known &= torch.tensor([int((known & (groups == group)).sum()) > 1 for group in groups])
+    loss = Loss(center=center, scale=scale)
+    found = estimate(torch.where(known, rewards, torch.nan), groups, lengths, loss)
+    assert found[~known].eq(0).all()
+    if known.any():
+        alone = estimate(rewards[known], groups[known], lengths[known], loss)
+        torch.testing.assert_close(found[known], alone)

@@ -361,7 +361,6 @@ def test_skipping_everything_is_an_error(tmp_path):
         (["high"], "finite number.*got 'high'"),
         ([1.0, 2.0], r"got \[1\.0, 2\.0\] for 1 completion$"),
         (3.0, r"got 3\.0$"),
-        ([None], "said None"),
     ],
 )
 def test_a_reward_that_is_no_finite_number_is_refused(tmp_path, returned, message):

@@ -21,6 +21,7 @@ from asyncrl.monitor import metrics
 from asyncrl.recovery import checkpoint
 from asyncrl.recovery.watchdog import Watchdog
 from asyncrl.rollout import Attempts, Rollout, make_group
+from asyncrl.step_row import Generated, of_batch
 from asyncrl.tiny import build_tiny
 from asyncrl.types import Completion, Prompt, Sampling, reaches, same_reward
 from launch import evaluate
@@ -49,6 +50,24 @@ def test_a_metric_is_the_mean_of_the_attempts_that_have_it():
     played = [trajectory(2, 3, seed=seed) for seed in range(4)]
     played[:2] = [replace(one, metrics={"judged": 1.0}) for one in played[:2]]
     assert make_group(Prompt(0, (1, 2), ""), played).metrics == {"judged": 1.0, "truncated": 0.0}
+
+
+def test_attempts_without_a_reward_are_in_no_mean():
+    def group(number, rewards):
+        played = [trajectory(2, 3, seed=number, reward=reward) for reward in rewards]
+        return make_group(Prompt(number, (1, 2), ""), played)
+
+    nan = math.nan
+    row = summarize([group(0, [1.0, nan]), group(1, [0.0, 0.0]), group(2, [nan, nan])], 0, 1.0)
+    assert (row["eval/accuracy"], row["eval/unscored"], row["eval/pass@1"]) == (0.5, 1.0, 0.5)
+    assert math.isnan(summarize([group(0, [nan])], 0, 1.0)["eval/accuracy"])
+    batch = of_batch([group(0, [1.0, nan]), group(1, [0.0, 0.0]), group(2, [nan, nan])])
+    assert (batch["reward/mean"], batch["reward/unscored"]) == (pytest.approx(1 / 3), 0.5)
+    assert batch["reward/zero_variance"] == 1.0, "one reward alone is compared with nothing"
+    generated = Generated()
+    generated.add(group(0, [nan, nan]))
+    assert generated.equal_in_a_row == 1
+    assert math.isnan(generated.take()["reward/generated"])
 
 
 def test_one_attempt_a_prompt_gives_wilsons_interval():

@@ -1,5 +1,6 @@
 """KL to the reference in the reward: against its formula, by token and by trajectory, however they are packed."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -189,3 +190,22 @@ def test_the_loss_itself_has_no_kl_term_then(folder):  # noqa: F811
     metrics = make_learner(folder, *words).step([same])
     assert metrics["reward/kl"] != 0
     assert metrics["gradient/norm"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "words", [["algorithm.loss.reward_kl_level=token"], ["algorithm.loss.reward_kl_level=sequence"]]
+)
+@pytest.mark.parametrize("preset", ["grpo", "ppo"])
+def test_an_attempt_without_a_reward_teaches_nothing_and_breaks_nothing(folder, monkeypatch, words, preset):  # noqa: F811
+    groups = make_groups()
+    groups[0][1] = replace(groups[0][1], reward=float("nan"))
+    learner = make_learner(folder, f"algorithm.preset={preset}", f"algorithm.loss.reward_kl={TAU}", *words)
+    found, _, metrics = shaped(learner, groups, monkeypatch)
+    advantages_found = [advantage for _, advantage in found]
+    assert not advantages_found[1].any()
+    assert all(np.isfinite(advantage).all() for advantage in advantages_found)
+    assert any(advantage.any() for advantage in advantages_found)
+    broken = [
+        name for name, value in metrics.items() if name.startswith(("loss", "critic", "reward")) and math.isnan(value)
+    ]
+    assert not broken

@@ -6,6 +6,8 @@ would raise the learning rate on the tokens that are left.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,15 @@ _STD_FLOOR = 1e-6
 def estimate(rewards: Tensor, groups: Tensor, lengths: Tensor, loss: Loss) -> Tensor:
     """The advantages that `loss` asks for: `advantages`, or the user's own function of the first two tensors.
 
+    An attempt without a reward, which is nan, has advantage 0 and no part in those of others.
     ValueError if that function returns something else than one finite number a trajectory.
     """
+    if bool(rewards.isnan().any()):
+
+        def scored(some: Tensor) -> Tensor:
+            return estimate(rewards[some], groups[some], lengths[some], loss)
+
+        return of_scored(scored, rewards, groups, loss).to(rewards.dtype)
     if not loss.advantage:
         return advantages(rewards, groups, lengths, loss.center, loss.scale, correction=loss.std_correction)
     values = own.load(loss.advantage)(rewards, groups)
@@ -31,6 +40,20 @@ def estimate(rewards: Tensor, groups: Tensor, lengths: Tensor, loss: Loss) -> Te
             f"trajectory; got {values}"
         )
     return values.detach().to(rewards.dtype)
+
+
+def of_scored(function: Callable[[Tensor], Tensor], rewards: Tensor, groups: Tensor, loss: Loss) -> Tensor:
+    """What `function` gives for the trajectories with a reward, chosen by bool[N]; 0 for others; float64[N]. With "loo"
+    the only one of a group that has a reward is among the others, as it has nothing to be compared with."""
+    chosen = ~rewards.isnan()
+    if loss.center == "loo":
+        _, index, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
+        num_scored = torch.zeros_like(sizes).index_add_(0, index, chosen.to(sizes))
+        chosen &= (num_scored[index] > 1) | (sizes[index] == 1)
+    values = torch.zeros(len(rewards), dtype=torch.float64, device=rewards.device)
+    if bool(chosen.any()):
+        values[chosen] = function(chosen).double()
+    return values
 
 
 def overlong_punishment(lengths: Tensor, max_length: int, tail: int) -> Tensor:

@@ -74,11 +74,16 @@ class Env(Protocol):
         """
 
     async def play(self, prompt: Prompt, generate: Generate) -> Trajectory:
-        """One scored attempt. An exception is a failed rollout: retried, counted, never a silent zero.
+        """One scored attempt. An exception is a failed rollout: retried, counted, never a silent zero. The reward
+        `asyncrl.types.UNSCORED` leaves the attempt out: its advantage is 0, and the others' go without it.
 
         What scoring needs is in the prompt's `target`. Its `id` and `source` are the run's, and a mixture gives the
         prompts of its environments new ones: they name no row of the data.
         """
+
+    # An environment may also have
+    #     async def score_group(self, prompt: Prompt, attempts: Sequence[Trajectory]) -> Sequence[Trajectory]
+    # which gets the attempts of a prompt once all are played, and returns them with rewards that compare them.
 
     def baselines(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """What policies without skill score on these prompts, by name, one at least; printed beside every curve."""

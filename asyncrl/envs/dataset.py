@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, time
 from functools import cache
 from typing import Any, Literal, get_args
@@ -70,6 +71,7 @@ class DatasetEnv:
         max_prompt_tokens: int = 512,
         bad_rows: Literal["error", "skip"] = "error",
         end_required: bool = False,
+        score_by: Literal["attempt", "group"] = "attempt",
         timeout_s: float = 30.0,
     ) -> None:
         """`source`, `name`: as in `envs.data.read_rows`. `prompt`, `target`, `reply`: columns; a prompt is a text or a
@@ -79,10 +81,12 @@ class DatasetEnv:
         are reported and a curriculum may choose. `train`, `heldout`: splits; without `heldout` a tenth of the rows is
         held out by hash, and a row's own `split` ("train" or "heldout") wins over that. A row whose prompt is longer
         than `max_prompt_tokens`, or that cannot be used for another reason, is an error, or skipped and counted in
-        `skipped`. `end_required`: a completion that ran out of tokens has reward 0.
+        `skipped`. `end_required`: a completion that ran out of tokens has reward 0. `score_by`: "group" calls a reward
+        function once for all attempts at a prompt, for functions that compare them.
         """
         self.max_prompt_tokens = max_prompt_tokens
         self.skipped: Counter[str] = Counter()
+        self._score_by = score_by
         self._tokenizer, self._end_required, self._bad_rows = tokenizer, end_required, bad_rows
         self._source, self._name, self._train, self._heldout = source, name, train, heldout
         self._prompt, self._target, self._reply, self._source_column = prompt, target, reply, source_column
@@ -112,26 +116,36 @@ class DatasetEnv:
             epoch += 1
 
     async def play(self, prompt: Prompt, generate: Generate) -> Trajectory:
-        completion = await generate(prompt.token_ids)
-        token_ids = completion.token_ids.tolist()
-        text = self._bare_format.reply_in(self._tokenizer.decode(token_ids, skip_special_tokens=True))
-        reward, parts = await self._score(text, token_ids, prompt, int(completion.versions.max()))
-        if self._end_required and completion.finish != "stop":
-            reward = 0.0
-        return single_turn(prompt, completion, reward, **parts)
+        played = single_turn(prompt, await generate(prompt.token_ids), UNSCORED)
+        return played if self._score_by == "group" else (await self._scored(prompt, [played]))[0]
+
+    async def score_group(self, prompt: Prompt, attempts: Sequence[Trajectory]) -> Sequence[Trajectory]:
+        """The attempts with the rewards of one call of each function, where that was asked for."""
+        return attempts if self._score_by == "attempt" else await self._scored(prompt, attempts)
+
+    async def _scored(self, prompt: Prompt, attempts: Sequence[Trajectory]) -> list[Trajectory]:
+        replies = [one.token_ids[one.mask].tolist() for one in attempts]
+        decoded = (self._tokenizer.decode(token_ids, skip_special_tokens=True) for token_ids in replies)
+        texts = [self._bare_format.reply_in(text) for text in decoded]
+        step = max(int(one.versions.max()) for one in attempts)
+        scores = await self._score(texts, replies, prompt, step)
+        return [
+            replace(one, reward=0.0 if self._end_required and one.finish != "stop" else reward, metrics=metrics)
+            for one, (reward, metrics) in zip(attempts, scores, strict=True)
+        ]
 
     def baselines(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """The score of one reply to every prompt: the most frequent target, or nothing where there are no targets.
 
-        A prompt whose scoring fails again and again is left out, with a warning. Raises `ValueError` once that happened
-        to more prompts than others were scored.
+        A prompt without a reward is left out. One whose scoring fails again and again is, too, with a warning. Raises
+        `ValueError` once that happened to more prompts than others were scored.
         """
         targets = Counter(str(json.loads(prompt.target)["columns"].get("target", "")) for prompt in prompts)
         best = max(targets, key=lambda target: (targets[target], target))
 
         name = f"always {best[:20]!r}" if best else "empty reply"
         token_ids = self._ids_of(best)
-        scores: list[float] = []
+        scores: list[float] = []  # nan of prompts for which every function said None
         failures: list[Exception] = []
 
         async def score(queue: Iterator[Prompt]) -> None:
@@ -159,12 +173,18 @@ class DatasetEnv:
         if failures:
             told = f"{len(failures)} of {len(prompts)} prompts, which could not be scored: {failures[-1]}"
             warnings.warn(f"the score without skill ({name}) leaves out {told}", stacklevel=2)
-        return {name: sum(scores) / len(scores)}
+        known = [score for score in scores if not math.isnan(score)]
+        if not known:
+            warnings.warn(
+                f"the score without skill ({name}) is 0, as every reward function said None on every prompt",
+                stacklevel=2,
+            )
+        return {name: sum(known) / max(len(known), 1)}
 
     async def _score_again(self, text: str, token_ids: Sequence[int], prompt: Prompt) -> float:
         for tries_left in reversed(range(_TRIES)):
             try:
-                return (await self._score(text, token_ids, prompt))[0]
+                return (await self._score([text], [token_ids], prompt))[0][0]
             except (ValueError, TimeoutError):
                 if not tries_left:
                     raise
@@ -202,12 +222,11 @@ class DatasetEnv:
             check_messages(prompt, f"column {self._prompt!r}")
         return row
 
-    async def _score(self, text: str, token_ids: Sequence[int], prompt: Prompt, step: int = 0) -> Score:
+    async def _score(
+        self, texts: Sequence[str], token_ids: Sequence[Sequence[int]], prompt: Prompt, step: int = 0
+    ) -> list[Score]:
         scoring = json.loads(prompt.target)
-        (score,) = await self._rewards.score(scoring["prompt"], [text], [token_ids], scoring["columns"], step)
-        if score[0] is UNSCORED:
-            raise ValueError("every reward function said None: one must give a number")
-        return score
+        return await self._rewards.score(scoring["prompt"], texts, token_ids, scoring["columns"], step)
 
     def _load_split(self, split: Split) -> list[_Example]:
         rest = self._read(self._train)

@@ -10,7 +10,7 @@ import math
 import operator
 import time
 import types
-from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -18,7 +18,7 @@ from typing import Any
 
 from asyncrl.envs.base import RESERVED, Env, Generate
 from asyncrl.imports import line_of
-from asyncrl.types import Completion, Failure, Prompt, Trajectory
+from asyncrl.types import UNSCORED, Completion, Failure, Prompt, Trajectory
 
 
 class EnvFault(RuntimeError):
@@ -89,7 +89,7 @@ class Patience:
 
 
 async def attempt(env: Env, prompt: Prompt, generate: Generate, patience: Patience) -> Trajectory:
-    """One attempt, its reward a finite float. Raises `EnvFault`, or what the engine raised."""
+    """One attempt, its reward a finite float or `UNSCORED`. Raises `EnvFault`, or what the engine raised."""
     num_sampled = 0
 
     async def counted(token_ids: Sequence[int]) -> Completion:
@@ -118,18 +118,52 @@ async def attempt(env: Env, prompt: Prompt, generate: Generate, patience: Patien
         if error is patience.engine_error:
             raise
         raise _fault("exception", env, prompt, f"raised {error!r}{line_of(error)},") from error
-    if not isinstance(trajectory, Trajectory):
-        raise _fault("garbage", env, prompt, f"gave a {type(trajectory).__name__}, not a Trajectory")
+    checked = _checked(trajectory, env, prompt)
     if (num_trained := int(trajectory.mask.sum())) > num_sampled:
         text = f"trains {num_trained} tokens and {num_sampled} were sampled (the mask is True for sampled tokens alone)"
         raise _fault("garbage", env, prompt, text)
+    return checked
+
+
+async def score_together(
+    env: Env, prompt: Prompt, attempts: Sequence[Trajectory], timeout_s: float
+) -> list[Trajectory]:
+    """The attempts at a prompt as the environment scores them together, where it does (`Env.score_group`); as they are
+    elsewhere. Raises `EnvFault`."""
+    score: Callable[..., Awaitable[Sequence[Trajectory]]] | None = getattr(env, "score_group", None)
+    if score is None:
+        return list(attempts)
+    try:
+        async with asyncio.timeout(timeout_s) as limit:
+            scored = list(await score(prompt, attempts))
+    except (Exception, SystemExit) as error:
+        if isinstance(error, TimeoutError) and limit.expired():
+            text = f"took more than {timeout_s:g} s to score attempts together (env.timeout_s)"
+            raise _fault("timeout", env, prompt, text) from error
+        text = f"raised {error!r}{line_of(error)} when it scored attempts together,"
+        raise _fault("exception", env, prompt, text) from error
+    if len(scored) != len(attempts):
+        text = f"scored {len(scored)} attempts together, of {len(attempts)}"
+        raise _fault("garbage", env, prompt, text)
+    return [_checked(one, env, prompt) for one in scored]
+
+
+def _checked(trajectory: Any, env: Env, prompt: Prompt) -> Trajectory:
+    """Raises `EnvFault` unless it is a trajectory whose reward and metrics can be used."""
+    if not isinstance(trajectory, Trajectory):
+        raise _fault("garbage", env, prompt, f"gave a {type(trajectory).__name__}, not a Trajectory")
+    for name in trajectory.metrics:
+        if not isinstance(name, str):
+            raise _fault("garbage", env, prompt, f"gave a metric {name!r}, whose name is no text: write {str(name)!r};")
     if reserved := RESERVED & trajectory.metrics.keys():
         text = f"gave a metric {min(reserved)!r}, which the run itself counts: give it another name;"
         raise _fault("garbage", env, prompt, text)
     for name, value in {"reward": trajectory.reward, **trajectory.metrics}.items():
+        if value is UNSCORED and name == "reward":
+            continue
         if not isinstance(value, Real) or not math.isfinite(value):
             raise _fault("garbage", env, prompt, f"gave {name} {value!r}, not a finite number")
-    return replace(trajectory, reward=float(trajectory.reward))
+    return trajectory if trajectory.reward is UNSCORED else replace(trajectory, reward=float(trajectory.reward))
 
 
 def _check_context(token_ids: Sequence[int], most: int) -> None:

@@ -73,6 +73,10 @@ class Mixture:
     async def play(self, prompt: Prompt, generate: Generate) -> Trajectory:
         return await self._envs[prompt.source].play(prompt, generate)
 
+    async def score_group(self, prompt: Prompt, attempts: Sequence[Trajectory]) -> Sequence[Trajectory]:
+        score = getattr(self._envs[prompt.source], "score_group", None)
+        return attempts if score is None else await score(prompt, attempts)
+
     def baselines(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """The best policy without skill of each environment, together: weighted as the prompts are."""
         drawn: dict[str, list[Prompt]] = defaultdict(list)

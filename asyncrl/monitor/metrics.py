@@ -36,6 +36,7 @@ METRICS: dict[str, str] = {
     "reward/mean": "mean reward of the batch, made by lagged policies; with algorithm.drop_zero_variance or a "
     "curriculum, of groups that were chosen by their rewards",
     "reward/std": "standard deviation of the rewards of the batch",
+    "reward/unscored": "share of attempts without a reward, as every reward function said None: their advantage is 0",
     "reward/zero_variance": "share of groups whose rewards are all equal: they teach nothing",
     "reward/generated": "mean reward of all groups finished since the last step, those that drop_zero_variance keeps "
     "out of the batch included; nan without any",

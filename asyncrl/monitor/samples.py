@@ -6,6 +6,7 @@ runs/.../trajectories/step-000020.parquet     one row a trajectory; several step
 from __future__ import annotations
 
 import inspect
+import math
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -89,7 +90,7 @@ class Samples:
             "version": version,
             "prompt_id": group.prompt.id,
             "sample": sample,
-            "reward": float(trajectory.reward),
+            "reward": None if math.isnan(trajectory.reward) else float(trajectory.reward),
             "advantage": 0.0 if self._algorithm.mask_truncated and trajectory.finish == "length" else advantage,
             "finish": trajectory.finish,
             "target": group.prompt.target,

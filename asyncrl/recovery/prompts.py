@@ -129,7 +129,8 @@ class PromptQueue:
     def generated(self, group: Group) -> bool:
         """The group is finished and about to enter the buffer; whether its tokens are on disk, or need not be."""
         number, oldest, newest = group.prompt.id, group.oldest, group.newest
-        passed = sum(reaches(reward, self._pass_reward) for reward in group.rewards) / len(group.rewards)
+        passes = [reaches(reward, self._pass_reward) for reward in group.scored]
+        passed = sum(passes) / len(passes) if passes else None
         self._write(Generated(id=number, oldest=oldest, newest=newest, stored=group.stored, passed=passed))
         if group.stored:
             self._stored.add(group.prompt.id)

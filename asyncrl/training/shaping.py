@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from asyncrl.algo.advantage import bessel, centered, estimate, scaled, spreads
+from asyncrl.algo.advantage import bessel, centered, estimate, of_scored, scaled, spreads
 from asyncrl.algo.gae import gae
 from asyncrl.algo.loss import kl_estimate
 from asyncrl.algo.method import Loss
@@ -50,6 +50,7 @@ def shape(
     if not (loss.reward_kl or critic):
         return parts, {}
     rewards = batch.rewards.to(parts[0].advantages.device)
+    scored = ~rewards.isnan()
     charges = [torch.zeros_like(part.advantages) for part in parts]
     metrics = {}
     if loss.reward_kl:
@@ -71,7 +72,7 @@ def shape(
         advantages = [of_rewards[_owner(part)] for part in parts]
     else:
         advantages = _with_charges(parts, charges, batch, loss, ranks)
-    kept = batch.kept.to(rewards.device)
+    kept = batch.kept.to(rewards.device) & scored
     return [
         replace(part, advantages=torch.where(kept[_owner(part)], values, 0.0).to(part.advantages))
         for part, values in zip(parts, advantages, strict=True)
@@ -103,13 +104,17 @@ def _of_trajectories(parts: Sequence[MicroBatch], values: Sequence[Tensor], like
 def _with_critic(
     parts: Sequence[MicroBatch], charges: Sequence[Tensor], rewards: Tensor, critic: Critic, settings: CriticConfig
 ) -> tuple[list[Tensor], dict[str, float]]:
+    scored = ~rewards.isnan()
+    rewards = rewards.nan_to_num(nan=0.0)
     with torch.no_grad():
         values = [critic.values(part) for part in parts]
     advantages = []
     for part, charge, value in zip(parts, charges, values, strict=True):
         earned = charge.clone()
         earned[_last(part)] += rewards[part.members]
-        advantages.append(gae(earned, value, part.sequence, settings.gamma, settings.lam))
+        estimated = gae(earned, value, part.sequence, settings.gamma, settings.lam)
+        # Of one without a reward the return is what the critic says already.
+        advantages.append(torch.where(scored[_owner(part)], estimated, 0.0))
     returns = [advantage + value for advantage, value in zip(advantages, values, strict=True)]
     return advantages, critic.update(parts, values, returns)
 
@@ -127,7 +132,9 @@ def _with_charges(
     if loss.advantage:
         values = estimate(rewards, batch.groups, batch.lengths, loss)
     else:
-        values = centered(rewards, batch.groups, loss.center)
+        values = of_scored(
+            lambda some: centered(rewards[some], batch.groups[some], loss.center), rewards, batch.groups, loss
+        )
     base = values.to(device)
     ahead = [
         gae(charge, torch.zeros_like(charge), part.sequence, 1.0, 1.0)
@@ -141,7 +148,11 @@ def _with_charges(
     both = [base[_owner(part)] + some for part, some in zip(parts, ahead, strict=True)]
     if loss.scale == "none":
         return both
-    of_rewards = spreads(rewards, values, batch.groups, loss.scale, loss.std_correction).to(device)
+
+    def spread_of(some: Tensor) -> Tensor:
+        return spreads(rewards[some], values[some], batch.groups[some], loss.scale, loss.std_correction)
+
+    of_rewards = of_scored(spread_of, rewards, batch.groups, loss).to(device)
     spread = (of_rewards.square() + of_charges.square()).sqrt()
     return [scaled(some, spread[_owner(part)]) for part, some in zip(parts, both, strict=True)]
 
