@@ -73,6 +73,7 @@ def make_system(
     pool.say = evaluators.say = metrics.say
     watchdog = make_watchdog(config, folder, learner, pool, metrics.say, evaluators=evaluators)
     pool.watchdog = evaluators.watchdog = watchdog
+    pool.kill = evaluators.kill = runtime.kill
     supervisor = Supervisor(
         pool,
         partial(runtime.start_rollout, config, initial, folder / "groups"),

@@ -240,7 +240,8 @@ class WeightsConfig(_Section, frozen=True, kw_only=True):
     """Of weights that travel together, in MiB. Two buckets exist at a time on each side; on a GPU that they share, the
     learner keeps its two from update to update."""
     timeout_s: float = 120.0
-    """Bound on joining a broadcast group and on each broadcast."""
+    """Bound on joining a broadcast group, on each broadcast, and on the silence of a rollout actor: one that does not
+    answer for longer is ended and replaced as if it had died."""
     backend: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
     """ "auto" is NCCL between GPUs, CUDA IPC on one GPU that is shared, and gloo elsewhere."""
     overlap: bool = True

@@ -35,6 +35,8 @@ from asyncrl.system import (
     System,
     evaluate,
     keep,
+    listen,
+    listen_to_evaluators,
     sample,
     save,
     settle,
@@ -65,7 +67,8 @@ async def run(system: System) -> None:
     """Trains until `num_steps`, or until the buffer is closed from outside (Ctrl-C); then evaluates and saves."""
     try:
         async with asyncio.TaskGroup() as tasks:
-            helpers = [tasks.create_task(system.watchdog.run()), tasks.create_task(sync_journal(system))]
+            beside = system.watchdog.run(), sync_journal(system), listen(system), listen_to_evaluators(system)
+            helpers = [tasks.create_task(helper) for helper in beside]
             await synchronize(system)  # every engine starts from the learner's own weights
             restore(system)
             if system.config.eval.every:

@@ -3,10 +3,10 @@ there for the weight update, which reaches all of them or ends the run (`update_
 
 Failures are counted by kind. An attempt that the environment spoils is made again by its actor, which tells with the
 group; a prompt whose rollout raises is tried on another actor, and raises `RolloutFailed` once its attempts are used
-up. An actor that died leaves the pool; its prompts are tried elsewhere and the others form a new broadcast
-group. An actor that was added gets its first prompt once a weight update has reached it, its digest checked; the others
-generate meanwhile. One that was retired gets no more prompts; it takes weight updates, which resume it, until nothing
-waits for it any more, and is closed then.
+up. An actor that died, or does not answer for long (`heartbeat.py`), leaves the pool; its prompts are tried elsewhere
+and the others form a new broadcast group. An actor that was added gets its first prompt once a weight update has
+reached it, its digest checked; the others generate meanwhile. One that was retired gets no more prompts; it takes
+weight updates, which resume it, until nothing waits for it any more, and is closed then.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from asyncrl import heartbeat
 from asyncrl.envs.faults import EnvFault
-from asyncrl.handles import ActorDied, Publisher, RolloutHandle
+from asyncrl.handles import ActorDied, ActorSilent, Publisher, RolloutHandle
 from asyncrl.monitor.timeline import Timeline
 from asyncrl.recovery.watchdog import Watchdog, watched
+from asyncrl.transport import BroadcastFailed
 from asyncrl.types import Failure, Group, Prompt, Version
 from asyncrl.update_group import Reports, UpdateGroup, measure
 
+_MORE_TRIES = 2
+"""At a weight update whose broadcast failed, unless it is the first: then something is wrong with the network."""
 _TOLD_CHARACTERS = 400
 """Of why an actor died: Ray names node, process and reason first, and goes on for a page."""
 
@@ -47,6 +51,8 @@ class RolloutPool:
         """Told of every prompt that is waited for."""
         self.say: Callable[[str], None] = lambda _line: None
         """Told of every death and of the first failure of each other kind; all of them are counted."""
+        self.kill: Callable[[RolloutHandle], None] = lambda _actor: None
+        """Ends the process of an actor at once, also one that does not answer."""
         self._load: dict[RolloutHandle, int] = dict.fromkeys(actors, 0)
         self._joining: list[RolloutHandle] = []  # without weights so far
         self._retired: list[RolloutHandle] = []  # those with prompts of before, and weights
@@ -156,25 +162,39 @@ class RolloutPool:
             if isinstance(result, BaseException) and not isinstance(result, ActorDied):
                 raise RuntimeError(f"{actor.name} could not give its memory back: {result}") from result
 
+    async def listen(self, timeout_s: float) -> None:
+        """Until cancelled: an actor that does not answer for `timeout_s` is ended, and counts as dead. So one whose
+        process was stopped does not come back into its place."""
+        await heartbeat.listen(lambda: [*self.members, *self._joining], self._silence, timeout_s)
+
     async def update_weights(self, learner: Publisher) -> dict[str, float]:
         """Makes the learner's version live on every actor and checks its digest there.
 
-        Actors that died are left out. Anything else that goes wrong ends the run with a `RuntimeError` that names the
-        actor: an engine on old weights would look like staleness for ever after.
+        Actors that died are left out. A broadcast that failed while all live is made again, a few times. Anything else
+        that goes wrong ends the run with a `RuntimeError` that names the actor: an engine on old weights would look
+        like staleness for ever after.
         """
+        tries_left = _MORE_TRIES if self.published else 0
         while True:
             await self._wait_while(lambda: not self._load and not self._joining)
-            group = self._group
-            if group is None:
-                await self._form_group(learner)
-                continue  # somebody may have come or gone meanwhile
             begin = time.monotonic()
-            with self._calling(*group.actors):
-                sent, results = await group.update(learner)
+            try:
+                group = self._group
+                if group is None:
+                    await self._form_group(learner)
+                    continue  # somebody may have come or gone meanwhile
+                with self._calling(*group.actors):
+                    sent, results = await group.update(learner)
+            except BroadcastFailed as error:
+                self._group = None
+                if not tries_left:
+                    raise
+                tries_left -= 1
+                told = textwrap.shorten(str(getattr(error, "cause", error)), _TOLD_CHARACTERS, placeholder=" ...")
+                self.say(f"alarm: version {learner.version} goes out again, as its broadcast failed: {told}")
+                continue
             if self._handle_deaths(group.actors, results):
                 continue
-            if isinstance(sent, BaseException):
-                raise sent
             reports = group.check(sent, results, learner.version)
             self.published[learner.version] = sent
             self._admit_joined(group.actors)
@@ -279,10 +299,15 @@ class RolloutPool:
         self._dead.add(actor)
         self._group = None
         self._close_if_left(actor)
-        self.failures["actor died"] += 1
+        fate = "fell silent" if isinstance(error, ActorSilent) else "died"
+        self.failures[f"actor {fate}"] += 1
         if not self._load and not self._expects_more:
-            raise AllActorsDied(f"the last rollout actor, {actor.name}, died: {error}") from error
-        self.say(f"alarm: {actor.name} died: {textwrap.shorten(str(error), _TOLD_CHARACTERS, placeholder=' ...')}")
+            raise AllActorsDied(f"the last rollout actor, {actor.name}, {fate}: {error}") from error
+        self.say(f"alarm: {actor.name} {fate}: {textwrap.shorten(str(error), _TOLD_CHARACTERS, placeholder=' ...')}")
+
+    def _silence(self, actor: RolloutHandle, error: ActorSilent) -> None:
+        self.kill(actor)
+        self._remove(actor, error)
 
     def _handle_deaths(self, actors: list[RolloutHandle], results: Sequence[object]) -> bool:
         dead = [(a, r) for a, r in zip(actors, results, strict=True) if isinstance(r, ActorDied)]

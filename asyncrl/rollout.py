@@ -139,6 +139,9 @@ class Rollout:
     async def join(self, where: Rendezvous, first_rank: int) -> None:
         await self._engine.join(where, first_rank)
 
+    async def ping(self) -> None:
+        """Answers."""
+
     async def release(self) -> None:
         """Gives the engine's GPU memory to the learner until the next update."""
         await self._engine.release()

@@ -89,6 +89,20 @@ async def sync_journal(system: System) -> None:
         await asyncio.to_thread(system.prompts.journal.sync)
 
 
+async def listen(system: System) -> None:
+    """Ends rollout actors that do not answer any more, until cancelled."""
+    await system.rollouts.listen(system.config.weights.timeout_s)
+
+
+async def listen_to_evaluators(system: System) -> None:
+    """The same for evaluators, until none is left."""
+    if system.evaluators is not None:
+        try:
+            await system.evaluators.listen(system.config.weights.timeout_s)
+        except AllActorsDied as error:
+            _give_up_evaluators(system, error)
+
+
 async def start_evaluation(system: System, tasks: asyncio.TaskGroup) -> None:
     """Evaluates the current version beside the run. Evaluators get it first; while they are busy with an older one,
     they are not waited for: the evaluation is left out, and said to be."""
@@ -148,6 +162,8 @@ async def _held_out(system: System) -> list[Group | EnvFault]:
 
 def _give_up_evaluators(system: System, error: AllActorsDied) -> None:
     """Training does not need them."""
+    if system.evaluators is None:
+        return  # told already
     system.evaluators = None
     system.metrics.say(f"alarm: {error}: rollout actors evaluate from now on")
 

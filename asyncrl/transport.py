@@ -74,6 +74,10 @@ def abandon(where: Rendezvous, reason: str) -> None:
     PrefixStore(where.name, store).set(ABANDONED, reason)
 
 
+class BroadcastFailed(RuntimeError):
+    """A member of a broadcast group failed or was missing: of which one it was, the others know nothing."""
+
+
 class BroadcastGroup:
     """One member of the group that weights travel through. Rank 0 is the learner and the source of every broadcast."""
 
@@ -90,7 +94,7 @@ class BroadcastGroup:
         At rank 0, `store` is the opened meeting point, and `slots` are the send buffers that groups over CUDA IPC make
         one after the other: the caller keeps the list, the next group goes on with what is in it.
 
-        Raises `RuntimeError` naming the rendezvous when the others do not arrive within `where.timeout_s`.
+        Raises `BroadcastFailed` naming the rendezvous when the others do not arrive within `where.timeout_s`.
         """
         self.where, self.rank = where, rank
         timeout = timedelta(seconds=where.timeout_s)
@@ -99,7 +103,7 @@ class BroadcastGroup:
             self._store = PrefixStore(where.name, store)
             self._group = _backend(where, self._store, rank, address, slots if slots is not None else [])
         except Exception as error:
-            raise RuntimeError(
+            raise BroadcastFailed(
                 f"rank {rank} of {where.world_size} could not join the broadcast group {where.name!r} at "
                 f"{where.host}:{where.port} within {where.timeout_s:g} s: {error}"
             ) from error
@@ -134,7 +138,7 @@ class BroadcastGroup:
             work = self._group.broadcast(flat, 0)
         except Exception as error:
             self.leave()
-            raise RuntimeError(f"{failed}: {error}") from error
+            raise BroadcastFailed(f"{failed}: {error}") from error
 
         def wait() -> None:
             nonlocal work
@@ -146,7 +150,7 @@ class BroadcastGroup:
             except Exception as error:
                 work = None  # it holds connections open
                 self.leave()
-                raise RuntimeError(f"{failed}: {error}") from error
+                raise BroadcastFailed(f"{failed}: {error}") from error
 
         return wait
 

@@ -17,7 +17,7 @@ from asyncrl.monitor.timeline import Timeline
 from asyncrl.recovery.watchdog import Watchdog, watched
 from asyncrl.rollout import UpdateReport
 from asyncrl.threads import in_thread
-from asyncrl.transport import Rendezvous, abandon
+from asyncrl.transport import BroadcastFailed, Rendezvous, abandon
 from asyncrl.types import Version
 
 T = TypeVar("T")
@@ -41,7 +41,8 @@ class UpdateGroup:
     async def form(self, learner: Publisher) -> list[Any]:
         """Joins all of them. Returns what became of it: an exception or None for each actor.
 
-        Raises `RuntimeError` if anyone could not join for another reason than an actor's death.
+        Raises `RuntimeError` if anyone could not join for another reason than an actor's death, `BroadcastFailed` if
+        nothing but the broadcast group failed.
         """
         self._where = await learner.rendezvous(1 + sum(actor.num_ranks for actor in self.actors))
         joins, rank = [], 1
@@ -51,25 +52,33 @@ class UpdateGroup:
         joining = self._sending(learner.join, "to join the broadcast group")
         joined = await asyncio.gather(joining, *joins, return_exceptions=True)
         if not any(isinstance(result, ActorDied) for result in joined[1:]):
-            for name, result in zip(["the learner", *(actor.name for actor in self.actors)], joined, strict=True):
-                if isinstance(result, BaseException):
-                    raise RuntimeError(f"{name} could not join the weight broadcast: {result}") from result
+            names = ["the learner", *(actor.name for actor in self.actors)]
+            if (failed := first_failure(joined)) is not None:
+                kind = BroadcastFailed if isinstance(failed, BroadcastFailed) else RuntimeError
+                raise kind(f"{names[joined.index(failed)]} could not join the weight broadcast: {failed}") from failed
         return joined[1:]
 
     async def update(self, learner: Publisher) -> tuple[Any, list[Any]]:
-        """Sends the learner's version to all of them. Returns the digest that was sent, or why it was not, and a report
-        or an exception for each actor."""
+        """Sends the learner's version to all of them. Returns the digest that was sent, and a report for each actor.
+
+        If an actor died, exceptions are among them, and the digest may be one. Otherwise raises `BroadcastFailed` if
+        nothing but the broadcast failed, and what else failed first, with the actor's name.
+        """
         await self._sending(learner.prepare, f"to prepare version {learner.version}")  # before any engine pauses
         updates = (self._update(actor, learner) for actor in self.actors)
         sending = self._sending(learner.broadcast, f"to send version {learner.version}")
-        sent, *reports = await asyncio.gather(sending, *updates, return_exceptions=True)
-        return sent, reports
+        sent, *reports = results = await asyncio.gather(sending, *updates, return_exceptions=True)
+        failed = first_failure(results)
+        if failed is None or any(isinstance(report, ActorDied) for report in reports):
+            return sent, reports
+        if failed is sent or isinstance(failed, BroadcastFailed):
+            raise failed
+        name = self.actors[reports.index(failed)].name
+        raise RuntimeError(f"{name} failed to take weights version {learner.version}: {failed}") from failed
 
     def check(self, sent: str, reports: Sequence[Any], version: Version) -> Reports:
-        """The actors' reports. Raises `RuntimeError` where one failed, or holds other weights than were `sent`."""
+        """The actors' reports. Raises `RuntimeError` where one holds other weights than were `sent`."""
         for actor, report in zip(self.actors, reports, strict=True):
-            if isinstance(report, BaseException):
-                raise RuntimeError(f"{actor.name} failed to take weights version {version}: {report}") from report
             if report.digest != sent:
                 raise RuntimeError(
                     f"{actor.name} holds other weights than were sent for version {version}: digest {report.digest}, "
@@ -103,6 +112,12 @@ class UpdateGroup:
         except ActorDied:
             await in_thread(partial(abandon, self._where, f"{actor.name} died"))
             raise
+
+
+def first_failure(results: Sequence[Any]) -> BaseException | None:
+    """Of what failed, something that is no consequence of others: a broadcast fails at everybody."""
+    failures = [result for result in results if isinstance(result, BaseException)]
+    return min(failures, key=lambda failure: isinstance(failure, BroadcastFailed), default=None)
 
 
 def measure(reports: Reports, before: Mapping[RolloutHandle, UpdateReport]) -> dict[str, float]:

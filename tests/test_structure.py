@@ -88,6 +88,7 @@ LAYERS = [
         "envs.gym",
         "rollout",
         "handles",
+        "heartbeat",
         "step_row",
         "update_group",
         "pool",

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from asyncrl.engine.base import EngineDied
+from asyncrl.transport import BroadcastFailed
 
 T = TypeVar("T")
 
@@ -17,7 +18,8 @@ T = TypeVar("T")
 class Calls:
     """What is waited for on one engine, by one event loop; made in it.
 
-    Once a process has ended every call raises `EngineDied`, and once `end` was called what it was given.
+    Once a process has ended, or did not answer in time, every call raises `EngineDied`, and once `end` was called what
+    it was given.
     """
 
     def __init__(self, manager: Any, processes: Sequence[BaseProcess]) -> None:
@@ -42,7 +44,9 @@ class Calls:
             self.check()
         if task.done():
             return task.result()
-        raise RuntimeError(f"SGLang took longer than {timeout_s:g} s while {doing}")
+        self.end(EngineDied(f"SGLang took longer than {timeout_s:g} s while {doing}"))
+        self.check()
+        raise AssertionError("an end is an error")
 
     async def command(self, doing: str, timeout_s: float, **command: Any) -> Any:
         """What `sglang_scheduler` answers to a command of plain values and dataclasses; raises `RuntimeError` with its
@@ -54,7 +58,8 @@ class Calls:
         success, message, *_ = await self.result(asking, timeout_s, doing)
         reply = msgspec.json.decode(message)
         if not success:
-            raise RuntimeError(f"SGLang failed while {doing}: {reply}")
+            kind = BroadcastFailed if BroadcastFailed.__name__ in str(reply) else RuntimeError
+            raise kind(f"SGLang failed while {doing}: {reply}")
         return reply
 
     def check(self) -> None:

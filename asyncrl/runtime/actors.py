@@ -62,6 +62,9 @@ class RolloutActor:
     async def release(self) -> None:
         await self._rollout.release()
 
+    async def ping(self) -> None:
+        """Answers, from the event loop that everything else runs on."""
+
     async def update_weights(self, buckets: Sequence[Bucket], version: Version) -> UpdateReport:
         return await self._rollout.update_weights(buckets, version)
 

@@ -59,6 +59,9 @@ class RemoteRollout:
     async def release(self) -> None:
         await self._reply(self.actor.release.remote())
 
+    async def ping(self) -> None:
+        await self._reply(self.actor.ping.remote())
+
     async def update_weights(self, buckets: Sequence[Bucket], version: Version) -> UpdateReport:
         report: UpdateReport = await self._reply(self.actor.update_weights.remote(buckets, version))
         return report
