@@ -22,8 +22,10 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from asyncrl import pretrained
 from asyncrl.config import BUILT_IN, Config
 from asyncrl.imports import check_folder
+from asyncrl.pretrained import quiet
 
 try:
     from torch.nn.attention import varlen
@@ -72,20 +74,24 @@ def _contents(path: str | Path) -> str:
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype, device: str | torch.device, attention: str = "sdpa"
+    path: str | Path,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    attention: str = "sdpa",
+    *,
+    headless: bool = False,
 ) -> PreTrainedModel:
     """The causal language model at `path`, in eval mode and without dropout.
 
-    `attention` is a Hugging Face attention implementation. Raises `ValueError` when no model can be read from `path`.
+    `attention` is a Hugging Face attention implementation; of a `headless` one the output embeddings may be missing.
+    Raises `ValueError` when no model can be read from `path`, or not all of it.
     """
-    quiet()
-    try:
+    with pretrained.told(path):
         check_model(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no model could be loaded from {str(path)!r}: {error}") from error
+        model = pretrained.read(path, headless=headless, dtype=dtype, attn_implementation=attention)
+        nn.Module.to(model, torch.device(device))  # Its own `to` only adds checks for quantised ones, without types.
+        pretrained.check_values(model)
     _remove_dropout(model)
-    nn.Module.to(model, torch.device(device))  # Its own `to` only adds checks for quantised weights, and has no types.
     return model.eval()
 
 
@@ -276,6 +282,7 @@ def import_gguf(file: Path, folder: Path, dtype: torch.dtype) -> None:
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     _restore_tokenizer(tokenizer)
     dense.config.eos_token_id = dense.generation_config.eos_token_id = tokenizer.eos_token_id
+    pretrained.mend_generation(dense)
     dense.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -320,9 +327,3 @@ def _remove_dropout(model: nn.Module) -> None:
             module.p = 0.0
         elif "attention_dropout" in vars(module):
             vars(module)["attention_dropout"] = 0.0
-
-
-def quiet() -> None:
-    """Nothing of the library's warnings and progress bars."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()

@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from asyncrl.config import TINY, TINY_BYTES
-from asyncrl.model import quiet
+from asyncrl.pretrained import quiet
 
 _PAD, _EOS = "<pad>", "<eos>"
 _VOCABULARY = (_PAD, _EOS, *"0123456789", *"=+-*,:", " ", *"msarcg")

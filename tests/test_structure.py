@@ -14,7 +14,7 @@ FILES = sorted((ROOT / "asyncrl").rglob("*.py"))
 
 HOMES = {
     "ray": {"runtime/actors.py", "runtime/cluster.py", "runtime/remotes.py"},
-    "transformers": {"model.py", "tiny.py"},
+    "transformers": {"model.py", "pretrained.py", "tiny.py"},
     "tensorboard": {"monitor/sinks.py"},
     "peft": {"training/lora.py"},
 }
@@ -35,6 +35,7 @@ LAYERS = [
         "training.sharding",
         "weights",
         "model",
+        "pretrained",
         "tiny",
         "envs.base",
         "monitor.blame",

@@ -160,7 +160,7 @@ class LearnerPart:
             reference = _learner_model(folder, placement, ranks)
         critic = None
         if config.loss.needs_critic and config.critic.backbone == "own":
-            critic = _learner_model(config.critic.path or folder, placement, ranks)
+            critic = _learner_model(config.critic.path or folder, placement, ranks, headless=True)
         self.learner = Learner(
             config,
             model,
@@ -199,8 +199,10 @@ class LearnerPart:
             )
 
 
-def _learner_model(path: str, placement: Placement, ranks: Ranks | None) -> nn.Module:
+def _learner_model(path: str, placement: Placement, ranks: Ranks | None, *, headless: bool = False) -> nn.Module:
     """Ranks that will split a model get it in host memory, as one GPU may not hold it, and its values at the first."""
     if ranks is None:
-        return load_model(path, dtype=torch.float32, device=placement.device)
-    return load_model(path, dtype=torch.float32, device="cpu") if ranks.is_first else empty_model(path)
+        return load_model(path, dtype=torch.float32, device=placement.device, headless=headless)
+    if ranks.is_first:
+        return load_model(path, dtype=torch.float32, device="cpu", headless=headless)
+    return empty_model(path)

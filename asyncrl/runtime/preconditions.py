@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -221,6 +222,15 @@ def _model(look: Look) -> str:
     return f"{look.config.model.path}, {size}, {len(look.tokenizer)} tokens"
 
 
+def _model_files(look: Look) -> str:
+    """Whether the files have every weight, and what is beside them can be saved again."""
+    from asyncrl import pretrained
+
+    with tempfile.TemporaryDirectory() as saved:
+        pretrained.check(look.source, look.tokenizer, saved)
+    return "every weight is there" if Path(look.source).is_dir() else "weights of the hub, which loading looks at"
+
+
 def _adapters(look: Look) -> str:
     from asyncrl.runtime.parts import check_targets
 
@@ -331,6 +341,7 @@ PRECONDITIONS = [
         applies=lambda look: bool(look.config.loss.function or look.config.loss.advantage),
     ),
     Precondition("model", _model, "name 'tiny', a folder or a hub id in model.path", needs=("packages",)),
+    Precondition("model files", _model_files, "see the files in model.path", needs=("model",)),
     Precondition("environment", _environment, "see env.path and env.args", needs=("model",)),
     Precondition(
         "adapters",
