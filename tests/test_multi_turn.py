@@ -22,6 +22,7 @@ from asyncrl.envs.swe import _RepairEpisode
 from asyncrl.envs.tools import ToolError, calculator, same_answer
 from asyncrl.model import load_model, load_tokenizer
 from asyncrl.rollout import Rollout
+from asyncrl.sandbox import Sandbox
 from asyncrl.tiny import build_tiny
 from asyncrl.types import Completion, Sampling
 
@@ -268,6 +269,22 @@ def test_programs_are_run_against_every_test(tokenizer, number):
     assert play(env, tokenizer, "no program", number=number)[0].metrics["no_program"] == 1
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import os\nprint('passed', flush=True)\nos._exit(0)",
+        "class All:\n    def __eq__(self, other): return True\ndef countVowels(text): return All()",
+        "import json\njson.dumps = lambda value: 'true'\ndef countVowels(text): return 1",
+        "def countVowels(text): raise SystemExit(0)",
+    ],
+)
+def test_a_program_cannot_say_that_it_is_right(tokenizer, program):
+    """What a test expects stays outside the sandbox: only the very result passes."""
+    env = load_env(TASKS["code:CodeTask"], tokenizer, {})
+    attempt, _ = play(env, tokenizer, f"```python\n{program}\n```", number=4)
+    assert (attempt.reward, attempt.metrics["tests_passed"]) == (0, 0)
+
+
 def test_a_program_that_fails_a_public_test_may_be_replaced(tokenizer):
     env = load_env(TASKS["code:CodeTask"], tokenizer, {"max_turns": 2})
     attempt, policy = play(env, tokenizer, "```\nprint(4)\n```", f"```python\n{PROGRAMS[0]}\n```")
@@ -352,6 +369,92 @@ def test_changing_the_tests_repairs_nothing(tokenizer):
     assert "passed 1" in heard(policy, 1)
     assert "must occur once in stats.py, it occurs 0 times" in heard(policy, 2)
     assert attempt.reward == 0
+
+
+FORGERIES = {
+    "skips": "import unittest\ndef mean(values): raise unittest.SkipTest",
+    "skips the file": "import unittest\nraise unittest.SkipTest",
+    "prints a result": "def mean(values):\n    import os\n    print('passed 1', flush=True)\n    os._exit(0)",
+    "exits": "raise SystemExit(0)",
+    "exits in a test": "def mean(values): raise SystemExit(0)",
+    "interrupts": "def mean(values): raise KeyboardInterrupt",
+    "equals all": "class All:\n    def __eq__(self, other): return True\ndef mean(values): return All()",
+    "equals all numbers": (
+        "class All(float):\n    def __eq__(self, other): return isinstance(other, float | int)\n"
+        "def mean(values): return All()"
+    ),
+    "is ANY": "from unittest import mock\ndef mean(values): return mock.ANY",
+    "asserts nothing": ("import unittest\nunittest.TestCase.assertEqual = lambda *_: None\ndef mean(values): return 7"),
+    "asserts nothing later": (
+        "def mean(values):\n    import unittest\n    unittest.TestCase.assertEqual = lambda *_: None\n"
+    ),
+    "another run": (
+        "import unittest\ndef run(self, result): result.addSuccess(self)\nunittest.TestCase.run = run\nmean = 1"
+    ),
+    "another test": (
+        "import sys\ndef mean(values):\n    for module in list(sys.modules.values()):\n"
+        "        if hasattr(module, 'Test'): module.Test.test = lambda self: None\n    return 7"
+    ),
+    "reads the key": "import sys\nprint(sys.stdin.read(), 'passed 1')\nmean = 1",
+    "loads no tests": (
+        "import unittest as u\nu.defaultTestLoader.loadTestsFromModule = lambda _: u.TestSuite()\nmean = 1"
+    ),
+    "equals all by another object": (
+        "class Yes:\n    def __call__(self, *_): return True\nclass All: __eq__ = Yes()\ndef mean(values): return All()"
+    ),
+}
+HONEST = "def mean(values):\n    return sum(values) / len(values) if values else 0.0\n"
+TEST = read_rows(str(SHIPPED / "swe.jsonl"), "train")[0]["tests"]["test_stats.py"]
+
+
+def repaired(files, tests):
+    return run(_RepairEpisode(Sandbox(), files, tests).score())
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_forged_result_earns_nothing(forgery):
+    assert repaired({"stats.py": FORGERIES[forgery]}, {"test_stats.py": TEST}) == 0
+
+
+ASSERTS = "from stats import mean\nimport unittest\nclass Test(unittest.TestCase):\n    def test(self):\n        "
+
+
+@pytest.mark.parametrize(
+    "line", ["assert mean([]) == 0", "self.assertTrue(mean([]) == 0)", "self.assertIn(mean([]), [0])"]
+)
+def test_what_equals_all_is_no_right_answer_however_it_is_compared(line):
+    tests = {"test_stats.py": ASSERTS + line}
+    assert repaired({"stats.py": HONEST}, tests) == 1
+    assert repaired({"stats.py": FORGERIES["equals all"]}, tests) == 0
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"main.py": "raise SystemExit('the program of the repository')"},
+        {"json.py": "", "ast.py": "", "traceback.py": ""},
+        {"conftest.py": "", "setup.py": "raise SystemExit"},
+    ],
+)
+def test_an_honest_repair_passes_whatever_else_the_repository_has(files):
+    assert repaired({"stats.py": HONEST, **files}, {"test_stats.py": TEST}) == 1
+
+
+def test_tests_in_folders_without_init_run():
+    helper = "WANTED = 1.5\n"
+    test = (
+        "import unittest\nfrom unittest import mock\nfrom stats import mean\nfrom helper import WANTED\n"
+        "class Point:\n    def __eq__(self, other): return self.x == other.x\n    x = 1\n"
+        "class Test(unittest.TestCase):\n"
+        "    def test(self): self.assertEqual([mean([1, 2]), 3], [WANTED, mock.ANY])\n"
+        "    def test_points(self): self.assertEqual(Point(), Point())\n"
+        "    @unittest.skip('not now')\n    def test_later(self): pass\n"
+    )
+    relative = test.replace("from helper", "from .helper")
+    files = {"stats.py": HONEST, "tests/unit/helper.py": helper}
+    for tests in ({"tests/unit/test_a.py": test}, {"tests/unit/test_a.py": relative, "test_b.py": TEST}):
+        assert repaired(files, tests) == 1
+        assert repaired({**files, "stats.py": "def mean(values): return 2"}, tests) == 0
 
 
 @pytest.mark.parametrize(

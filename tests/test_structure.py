@@ -24,7 +24,17 @@ LAYERS = [
     {"types", "algo.method", "algo.own", "algo.presets", "tables", "config", "rules", "cautions", "transport"}
     | {"sandbox.calls"}
     | {"receipts", "ipc", "monitor.rows", "monitor.course"}
-    | {"durable", "monitor.events", "monitor.timeline", "sandbox.confine", "sandbox", "garbage", "threads", "imports"},
+    | {
+        "durable",
+        "monitor.events",
+        "monitor.timeline",
+        "sandbox.confine",
+        "sandbox",
+        "envs.swe_runner",
+        "garbage",
+        "threads",
+        "imports",
+    },
     {
         "evaluation",
         "algo.advantage",

@@ -1,13 +1,18 @@
 """Small software engineering: look at files of a repository, edit them, run the tests, until an issue is solved.
 
 The repository lives in memory; a run of the tests gets a copy of it, in a sandbox. A model can overwrite any file, but
-for scoring the test files are the row's own. Tests share a process with the code that they test, as is usual: a program
-that goes looking for the test runner can forge its report.
+for scoring the test files are the row's own, every test in them has to pass, and the result is signed with a key that
+the code under test is not given (`swe_runner.py`). Tests share a process with that code, as is usual, so it is not
+proof against a program that goes through the frames of its callers; one that replaces parts of `unittest`, skips,
+exits, or returns objects that equal everything earns nothing.
 """
 
 from __future__ import annotations
 
+import ast
+import json
 import re
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path, PurePosixPath
@@ -21,12 +26,7 @@ from asyncrl.sandbox import Limits, Sandbox
 
 _OLD_TO_NEW = re.compile(r"</old>\s*<new>")
 _LONGEST_PATH = 200
-_RUN_TESTS = """
-import sys, unittest
-tests = unittest.defaultTestLoader.discover(".", pattern="test_*.py")
-result = unittest.TextTestRunner(stream=sys.stdout).run(tests)
-print("passed" if result.wasSuccessful() and result.testsRun else "failed", result.testsRun)
-"""
+_RUNNER = Path(__file__).with_name("swe_runner.py").read_text(encoding="utf-8")
 _SYSTEM = """You fix a Python repository. One action per turn:
 <view>path</view> shows a file.
 <edit path="path"><old>text that occurs once</old><new>its replacement</new></edit> edits a file.
@@ -57,6 +57,8 @@ class RepairTask(MultiTurn):
         tests = field(row, "tests")
         if not tests or not all(PurePosixPath(path).match("test_*.py") for path in tests):
             raise ValueError(f"a row needs tests in files named test_*.py, got {list(tests)}")
+        if not any(tests_in(text) for text in tests.values()):
+            raise ValueError(f"a row's tests hold no class of unittest with a test: {list(tests)}")
         for path, text in {**field(row, "files"), **tests}.items():
             if not isinstance(text, str) or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
                 raise ValueError(
@@ -112,10 +114,45 @@ class _RepairEpisode:
 
     async def _test(self, files: dict[str, str]) -> tuple[bool, str]:
         """Whether all tests pass, and what the runner says."""
-        outcome = await self._sandbox.run(_RUN_TESTS, files=files)
-        last = outcome.stdout.strip().rpartition("\n")[2]
-        return outcome.ok and last.startswith("passed"), shorten(outcome.explain() or outcome.stdout)
+        key = secrets.token_hex(16)
+        task = json.dumps({"key": key, "tests": list(self._tests)})
+        # In a folder of their own: a repository may have a main.py, which is the runner's name.
+        placed = {f"repository/{path}": text for path, text in files.items()}
+        outcome = await self._sandbox.run(_RUNNER, stdin=task + "\n", files=placed)
+        told, signed, verdict = outcome.stdout.rpartition(f"\n{key} ")
+        if not outcome.ok or not signed:
+            return False, shorten(outcome.explain() or "the tests did not run to their end")
+        passed, failed = json.loads(verdict)
+        expected = {
+            f"{'.'.join(PurePosixPath(path).with_suffix('').parts)}.{name}"
+            for path, text in self._tests.items()
+            for name in tests_in(text)
+        }
+        return bool(expected) and expected <= set(passed) and not failed, shorten(told)
 
     def _bad(self, text: str) -> str:
         self.metrics["bad_calls"] += 1
         return f"error: {text}"
+
+
+def tests_in(text: str) -> set[str]:
+    """`Class.method` of the tests in a test file that have to pass: all but those that it skips in any case.
+
+    Raises `ValueError` for a file that is no Python.
+    """
+    try:
+        classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
+    except (SyntaxError, RecursionError) as error:
+        raise ValueError(f"a row's tests cannot be parsed: {error}") from error
+    return {
+        f"{node.name}.{test.name}"
+        for node in classes
+        if node.bases and not _skipped(node)
+        for test in node.body
+        if isinstance(test, ast.FunctionDef | ast.AsyncFunctionDef) and test.name.startswith("test")
+        if not _skipped(test)
+    }
+
+
+def _skipped(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any(ast.unparse(one).removeprefix("unittest.").startswith("skip(") for one in node.decorator_list)
