@@ -326,6 +326,12 @@ class Config(_Section, frozen=True, kw_only=True):
         return self.rollout.num_actors + self.eval.num_actors
 
     @property
+    def in_flight(self) -> int:
+        """Attempts that may be at one engine at once: all that the buffer has room for, and those of evaluation."""
+        admitted = (self.buffer.max_staleness + 1) * self.learner.groups_per_step * self.rollout.group_size
+        return admitted + min(self.eval.max_running, self.eval.num_prompts * self.eval.num_samples)
+
+    @property
     def overlaps(self) -> bool:
         """Whether a gradient is computed while weights travel. Ranks that share a model would mix up the two."""
         alone = self.learner.num_gpus == 1 and not self.rollout.release_memory

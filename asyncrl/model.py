@@ -163,6 +163,18 @@ def rope_limit(model: nn.Module) -> int | None:
     return min(limits, default=None)
 
 
+def longest_context(config: Any) -> int | None:
+    """Positions that the model was made for, rotary scaling of its settings included; None where it names none."""
+    settings = getattr(config, "text_config", config)
+    most: int | None = getattr(settings, "max_position_embeddings", None)
+    rope = getattr(settings, "rope_parameters", None) or getattr(settings, "rope_scaling", None) or {}
+    for part in rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]:
+        kind = part.get("rope_type", "default")
+        if most is not None and kind not in ("default", "longrope", "llama3"):  # of these it is the scaled number
+            most = max(most, int((part.get("original_max_position_embeddings") or most) * (part.get("factor") or 1)))
+    return most
+
+
 def use_attention(model: nn.Module, wanted: str, device: str, *, bfloat16: bool) -> str:
     """Readies a model for packed rows with `wanted` attention: "sdpa" (a dense mask), "varlen" (segments end to end,
     no mask), or "auto", which is varlen where it can be. Returns which of the two it is.

@@ -11,12 +11,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from asyncrl import config as configuration
 from asyncrl import job
 from asyncrl.engine.sglang_launch import SUPPORTED_VERSION
+from asyncrl.model import longest_context
 from asyncrl.runtime import machine, preconditions, preflight
 from asyncrl.runtime.preconditions import PRECONDITIONS, Look
 from asyncrl.tiny import build_tiny
@@ -230,10 +232,28 @@ def test_adapters_that_match_no_layer(tmp_path):
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
 def test_the_cache_of_an_embedded_engine(tmp_path, dtype, size):
-    """Keys and values of 2 layers with 2 heads of 32 numbers, for 1,000 requests of 27 tokens, in whole 16s."""
-    wanted = config("rollout.max_running=1000", "rollout.max_new_tokens=20", f"rollout.dtype={dtype}")
-    assert Look(wanted, tmp_path, str(tmp_path)).cache_gb == 2 * 2 * 1000 * 2 * 32 * 32 * size / 1e9
-    assert row("kv cache", wanted, tmp_path).finding.endswith("MB in each engine, for 1000 requests of 27 tokens")
+    """Keys and values of 2 layers with 2 heads of 32 numbers, for 500 requests of 27 tokens, in whole 16s."""
+    wanted = config("rollout.max_running=500", "rollout.max_new_tokens=20", f"rollout.dtype={dtype}")
+    assert Look(wanted, tmp_path, str(tmp_path)).cache_gb == 2 * 2 * 500 * 2 * 32 * 32 * size / 1e9
+    assert row("kv cache", wanted, tmp_path).finding.endswith("MB in each engine, for 500 requests of 27 tokens")
+    few = ["rollout.group_size=2", "learner.groups_per_step=3", "eval.num_prompts=5"]
+    least = row("kv cache", config("rollout.max_running=500", *few), tmp_path)
+    assert "for 17 requests" in least.finding, "as many as can be in flight: 2 batches of 3 groups, and 5 of evaluation"
+
+
+@pytest.mark.parametrize(
+    ("rope", "most"),
+    [
+        ({}, 4096),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}, 16384),
+        ({"rope_type": "linear", "factor": 2.0}, 8192),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512}, 4096),
+        ({"full_attention": {"rope_type": "linear", "factor": 2.0}}, 8192),
+    ],
+)
+def test_positions_of_a_model(rope, most):
+    assert longest_context(SimpleNamespace(max_position_embeddings=4096, rope_parameters=rope)) == most
+    assert longest_context(SimpleNamespace(text_config=SimpleNamespace())) is None
 
 
 def test_the_cache_finds_prompts_that_are_too_long_for_the_model(tmp_path):
@@ -249,14 +269,7 @@ def test_the_cache_finds_prompts_that_are_too_long_for_the_model(tmp_path):
 
 def test_memory_counts_the_caches():
     one = ["rollout.num_actors=1"]
-    few = [*one, "learner.groups_per_step=1", "rollout.group_size=2", "eval.max_running=6", "rollout.max_running=100"]
     assert preflight.check_host_memory(config(*one), False, 400_000, 16.0, cache_gb=15.0).status == "FAIL"
-    assert preflight.check_host_memory(config(*few), False, 400_000, 16.0, cache_gb=10.0).status == "ok", (
-        "a tenth of it"
-    )
-    assert preflight.check_host_memory(config(*few), False, 400_000, 16.0, cache_gb=17.0).status == "FAIL", (
-        "in one piece"
-    )
     assert preflight.check_host_memory(config(*one), True, 400_000, 16.0, cache_gb=15.0).status == "ok", "on the GPU"
     full = preflight.check_gpu_memory(config(*one), 10**9, [H100], cache_gb=90.0)
     assert (full.status, "rollout.max_running" in full.remedy) == ("FAIL", True)
@@ -408,7 +421,8 @@ JOINED = ["cluster.address=head:6379"]
         ("model", ["model.path=models/none"], {}, "there is no folder 'models/none'"),
         ("environment", ["env.path=asyncrl.envs.digits:Nothing"], {}, "no 'Nothing'"),
         ("adapters", ["lora.rank=4", 'lora.targets=["nowhere"]'], {}, "does not fit Qwen2ForCausalLM"),
-        ("host memory", [], {"available_gb": lambda _: 1.0}, "1.0 GB free"),
+        ("context", ["rollout.max_new_tokens=4090"], {}, "positions for 4096"),
+        ("host memory", [], {"available_gb": lambda: 1.0}, "1.0 GB free"),
         ("disk", ["checkpoint.keep=1000000000"], {}, "GB needed"),
     ],
 )

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from asyncrl import memory
 from asyncrl.engine import sampler, stops
 from asyncrl.engine.base import CHECKPOINT, OnUpdate
 from asyncrl.engine.kv_cache import SlotCache
@@ -68,17 +69,18 @@ class EmbeddedEngine:
         address: str = "127.0.0.1",
         updated: Mapping[str, Tensor] | None = None,
         decode: Decode | None = None,
+        remedies: Sequence[str] = ("lower max_running or max_length",),
     ) -> None:
         """At most `max_running` requests run at once, the rest wait; prompt and completion fit in `max_length` tokens.
 
         `address` is this node's own, for the broadcast group. The weights that the model comes with are version 0.
         `updated`: those of its parameters that an update brings, by default all. `decode`: the tokenizer's, which stop
-        texts need.
+        texts need. `remedies`: settings to change where memory runs out.
         """
         self.num_tokens = 0
         self.num_prefill_tokens = 0
         self._model, self._on_update, self._address = model, on_update, address
-        self._decode = decode
+        self._decode, self._remedies = decode, remedies
         self._max_running, self._max_length = max_running, max_length
         self._vocabulary: int = model.config.vocab_size
         self._cache = SlotCache(model, max_running, max_length)
@@ -238,7 +240,7 @@ class EmbeddedEngine:
             await self._work.wait()
             start = time.perf_counter()
             try:
-                with torch.inference_mode():
+                with memory.told("generating", self._remedies, "the engine"), torch.inference_mode():
                     self._tick()
             except Exception as error:  # Every request must hear of it, whatever it is.
                 self._fail(error)

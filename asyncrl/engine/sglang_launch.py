@@ -26,6 +26,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from asyncrl.engine import sglang_scheduler
+from asyncrl.memory import OutOfMemory, says_shortage
 from asyncrl.threads import kept_handlers
 
 AttentionBackend: TypeAlias = Literal["auto", "flashinfer", "fa3", "triton", "torch_native"]
@@ -247,6 +248,8 @@ def launch(arguments: Mapping[str, Any]) -> Any:
                 name, _, text = told.read_text().partition(": ")
                 if name == "ValueError":  # of a setting
                     raise ValueError(f"SGLang could not start: {text}") from error
+                if says_shortage(text):
+                    raise OutOfMemory(_without_room(text, arguments)) from error
                 raise RuntimeError(f"SGLang could not start: {name}: {text}") from error
             raise
     # It would answer the end of a child by a signal that ends this process.
@@ -254,6 +257,17 @@ def launch(arguments: Mapping[str, Any]) -> Any:
     # It would end every child of this process, those of another engine included.
     atexit.unregister(engine.shutdown)
     return engine
+
+
+def _without_room(text: str, arguments: Mapping[str, Any]) -> str:
+    """SGLang's words for it, with who may hold the GPU's memory and the settings to change."""
+    share, rows = arguments.get("mem_fraction_static"), arguments.get("max_running_requests")
+    return (
+        f"SGLang could not start for lack of memory ({' '.join(text.split())[:600]}). Each engine may have "
+        f"rollout.gpu_memory_utilization ({share}) of its GPU for weights and cache: lower it where others hold the "
+        "memory, such as a learner or more engines on the same GPU (nvidia-smi), raise it where the model leaves none "
+        f"of it for the cache, then lower rollout.max_running ({rows}), whose CUDA graphs come on top"
+    )
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ import json
 import math
 import netrc
 import os
-import re
 import resource
 import socket
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from asyncrl import memory
 from asyncrl.runtime.preflight import Gpu
 
 if TYPE_CHECKING:
@@ -109,10 +109,10 @@ def open_files_limit() -> int:
     return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
-def available_gb(meminfo: Path) -> float | None:
+def available_gb() -> float | None:
     """Memory that can still be taken; None where the system does not tell."""
-    found = re.search(r"MemAvailable: *(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
-    return int(found[1]) * 1024 / 1e9 if found else None
+    free = memory.available_bytes()
+    return None if free is None else free / 1e9
 
 
 def nearest(folder: Path) -> Path:

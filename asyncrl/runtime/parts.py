@@ -11,6 +11,7 @@ import torch
 from msgspec.structs import replace
 from torch import nn
 
+from asyncrl import memory
 from asyncrl.algo import own
 from asyncrl.algo.loss import try_own
 from asyncrl.config import Config
@@ -103,19 +104,22 @@ async def _build_engine(
 ) -> Engine:
     settings = config.rollout
     if settings.engine == "embedded":
-        model = load_model(folder, dtype=DTYPES[settings.dtype], device=placement.device)
-        adapters = None
-        if config.lora.sync == "adapter":
-            adapters = Adapters(model, replace(config.lora, alpha=config.lora.rank)).named()  # they arrive scaled
-        return EmbeddedEngine(
-            model,
-            max_running=settings.max_running,
-            max_length=max_length,
-            on_update=settings.on_update,
-            address=address,
-            updated=adapters,
-            decode=decode,
-        )
+        remedies = memory.cache_remedies(config)
+        with memory.told("making an embedded engine", remedies, "the engine"):
+            model = load_model(folder, dtype=DTYPES[settings.dtype], device=placement.device)
+            adapters = None
+            if config.lora.sync == "adapter":
+                adapters = Adapters(model, replace(config.lora, alpha=config.lora.rank)).named()  # they arrive scaled
+            return EmbeddedEngine(
+                model,
+                max_running=min(settings.max_running, config.in_flight),
+                max_length=max_length,
+                on_update=settings.on_update,
+                address=address,
+                updated=adapters,
+                decode=decode,
+                remedies=remedies,
+            )
     from asyncrl.engine.sglang import SGLangEngine  # an optional package
 
     return await SGLangEngine.start(
@@ -153,31 +157,32 @@ class LearnerPart:
         self._keep = config.checkpoint.keep
         self._tokenizer = load_tokenizer(folder)
         env = load_env(config.env.path, self._tokenizer, config.env.args)
-        # Adapters come from a checkpoint by themselves, to the base that they were trained on.
-        model = _learner_model(folder if resume is None or config.lora.rank else str(resume), placement, ranks)
-        reference = None
-        if config.loss.needs_reference and not config.lora.rank:  # a resumed run keeps the reference of its beginning
-            reference = _learner_model(folder, placement, ranks)
-        critic = None
-        if config.loss.needs_critic and config.critic.backbone == "own":
-            critic = _learner_model(config.critic.path or folder, placement, ranks, headless=True)
-        self.learner = Learner(
-            config,
-            model,
-            row_length(config, env.max_prompt_tokens),
-            reference=reference,
-            critic=critic,
-            address=address,
-            backend=placement.backend,
-            ranks=ranks,
-        )
-        if resume is not None:
-            if self.learner.adapters is not None:
-                self.learner.adapters.load(resume)
-            else:
-                refuse_adapters(resume)
-            self.learner.load_state(checkpoint.load_optimizer(resume), checkpoint.load_cursor(resume).version)
-            checkpoint.load_random_state(resume)
+        with memory.told("making the learner", memory.start_remedies(config), "the learner"):
+            # Adapters come from a checkpoint by themselves, to the base that they were trained on.
+            model = _learner_model(folder if resume is None or config.lora.rank else str(resume), placement, ranks)
+            reference = None
+            if config.loss.needs_reference and not config.lora.rank:  # of a resumed run it is that of its beginning
+                reference = _learner_model(folder, placement, ranks)
+            critic = None
+            if config.loss.needs_critic and config.critic.backbone == "own":
+                critic = _learner_model(config.critic.path or folder, placement, ranks, headless=True)
+            self.learner = Learner(
+                config,
+                model,
+                row_length(config, env.max_prompt_tokens),
+                reference=reference,
+                critic=critic,
+                address=address,
+                backend=placement.backend,
+                ranks=ranks,
+            )
+            if resume is not None:
+                if self.learner.adapters is not None:
+                    self.learner.adapters.load(resume)
+                else:
+                    refuse_adapters(resume)
+                self.learner.load_state(checkpoint.load_optimizer(resume), checkpoint.load_cursor(resume).version)
+                checkpoint.load_random_state(resume)
 
     def save(self, root: Path, cursor: Cursor) -> None:
         """Writes a checkpoint at the first rank. Every rank."""

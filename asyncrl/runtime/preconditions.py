@@ -253,13 +253,27 @@ def _environment(look: Look) -> str:
 
 def _kv_cache(look: Look) -> str:
     length = look.env.max_prompt_tokens + look.config.rollout.max_new_tokens
-    requests = f"{look.config.rollout.max_running} requests of {length} tokens"
+    requests = f"{min(look.config.rollout.max_running, look.config.in_flight)} requests of {length} tokens"
     return f"{look.cache_gb * 1000:,.1f} MB in each engine, for {requests}"
+
+
+def _context(look: Look) -> str:
+    from asyncrl.model import longest_context
+
+    prompt, new = look.env.max_prompt_tokens, look.config.rollout.max_new_tokens
+    most = longest_context(look.model.config)
+    if most is not None and prompt + new > most:
+        raise ValueError(
+            f"a context may have {prompt + new} tokens (max_prompt_tokens of the environment is {prompt}, "
+            f"rollout.max_new_tokens {new}) and the model has positions for {most} (max_position_embeddings): lower "
+            f"them to {most} in all, or take a model with more"
+        )
+    return f"up to {prompt + new} tokens of {most or 'any number of'} positions"
 
 
 def _memory(look: Look) -> Check:
     cache_gb = look.cache_gb if look.config.rollout.engine == "embedded" else 0.0
-    have_gb = machine.available_gb(Path("/proc/meminfo"))
+    have_gb = machine.available_gb()
     return preflight.check_host_memory(look.config, bool(look.gpus), look.parameters, have_gb, cache_gb)
 
 
@@ -343,6 +357,7 @@ PRECONDITIONS = [
     Precondition("model", _model, "name 'tiny', a folder or a hub id in model.path", needs=("packages",)),
     Precondition("model files", _model_files, "see the files in model.path", needs=("model",)),
     Precondition("environment", _environment, "see env.path and env.args", needs=("model",)),
+    Precondition("context", _context, needs=("environment",)),
     Precondition(
         "adapters",
         _adapters,

@@ -173,8 +173,7 @@ def check_host_memory(
         return Check("host memory", "warn", "unknown: there is no /proc/meminfo", "look with the system's own tools")
     on_gpu = config.device == "cuda" or (config.device == "auto" and has_gpus)
     learner, engine = model_gb(config, parameters)
-    models = learner + config.num_engines * (engine + cache_gb * _share_of_rows(config))
-    models = max(models, cache_gb)  # asked for in one piece
+    models = learner + config.num_engines * (engine + cache_gb)
     if on_gpu:  # several learner ranks, or LoRA, put a checkpoint together in it
         models = saved_gb(config, parameters) if config.learner.num_gpus > 1 or config.lora.rank else 0.0
     need = PROCESS_GB[on_gpu] + models
@@ -182,12 +181,6 @@ def check_host_memory(
         need += STORE_GB + (config.num_engines + config.learner.num_gpus) * PROCESS_GB[on_gpu]
     knobs = "rollout.num_actors or rollout.max_running" if cache_gb and not on_gpu else "rollout.num_actors"
     return compare("host memory", need, have_gb, f"lower {knobs}, or take a smaller model")
-
-
-def _share_of_rows(config: Config) -> float:
-    """Of an embedded engine's cache, what requests can fill at once: on a CPU the rest is never touched."""
-    admitted = (config.buffer.max_staleness + 1) * config.learner.groups_per_step * config.rollout.group_size
-    return min(1.0, (admitted + config.eval.max_running) / config.rollout.max_running)
 
 
 def check_gpu_memory(config: Config, parameters: int, gpus: Sequence[Gpu], cache_gb: float = 0.0) -> Check:
@@ -200,7 +193,8 @@ def check_gpu_memory(config: Config, parameters: int, gpus: Sequence[Gpu], cache
     shared = config.placement == "colocated"
     if config.rollout.engine == "sglang" and shared:  # it takes its share, whatever the model
         engine = max(engine, config.rollout.gpu_memory_utilization * gpu.total_gb)
-    need = learner + config.num_engines * engine if shared else max(learner, engine)
+    beside = learner * 3 / 4 if config.rollout.release_memory else learner  # its gradients exist while engines give way
+    need = beside + config.num_engines * engine if shared else max(learner, engine)
     knob = "gpu_memory_utilization" if config.rollout.engine == "sglang" else "max_running"
     return compare("gpu memory", need, gpu.free_gb, f"lower rollout.{knob}, or take a smaller model")
 
@@ -238,7 +232,7 @@ def cache_bytes(config: Config, model: Any, max_prompt_tokens: int) -> int:
 
     nn.Module.to(model, "meta", DTYPES[config.rollout.dtype])
     length = max_prompt_tokens + config.rollout.max_new_tokens
-    return SlotCache(model, config.rollout.max_running, length).num_bytes
+    return SlotCache(model, min(config.rollout.max_running, config.in_flight), length).num_bytes
 
 
 def check_settings(config: Config) -> Check:

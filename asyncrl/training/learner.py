@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from asyncrl import memory
 from asyncrl.algo.diagnostics import learning_rate_factor
 from asyncrl.algo.loss import Columns, policy_loss, second_moment_bound
 from asyncrl.config import Config
@@ -103,7 +104,13 @@ class Learner:
         return self.apply()
 
     def gradient(self, groups: Sequence[Sequence[Trajectory]]) -> None:
-        """The gradient of one optimizer step on whole groups, on every rank; the weights stay what they are."""
+        """The gradient of one optimizer step on whole groups, on every rank; the weights stay what they are.
+
+        Raises `OutOfMemory` with the settings to change where memory does not suffice."""
+        with memory.told("the learner's gradient", memory.learner_remedies(self._config), "the learner"):
+            self._make_gradient(groups)
+
+    def _make_gradient(self, groups: Sequence[Sequence[Trajectory]]) -> None:
         began, varlen = time.perf_counter(), self.attention == "varlen"
         settings = self._config.learner
         if self._longest is not None:
@@ -157,7 +164,8 @@ class Learner:
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = learning_rate
         if math.isfinite(made.norm):  # else one such number would be in every weight for ever after
-            self.optimizer.step()
+            with memory.told("the optimizer's step", memory.learner_remedies(self._config), "the learner"):
+                self.optimizer.step()
             self.version += 1
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()  # from here on any stream may read the weights
@@ -193,7 +201,9 @@ class Learner:
 
         With one rank, this and `broadcast` may run in a thread of their own beside `gradient`.
         """
-        self._sender.prepare(audience, self.buckets, self.published())
+        bucket = f"lower weights.bucket_mb ({self._config.weights.bucket_mb:g}, of which two exist)"
+        with memory.told("a weight update", [bucket, *memory.learner_remedies(self._config)], "the learner"):
+            self._sender.prepare(audience, self.buckets, self.published())
 
     def broadcast(self, audience: Audience = "rollouts") -> str:
         """Sends the prepared weights to every engine, from the first rank; returns their digest there. Every rank."""

@@ -18,7 +18,7 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from asyncrl import durable
+from asyncrl import durable, memory
 from asyncrl.config import BUILT_IN, Config
 from asyncrl.envs.base import Env, load_env
 from asyncrl.imports import told
@@ -119,6 +119,7 @@ def warm_up(model: nn.Module, env: Env, config: Config, *, quiet: bool) -> None:
     torch.set_num_threads(config.learner.num_threads)
     device = next(model.parameters()).device
     demonstrations = _shown(env, config.seed)
+    smaller = f"lower warmup.micro_batch_size ({config.warmup.micro_batch_size})"
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.warmup.learning_rate, betas=(0.9, 0.95), weight_decay=0)
     for _ in track(range(config.warmup.num_steps), description="warm-up", disable=quiet):
         optimizer.zero_grad(set_to_none=True)
@@ -126,11 +127,12 @@ def warm_up(model: nn.Module, env: Env, config: Config, *, quiet: bool) -> None:
         num_tokens = sum(len(reply) for _, reply in pairs)
         for start in range(0, len(pairs), config.warmup.micro_batch_size):
             input_ids, labels = _collate(pairs[start : start + config.warmup.micro_batch_size])
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                logits = model(input_ids=input_ids.to(device), use_cache=False).logits[:, :-1]
-            targets = labels[:, 1:].to(device)
-            total = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-            (total / num_tokens).backward()
+            with memory.told("the warm-up", [smaller, "take a smaller model"]):
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    logits = model(input_ids=input_ids.to(device), use_cache=False).logits[:, :-1]
+                targets = labels[:, 1:].to(device)
+                total = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+                (total / num_tokens).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
