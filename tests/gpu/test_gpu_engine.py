@@ -38,7 +38,7 @@ def setup(world, run, monkeypatch):
     monkeypatch.setattr(contract, "run", run)
     monkeypatch.setattr(world.engine, "_max_length", 96)
     run(world.reset())
-    return contract.Setup(world.engine, world.old, 0.2)
+    return contract.Setup(world.engine, world.old, 0.2, world.folder)
 
 
 @pytest.fixture(params=BACKENDS)
