@@ -15,6 +15,7 @@ from helpers import run, trajectory
 from asyncrl.envs import faults
 from asyncrl.envs.faults import EnvFault, Patience, attempt
 from asyncrl.rollout import Rollout
+from asyncrl.sandbox import Starved, waiting
 from asyncrl.types import Completion, Prompt, Sampling
 
 PROMPT = Prompt(4, (1, 2), "")
@@ -57,6 +58,10 @@ async def raises():
     raise TimeoutError("of its own")
 
 
+async def starves():
+    raise Starved("no time")
+
+
 async def never():
     await asyncio.Event().wait()
 
@@ -86,6 +91,7 @@ GOOD = trajectory(2, 3, seed=0)
     [
         (raises, "env exception", r"Env raised TimeoutError.*of its own.*, \S*test_faults\.py line \d+, on prompt 4"),
         (cancels_a_helper, "env exception", r"raised CancelledError\(\), \S*test_faults\.py line \d+, on prompt 4"),
+        (starves, "env starved", r"raised Starved\('no time'\), .* on prompt 4"),
         (exits, "env exception", r"raised SystemExit\('graded'\), \S*test_faults\.py line \d+, on prompt 4"),
         (never, "env timeout", r"took more than 0.1 s beside generation \(env.timeout_s\) on prompt 4"),
         (lambda: 3, "env exception", r"can't be used in 'await' expression.*test_faults\.py line \d+, on prompt 4"),
@@ -249,3 +255,12 @@ def test_the_time_that_the_environment_holds_the_thread_is_counted_and_its_waits
 
     assert run(body()).reward == GOOD.reward
     assert patience.held.seconds == 4
+
+
+def test_the_clock_stands_still_while_a_program_waits_for_its_place():
+    async def waits():
+        with waiting.get()():
+            await asyncio.sleep(0.3)
+        return await good()
+
+    assert play(waits, timeout_s=0.2).trajectories[0].reward == 0.5

@@ -7,12 +7,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 from helpers import run
 
-from asyncrl.sandbox import Limits, Sandbox
+from asyncrl.sandbox import Limits, Sandbox, Starved
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="the sandbox needs Linux on x86-64"
@@ -217,7 +218,9 @@ def test_a_flood_of_output_ends_the_program(stream):
     assert len(getattr(outcome, stream)) == 1000
 
 
-def test_a_cancelled_run_leaves_no_process():
+def test_a_cancelled_run_leaves_no_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where no other test's sandboxes are
+
     async def body():
         before = set(Path(tempfile.gettempdir()).glob("sandbox-*"))
         own_children = Path(f"/proc/self/task/{os.getpid()}/children")
@@ -235,6 +238,96 @@ def test_a_cancelled_run_leaves_no_process():
         assert set(Path(tempfile.gettempdir()).glob("sandbox-*")) <= before
 
     run(body())
+
+
+def test_a_program_has_so_many_threads_at_once_and_no_more():
+    code = """import threading
+threading.stack_size(32768)
+for _ in range(2):
+    stop, threads = threading.Event(), []
+    try:
+        while len(threads) < 1000:
+            threads.append(threading.Thread(target=stop.wait))
+            threads[-1].start()
+    except RuntimeError as error:
+        print(len(threads), error)
+        threads.pop()
+    stop.set()
+    for thread in threads:
+        thread.join()"""
+    assert attempt(code).stdout == "64 can't start new thread\n" * 2
+
+
+def test_no_program_outlives_a_run_that_is_killed(tmp_path):
+    code = """import asyncio, os, threading, time
+from asyncrl.sandbox import Limits, Sandbox
+def children(pid):
+    return open(f"/proc/{pid}/task/{pid}/children").read().split()
+def tell():
+    while not any(watcher := children(os.getpid())) or not any(program := children(watcher[0])):
+        time.sleep(0.01)
+    print(*watcher, *program, flush=True)
+threading.Thread(target=tell).start()
+asyncio.run(Sandbox(Limits(time_s=100)).run("import time; time.sleep(90)"))"""
+    code = code.replace("asyncio.run", "Sandbox._prove = lambda self: asyncio.sleep(0)\nasyncio.run")
+    caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=_environment(tmp_path))
+    with caller:
+        pids = caller.stdout.readline().split()
+        assert len(pids) == 2
+        caller.kill()
+    end = time.monotonic() + 20
+    while any(_lives(int(pid)) for pid in pids):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def _environment(folder):
+    return {**os.environ, "TMPDIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def _lives(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"  # where nobody reaps orphans
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_program_whom_others_leave_no_processor_is_no_wrong_program(monkeypatch):
+    sandbox = Sandbox(Limits(time_s=20))
+    run(sandbox.run("pass"))
+    monkeypatch.setattr("asyncrl.sandbox._PATIENCE", 0.02)
+    with pytest.raises(Starved, match=r"could not use its 20 s within 0\.4 s, as others had the processors"):
+        run(sandbox.run("while True: pass"))
+
+
+def test_places_are_the_machines_and_those_of_a_killed_process_are_free_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = """import asyncio, os, time
+from contextlib import AsyncExitStack
+from asyncrl.sandbox.places import place
+async def main():
+    async with AsyncExitStack() as stack:
+        for _ in os.sched_getaffinity(0):
+            await stack.enter_async_context(place())
+        if not os.fork():
+            input()  # a child that outlives the holder
+            os._exit(0)
+        print("all", flush=True)
+        time.sleep(1000)
+asyncio.run(main())"""
+    pipe = subprocess.PIPE
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, env=_environment(tmp_path))
+
+    async def body():
+        waits = asyncio.create_task(Sandbox(Limits(time_s=20)).run("print(1)"))
+        await asyncio.sleep(0.5)
+        assert not waits.done()
+        other.kill()
+        assert (await waits).ok
+
+    with other:
+        assert other.stdout.readline() == b"all\n"
+        run(body())
 
 
 def test_as_many_run_at_once_as_told():

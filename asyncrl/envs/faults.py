@@ -1,4 +1,4 @@
-"""What an environment can do wrong in one attempt, each under a name of its own: too slow, raising, garbage.
+"""What an environment can do wrong in one attempt, each under a name of its own: too slow, raising, garbage, starved.
 
 A fault fails the attempt: it is counted by kind and made again. It never becomes a silent reward of 0.
 """
@@ -18,6 +18,7 @@ from typing import Any
 
 from asyncrl.envs.base import RESERVED, Env, Generate
 from asyncrl.imports import line_of
+from asyncrl.sandbox import Starved, waiting
 from asyncrl.types import UNSCORED, Completion, Failure, Prompt, Trajectory
 
 
@@ -57,7 +58,7 @@ class Patience:
         self.timeout_s = timeout_s
         self.held = held or Held()
         self._left_s = timeout_s
-        self._generating = 0
+        self._pauses = 0
         self._limit: asyncio.Timeout | None = None
         self.engine_error: BaseException | None = None
 
@@ -69,18 +70,25 @@ class Patience:
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """The model generates; an error in here is the engine's own."""
-        self._generating += 1
-        if self._generating == 1 and self._limit is not None:
+        with self.paused():
+            try:
+                yield
+            except Exception as error:
+                self.engine_error = error
+                raise
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The attempt waits for others: for the model, or for other attempts' programs."""
+        self._pauses += 1
+        if self._pauses == 1 and self._limit is not None:
             self._left_s = max(0.0, (self._limit.when() or 0.0) - asyncio.get_running_loop().time())
             self._limit.reschedule(None)
         try:
             yield
-        except Exception as error:
-            self.engine_error = error
-            raise
         finally:
-            self._generating -= 1
-            if not self._generating and self._limit is not None and not self._limit.expired():
+            self._pauses -= 1
+            if not self._pauses and self._limit is not None and not self._limit.expired():
                 self._go_on()
 
     def _go_on(self) -> None:
@@ -99,6 +107,7 @@ async def attempt(env: Env, prompt: Prompt, generate: Generate, patience: Patien
         num_sampled += len(completion.token_ids)
         return completion
 
+    before = waiting.set(patience.paused)
     try:
         async with asyncio.timeout(None) as limit:
             patience.start(limit)
@@ -117,7 +126,10 @@ async def attempt(env: Env, prompt: Prompt, generate: Generate, patience: Patien
     except (Exception, SystemExit) as error:  # graders are scripts, too
         if error is patience.engine_error:
             raise
-        raise _fault("exception", env, prompt, f"raised {error!r}{line_of(error)},") from error
+        kind = "starved" if isinstance(error, Starved) else "exception"
+        raise _fault(kind, env, prompt, f"raised {error!r}{line_of(error)},") from error
+    finally:
+        waiting.reset(before)
     checked = _checked(trajectory, env, prompt)
     if (num_trained := int(trajectory.mask.sum())) > num_sampled:
         text = f"trains {num_trained} tokens and {num_sampled} were sampled (the mask is True for sampled tokens alone)"

@@ -73,7 +73,7 @@ _PRCTLS = {"PR_SET_NAME": 15, "PR_GET_NAME": 16, "PR_GET_SECCOMP": 21, "PR_SET_V
 
 # Berkeley packet filter: load a word, jump on a comparison, return.
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
+_ALLOW, _ASK, _ERRNO, _KILL = 0x7FFF0000, 0x7FC00000, 0x00050000, 0x80000000
 _SYSCALL_AT, _ARCHITECTURE_AT, _ARGUMENTS_AT = 0, 4, 16
 _X86_64, _X32_BIT = 0xC000003E, 0x40000000
 _NEWER = 447
@@ -101,6 +101,11 @@ def call_filter() -> bytes:
     lines += _by_argument(_IOCTL, 1, _EQUAL, list(_IOCTLS.values()), then=_PERMIT)
     lines += _by_argument(_PRCTL, 0, _EQUAL, list(_PRCTLS.values()), then=_PERMIT)
     return _packed([*lines, (_AT_LEAST, 0, 1, _NEWER), _UNKNOWN, _REFUSE])
+
+
+def thread_filter() -> bytes:
+    """The program that has another process asked about each thread; see seccomp_unotify(2)."""
+    return _packed([*_native_only(), (_EQUAL, 0, 1, _CLONE), (_RETURN, 0, 0, _ASK), _PERMIT])
 
 
 def _native_only() -> list[_Line]:
