@@ -310,7 +310,7 @@ async def main():
         for _ in os.sched_getaffinity(0):
             await stack.enter_async_context(place())
         if not os.fork():
-            input()  # a child that outlives the holder
+            os.read(0, 1)  # a child that outlives the holder
             os._exit(0)
         print("all", flush=True)
         time.sleep(1000)

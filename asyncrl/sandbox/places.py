@@ -31,9 +31,10 @@ async def place() -> AsyncIterator[None]:
     try:
         yield
     finally:
-        _held.discard(held)
-        fcntl.flock(held, fcntl.LOCK_UN)  # a process that was forked meanwhile may have the file open, too
-        os.close(held)
+        if held in _held:  # not in a forked process
+            _held.discard(held)
+            fcntl.flock(held, fcntl.LOCK_UN)  # a process that is being started may have the file open, too
+            os.close(held)
 
 
 def _taken(folder: str, count: int) -> int | None:
