@@ -310,7 +310,8 @@ def _restore_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def stop_token_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end a completion, sorted: the tokenizer's own and those of the generation settings at `path`.
+    """The tokens that end a completion, sorted: the tokenizer's own, those of the generation settings at `path`, and
+    the chat template's end of turn, which base models' settings often lack.
 
     Without such settings they are those of the model's configuration, as where the library generates.
     """
@@ -319,9 +320,25 @@ def stop_token_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> tupl
     except OSError:  # a model without generation settings
         settings = _settings_of_model(path)
     found: set[int] = set()
-    for ids in (settings.eos_token_id, tokenizer.eos_token_id):
+    for ids in (settings.eos_token_id, tokenizer.eos_token_id, end_of_turn(tokenizer)):
         found.update([ids] if isinstance(ids, int) else ids or ())
     return tuple(sorted(found))
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template writes after a reply; None where there is no such one token."""
+    if not tokenizer.chat_template:
+        return None
+    reply = "(the reply of the model)"
+    said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": reply}, {"role": "user", "content": "!"}]
+    try:
+        text = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+    except Exception:  # templates may raise anything, and one that takes other conversations says so with the prompts
+        return None
+    after = str(text).partition(reply)[2].lstrip()
+    first = tokenizer.encode(after, add_special_tokens=False)[:1]
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return first[0] if first and first[0] in special else None
 
 
 def _settings_of_model(path: str | Path) -> GenerationConfig:

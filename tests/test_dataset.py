@@ -399,3 +399,96 @@ def test_a_timeout_that_a_reward_function_raises_is_told_as_its_own(tmp_path, na
     env = make(tmp_path / "data.jsonl", reward=f"test_dataset:{name}")
     with pytest.raises(ValueError, match=rf"'{name}' raised TimeoutError\('a judge.*, \S*test_dataset\.py line \d+"):
         attempt(env, next(env.prompts("train", 0)), "1")
+
+
+class PickyTokenizer(TextTokenizer):
+    """Its template writes all fields out, and refuses a word."""
+
+    def apply_chat_template(self, conversation, *, add_generation_prompt, tokenize, **options):
+        assert not tokenize
+        if "unsayable" in str(conversation):
+            raise RuntimeError("the template refuses it")
+        opened = "".join(f"<{message}>" for message in conversation)
+        return f"{opened}{sorted(options.items())}{'<assistant>' if add_generation_prompt else ''}"
+
+
+def test_the_same_conversations_are_the_same_prompts_from_any_file(tmp_path):
+    """Parquet gives every message the fields of all, and an order of its own."""
+    call = {"id": "1", "function": {"name": "add"}}
+    talks = [
+        [
+            {"role": "user", "content": f"question {n}"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "3", "name": "add"},
+            {"role": "user", "content": "so?"},
+        ]
+        for n in range(40)
+    ]
+    rows = [{"prompt": talk} for talk in talks]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    parts = [
+        [
+            {"content": [{"type": "text", "text": m["content"]}]}
+            | {"role": m["role"]}
+            | {k: v for k, v in m.items() if k not in ("role", "content")}
+            for m in talk
+        ]
+        for talk in talks
+    ]
+    (tmp_path / "parts.jsonl").write_text("\n".join(json.dumps({"prompt": talk}) for talk in parts))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "b.parquet")
+    envs = [
+        DatasetEnv(PickyTokenizer(), str(tmp_path / name), length_reward, max_prompt_tokens=2000)
+        for name in ("a.jsonl", "b.parquet", "parts.jsonl")
+    ]
+    first, *others = [
+        [list(itertools.islice(env.prompts(split, 0), 20)) for split in ("train", "heldout")] for env in envs
+    ]
+    assert all(first == other for other in others)
+    assert "None" not in envs[1]._tokenizer.decode(first[0][0].token_ids)
+
+
+def test_arguments_reach_the_template_and_a_begun_reply_goes_on(tmp_path):
+    rows = [
+        {"prompt": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "It"}]} for n in range(40)
+    ]
+    env = make(
+        tmp_path / "a.jsonl",
+        rows,
+        PickyTokenizer(),
+        prompt="prompt",
+        reward=length_reward,
+        template_args={"enable_thinking": False},
+    )
+    text = env._tokenizer.decode(next(env.prompts("train", 0)).token_ids)
+    assert text.endswith("[('continue_final_message', True), ('enable_thinking', False)]")
+
+
+def test_worked_examples_keep_a_question_that_is_a_conversation(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": f"{n}?"}], "reply": "yes"} for n in range(40)]
+    env = make(tmp_path / "a.jsonl", rows, prompt="prompt", reward=length_reward, reply="reply", num_shots=1)
+    text = env._tokenizer.decode(next(env.prompts("train", 0)).token_ids)
+    assert text.startswith("<user>0?<assistant>yes<user>")
+
+
+def test_rows_that_the_template_refuses_are_bad_rows(tmp_path):
+    rows = [{"prompt": "unsayable" if n == 7 else f"{n}?", "split": "train" if n else "heldout"} for n in range(20)]
+    settings = {"prompt": "prompt", "reward": length_reward, "style": "chat"}
+    env = make(tmp_path / "a.jsonl", rows, PickyTokenizer(), **settings)
+    with pytest.raises(ValueError, match=r"the prompt 'unsayable' of .*RuntimeError: the template refuses it"):
+        next(env.prompts("train", 0))
+    env = make(tmp_path / "a.jsonl", rows, PickyTokenizer(), bad_rows="skip", **settings)
+    assert len(list(itertools.islice(env.prompts("train", 0), 18))) == 18
+    assert env.skipped == {"not taken by template or tokenizer": 1}
+
+
+def test_an_empty_prompt_has_a_message_of_its_own(tmp_path):
+    env = make(
+        tmp_path / "a.jsonl",
+        [{"prompt": "", "split": split} for split in ("train", "heldout")],
+        prompt="prompt",
+        reward=length_reward,
+        style="raw",
+    )
+    with pytest.raises(ValueError, match="prompt empty: it has no tokens: write a question in it"):
+        next(env.prompts("train", 0))

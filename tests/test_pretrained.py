@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from asyncrl import pretrained
-from asyncrl.model import load_model, load_tokenizer
+from asyncrl.model import end_of_turn, load_model, load_tokenizer, stop_token_ids
 from asyncrl.recovery import checkpoint
 from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.tiny import build_tiny
@@ -123,3 +123,23 @@ def test_what_cannot_be_saved_is_told_before_the_run(folder, tmp_path, monkeypat
     monkeypatch.setattr(tokenizer, "save_pretrained", lambda _: 1 / 0)
     with pytest.raises(ValueError, match=r"cannot be saved with transformers .*mend them in the model's folder"):
         pretrained.check(folder, tokenizer, tmp_path / "scratch")
+
+
+def test_the_end_of_turn_of_the_template_stops(folder):
+    """A base model's only end token is another one: replies ran past the end of their turn."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<|im_start|>"]})
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    )
+    assert end_of_turn(tokenizer) == end
+    assert stop_token_ids(folder, tokenizer) == (tokenizer.eos_token_id, end)
+
+
+def test_a_template_without_an_end_of_turn_adds_no_stop(folder):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ':' + m.content + '\n' }}{% endfor %}"
+    assert end_of_turn(tokenizer) is None
+    tokenizer.chat_template = "{{ raise_exception('one turn only') }}"
+    assert end_of_turn(tokenizer) is None

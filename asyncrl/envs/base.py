@@ -51,7 +51,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool = ...) -> Any:
         """Token ids of `text`."""
 
-    def apply_chat_template(self, conversation: Any, *, add_generation_prompt: bool, tokenize: bool) -> Any:
+    def apply_chat_template(
+        self, conversation: Any, *, add_generation_prompt: bool, tokenize: bool, **options: Any
+    ) -> Any:
         """The text of a conversation, ready for the model's turn."""
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = ...) -> Any:

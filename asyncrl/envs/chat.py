@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
@@ -14,7 +14,7 @@ Style: TypeAlias = Literal["auto", "chat", "plain", "raw"]
 if the tokenizer has one; "raw" adds nothing; "auto" is "chat" where the tokenizer has a template and "plain"
 elsewhere."""
 
-Message: TypeAlias = dict[str, str]
+Message: TypeAlias = dict[str, Any]
 """`role` and `content`."""
 
 _ANSWER = "Answer:"
@@ -29,7 +29,9 @@ class ChatFormat:
     tokenizer: Tokenizer
     style: Style = "auto"
     system_prompt: str = ""
-    examples: Sequence[tuple[str, str]] = ()
+    examples: Sequence[tuple[str | Sequence[Message], str]] = ()
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the template, such as `enable_thinking` or `tools`."""
 
     def __post_init__(self) -> None:
         if self.style == "chat" and not self.tokenizer.chat_template:
@@ -70,9 +72,15 @@ class ChatFormat:
         if self._resolved == "raw":
             return "".join(message["content"] for message in asked)
         messages = [*self._opening(), *asked]
+        begun = asked[-1]["role"] == "assistant"
         if self._resolved == "plain":
-            return "\n\n".join(map(_plain, messages)) + f"\n\n{_ANSWER}"
-        text: str = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return "\n\n".join(map(_plain, messages)) + ("" if begun else f"\n\n{_ANSWER}")
+        options = dict(self.template_args)
+        if begun:  # the model goes on with the reply, which the template would close
+            options["continue_final_message"] = True
+        text: str = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=not begun, tokenize=False, **options
+        )
         return text
 
     def _tokens(self, text: str) -> list[int]:
@@ -100,7 +108,7 @@ class ChatFormat:
     def _opening(self) -> list[Message]:
         messages = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         for question, reply in self.examples:
-            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+            messages += [*_messages(question), {"role": "assistant", "content": reply}]
         return messages
 
 
@@ -118,8 +126,28 @@ def check_messages(given: Any, where: str) -> None:
             )
 
 
+def messages_of(said: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """A conversation in one form, whatever file it came from: no fields without a value, which Parquet adds to every
+    message, role and content first, and a content in parts of text as one text."""
+    return [_ordered(_without_none(message)) for message in said]
+
+
+def _ordered(message: dict[str, Any]) -> Message:
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        message["content"] = "".join(part.get("text", "") for part in content)
+    names = [name for name in ("role", "content") if name in message]
+    return {name: message[name] for name in [*names, *sorted(message.keys() - set(names))]}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_none(one) for name, one in value.items() if one is not None}
+    return [_without_none(one) for one in value] if isinstance(value, list) else value
+
+
 def _messages(said: str | Sequence[Message]) -> list[Message]:
-    return [{"role": "user", "content": said}] if isinstance(said, str) else list(said)
+    return [{"role": "user", "content": said}] if isinstance(said, str) else messages_of(said)
 
 
 def _plain(message: Message) -> str:

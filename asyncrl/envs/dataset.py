@@ -24,7 +24,7 @@ from functools import cache
 from typing import Any, Literal, get_args
 
 from asyncrl.envs.base import Generate, Split, Tokenizer, single_turn, split_of
-from asyncrl.envs.chat import ChatFormat, Style, check_messages
+from asyncrl.envs.chat import ChatFormat, Style, check_messages, messages_of
 from asyncrl.envs.data import Row, check_columns, read_rows
 from asyncrl.envs.rewards import Reward, Rewards, Score
 from asyncrl.types import UNSCORED, Prompt, Trajectory
@@ -73,6 +73,7 @@ class DatasetEnv:
         end_required: bool = False,
         score_by: Literal["attempt", "group"] = "attempt",
         timeout_s: float = 30.0,
+        template_args: dict[str, Any] | None = None,
     ) -> None:
         """`source`, `name`: as in `envs.data.read_rows`. `prompt`, `target`, `reply`: columns; a prompt is a text or a
         list of messages, `target` also reaches the reward functions under that name, a number as text, since that is
@@ -92,7 +93,7 @@ class DatasetEnv:
         self._prompt, self._target, self._reply, self._source_column = prompt, target, reply, source_column
         self._rewards = Rewards(reward, weights, timeout_s)
         self._num_shots = num_shots
-        self._bare_format = ChatFormat(tokenizer, style, system_prompt)
+        self._bare_format = ChatFormat(tokenizer, style, system_prompt, template_args=template_args or {})
         self._read, self._load = cache(self._read_split), cache(self._load_split)
         if num_shots and not reply:
             raise ValueError(f"env.args.num_shots is {num_shots}: worked examples need the column named by reply")
@@ -220,6 +221,7 @@ class DatasetEnv:
             raise ValueError(f"nothing in column {missing[0]!r}{', only in ' if has else ''}{has}")
         if not isinstance(prompt := row[self._prompt], str):
             check_messages(prompt, f"column {self._prompt!r}")
+            return row | {self._prompt: messages_of(prompt)}
         return row
 
     async def _score(
@@ -236,6 +238,7 @@ class DatasetEnv:
             self._bare_format.style,
             self._bare_format.system_prompt,
             [(row[self._prompt], row[self._reply]) for row in shots],
+            self._bare_format.template_args,
         )
         if self._heldout:
             rows = self._read(self._heldout) if split == "heldout" else rest
@@ -286,11 +289,18 @@ class DatasetEnv:
 
     def _example(self, row: Row, chat: ChatFormat) -> _Example | None:
         prompt = row[self._prompt]
-        token_ids = tuple(chat.encode(prompt))
-        if not 0 < len(token_ids) <= self.max_prompt_tokens:
-            reason = f"longer than {self.max_prompt_tokens} tokens" if token_ids else "empty"
-            what = f"the prompt {str(prompt)[:60]!r} of {self._source!r}"
-            self._refuse(what, f"prompt {reason}", f"it has {len(token_ids)} tokens: raise env.args.max_prompt_tokens")
+        what = f"the prompt {str(prompt)[:60]!r} of {self._source!r}"
+        try:
+            token_ids = tuple(chat.encode(prompt))
+        except Exception as error:  # templates are code of the model's, and may raise anything
+            self._refuse(what, "not taken by template or tokenizer", f"{type(error).__name__}: {str(error)[:400]}")
+            return None
+        if not token_ids:
+            self._refuse(what, "prompt empty", "it has no tokens: write a question in it")
+            return None
+        if len(token_ids) > self.max_prompt_tokens:
+            detail = f"it has {len(token_ids)} tokens: raise env.args.max_prompt_tokens"
+            self._refuse(what, f"prompt longer than {self.max_prompt_tokens} tokens", detail)
             return None
         columns = row | ({"target": _as_text(row[self._target])} if self._target else {})
         scoring = _dumped({"prompt": prompt, "columns": columns}, self._source)
