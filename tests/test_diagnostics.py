@@ -84,6 +84,14 @@ def test_sample_sizes_are_of_unclipped_weights():
     assert metrics["ess/token"] < metrics["ess/token_capped"]
 
 
+def test_a_weight_that_is_dropped_counts_as_0():
+    metrics = measure(make_columns(), resolve("tis2", {"policy_outside": "drop", "policy_cap": 1.2}))
+    weights = [math.exp(x) for row in X for x in row]
+    assert any(weight > 1.2 for weight in weights)
+    in_use = size([weight if weight <= 1.2 else 0 for weight in weights])
+    assert metrics["ess/token_capped"] == pytest.approx(in_use, rel=1e-5)
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.floats(-2, 2, width=32), min_size=1, max_size=20), st.integers(1, 40))
 def test_the_token_sample_size_is_a_share_and_does_not_see_repetition(log_ratios, times):

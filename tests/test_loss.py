@@ -679,3 +679,18 @@ def test_a_loss_tells_which_bound_removes_what_was_drawn_from_a_part(name, share
     )
     _, outcome = policy_loss(columns, loss)
     assert bool(loss.removed_from(share)) == bool((outcome.trust_masked | outcome.guard_masked).any())
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_cap_that_drops_is_the_dual_clip_of_verl_and_skyrl(advantage):
+    """Their loss, min and max of ratio, clipped ratio and c times the advantage, has the same slope everywhere."""
+    loss = resolve("dapo", {"policy_cap": 3.0, "policy_outside": "drop", "trust_high": 0.2})
+    ratio = torch.tensor([0.3, 0.79, 0.81, 1.0, 1.19, 1.21, 2.9, 3.1, 50.0])
+    size, ours, theirs = len(ratio), ratio.log().requires_grad_(), ratio.log().requires_grad_()
+    zeros, advantages = torch.zeros(size), torch.full((size,), advantage)
+    index = torch.zeros(size, dtype=torch.int64)
+    columns = Columns(ours, zeros, None, None, advantages, torch.ones(size), index, index, 1)
+    policy_loss(columns, loss)[0].backward()
+    clipped = torch.maximum(-advantages * theirs.exp(), -advantages * theirs.exp().clamp(0.8, 1.2))
+    torch.where(advantages < 0, torch.minimum(-advantages * 3.0, clipped), clipped).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)

@@ -40,7 +40,8 @@ METRICS: dict[str, str] = {
     "ess/token": "effective sample size of the unclipped token ratios, as a share of the tokens",
     "ess/sequence": "the same of the products over trajectories, as a share of them: an alarm, not a weight",
     "ess/chi2": "mean of (ratio - 1)^2 of the unclipped token ratios: estimate of chi^2(current || behavior)",
-    "ess/token_capped": "effective sample size of the weights in use, after caps and before masks",
+    "ess/token_capped": "effective sample size of the weights in use, as a share of the tokens: after caps, with "
+    "weights outside bounds that drop as 0, and before masks",
     "clip/capped_positive": "share of all tokens that have a positive advantage and a clamped weight",
     "clip/capped_negative": "the same with a negative advantage",
     "clip/trust_positive": "share of all tokens that have a positive advantage and were removed one by one",
@@ -205,12 +206,13 @@ def _mismatch(columns: Columns, outcome: Outcome) -> dict[str, Tensor]:
 
 def _sample_sizes(columns: Columns, outcome: Outcome) -> dict[str, Tensor]:
     token = _finite(outcome.log_ratio.double())
+    in_use = outcome.log_weight.double().masked_fill(outcome.dropped, -math.inf)
     sequence = _finite(sequence_sum(outcome.log_ratio.double(), columns))
     return {
         "ess/token": _sample_size(token),
         "ess/sequence": _sample_size(sequence),
         "ess/chi2": token.expm1().square().mean(),
-        "ess/token_capped": _sample_size(_finite(outcome.log_weight.double())),
+        "ess/token_capped": _sample_size(in_use[in_use.isfinite() | outcome.dropped]),
     }
 
 

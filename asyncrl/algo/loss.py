@@ -67,13 +67,15 @@ class Outcome:
     """What the loss did with each token; detached columns of length n.
 
     `coefficient` is M c A + kappa. `log_weight` is log c after capping and before masks. `capped`: a weight was
-    clamped. `trust_masked`: removed by the trust mask or by a weight that drops. `guard_masked`: removed with its
-    sequence. `log_ratio` is current minus behavior. `nonfinite`: a log-ratio, weight or coefficient is not finite.
+    clamped. `dropped`: outside the bounds of a weight that drops. `trust_masked`: that, or removed by the trust mask.
+    `guard_masked`: removed with its sequence. `log_ratio` is current minus behavior. `nonfinite`: a log-ratio, weight
+    or coefficient is not finite.
     """
 
     coefficient: Tensor
     log_weight: Tensor
     capped: Tensor
+    dropped: Tensor
     trust_masked: Tensor
     guard_masked: Tensor
     log_ratio: Tensor
@@ -107,7 +109,7 @@ def policy_loss(columns: Columns, loss: Loss, m2_bound: float | None = None) -> 
     terms = columns.normalizers * coefficient * columns.logprobs
     total = -torch.where(keep | (kappa != 0), terms, 0.0).sum()
     nonfinite = ~(log_ratio.isfinite() & log_weight.isfinite() & coefficient.isfinite())
-    return total, Outcome(coefficient, log_weight, capped, trust_masked, guard_masked, log_ratio, nonfinite)
+    return total, Outcome(coefficient, log_weight, capped, dropped, trust_masked, guard_masked, log_ratio, nonfinite)
 
 
 def try_own(loss: Loss, num_groups: int, group_size: int) -> None:
@@ -177,7 +179,7 @@ def _own_loss(columns: Columns, loss: Loss) -> tuple[Tensor, Outcome]:
     log_ratio = current.detach() - columns.behavior_logprobs
     nonfinite = ~(log_ratio.isfinite() & coefficient.isfinite())
     value = total.detach() + (slope * (current - current.detach())).sum()
-    return value, Outcome(coefficient, weight.log(), nothing, nothing, nothing, log_ratio, nonfinite)
+    return value, Outcome(coefficient, weight.log(), nothing, nothing, nothing, nothing, log_ratio, nonfinite)
 
 
 def _nothing(columns: Columns) -> Tensor:

@@ -74,6 +74,8 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     policy_floor: NonNegative = 0.0
     policy_cap: NonNegative = 0.0
     policy_outside: Outside = "clamp"
+    """With trust = "ratio", "drop" and a cap above 1 + `trust_high` are the dual clip (1912.09729): beyond the cap
+    tokens of negative advantage have no gradient, and those of positive advantage have none already."""
     policy_sign: Literal["both", "negative"] = "both"
     """Sign of the advantages that are weighted; with "negative" the others keep weight 1."""
     policy_gate: NonNegative = 0.0

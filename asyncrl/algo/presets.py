@@ -23,11 +23,12 @@ PRESETS: dict[str, Loss] = {
     "tis2": Loss(policy_weight="token", policy_cap=2.0),
     # REINFORCE with a group baseline: no correction (Williams 1992; 2402.14740).
     "reinforce": Loss(),
-    # DeepSeekMath 2402.03300.
+    # DeepSeekMath 2402.03300. TRL's, verl's and SkyRL's defaults differ in KL and mean: docs/guide.md.
     "grpo": Loss(**_PPO, reference_kl=0.04, aggregate="seq_mean"),
     # Dr. GRPO 2503.20783: no std, constant denominator.
     "dr_grpo": Loss(policy_weight="token", trust="ratio", aggregate="constant"),
-    # DAPO 2503.14476: clip-higher, token mean; its group filter and length shaping belong to the data.
+    # DAPO 2503.14476: clip-higher, token mean; its group filter and length shaping belong to the data. verl's recipe
+    # adds the dual clip (Ye et al. 1912.09729) at 10, which is policy_cap = 10 with policy_outside = "drop".
     "dapo": Loss(**_PPO, trust_high=0.28),
     # Decoupled PPO 2110.00641 as in AReaL 2505.24298: tokens with a behavior weight above 5 are dropped.
     "decoupled_ppo": Loss(**_RECOMPUTE, behavior_cap=5.0, behavior_outside="drop"),
