@@ -99,7 +99,8 @@ class ReasoningGym:
         }
 
     def _score(self, answer: str | None, prompt: Prompt) -> float | None:
-        """The task's score of an answer; None where its scorer raises, as some do on free text."""
+        """The task's score of an answer; None where its scorer raises, as some do on free text,
+        or says no finite number."""
         if answer is None:
             return 0.0
         entry = self._tasks[int(prompt.target)]
@@ -107,9 +108,7 @@ class ReasoningGym:
             score = float(self._tasks.score_answer(answer, entry))
         except Exception:  # whatever the task's parser stumbles on: the answer is at fault, not the run
             return None
-        if not math.isfinite(score):
-            raise ValueError(f"the task {self._task!r} scored {answer!r} with {score}: leave the task out")
-        return score
+        return score if math.isfinite(score) else None
 
     def _extract(self, text: str) -> str | None:
         if self._answer == "whole":
