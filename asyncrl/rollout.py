@@ -21,7 +21,7 @@ import numpy as np
 
 from asyncrl.engine.base import Engine
 from asyncrl.envs.base import Env
-from asyncrl.envs.faults import EnvFault, Held, Patience, attempt, score_together
+from asyncrl.envs.faults import UNBOUNDED, Bounds, EnvFault, Held, Patience, attempt, score_together
 from asyncrl.recovery import groups
 from asyncrl.transport import Rendezvous
 from asyncrl.types import Completion, Failure, Group, Prompt, Sampling, Trajectory, Version
@@ -73,15 +73,18 @@ class Rollout:
         timeout_s: float = 300.0,
         max_attempts: int = 1,
         store: Path | None = None,
+        bounds: Bounds = UNBOUNDED,
     ) -> None:
         """`evaluation`: greedy attempts, one a prompt, unless told otherwise. `timeout_s` bounds what an attempt takes
         beside generation, `max_attempts` how often one that the environment spoils is made before its fault is raised.
-        `store`: the folder that finished groups are written to before they are handed over."""
+        `store`: the folder that finished groups are written to before they are handed over. `bounds`: of what the
+        environment may give."""
         self.attempts = evaluation or Attempts(replace(sampling, temperature=0.0, top_p=1.0, top_k=0))
         self.name = name
         self._engine, self._env = engine, env
         self._sampling, self._group_size, self._seed = sampling, group_size, seed
         self._timeout_s, self._max_attempts, self._store = timeout_s, max_attempts, store
+        self._bounds = bounds
         self._started = time.monotonic()
         self._held = Held()
         self._num_tokens = 0
@@ -210,7 +213,7 @@ class Rollout:
                 self._num_tokens += len(parts[-1].token_ids)
             return parts[0] if len(parts) == 1 else _joined(parts)
 
-        return await attempt(self._env, prompt, generate, patience)
+        return await attempt(self._env, prompt, generate, patience, self._bounds)
 
 
 async def _all(plays: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -13,12 +13,15 @@ import pytest
 from helpers import run, trajectory
 
 from asyncrl.envs import faults
-from asyncrl.envs.faults import EnvFault, Patience, attempt
+from asyncrl.envs.faults import Bounds, EnvFault, Patience, attempt
 from asyncrl.rollout import Rollout
 from asyncrl.sandbox import Starved, waiting
 from asyncrl.types import Completion, Prompt, Sampling
 
 PROMPT = Prompt(4, (1, 2), "")
+
+
+BOUNDS = Bounds(vocabulary=26, length=20)
 
 
 class Engine:
@@ -46,7 +49,9 @@ class Env:
 
 
 def play(after, engine=None, timeout_s=5.0):
-    rollout = Rollout(engine or Engine(), Env(after), Sampling(4), group_size=1, seed=0, timeout_s=timeout_s)
+    rollout = Rollout(
+        engine or Engine(), Env(after), Sampling(4), group_size=1, seed=0, timeout_s=timeout_s, bounds=BOUNDS
+    )
     return run(rollout.run(PROMPT), seconds=20)
 
 
@@ -105,6 +110,23 @@ GOOD = trajectory(2, 3, seed=0)
             "env garbage",
             "gave a metric 'reward', which the run itself counts: give it another name",
         ),
+        (gives(replace(GOOD, metrics={3: 1.0})), "env garbage", "gave a metric 3, whose name is no text"),
+        (gives(replace(GOOD, metrics=[1.0])), "env garbage", "gave metrics of list"),
+        (gives(replace(GOOD, reward=3e38)), "env garbage", r"gave the reward 3e\+38, above 1e\+16 .*: scale it"),
+        (gives(replace(GOOD, reward=10**5000)), "env garbage", r"gave reward of 16610 bits, not a finite number"),
+        (
+            gives(replace(GOOD, token_ids=GOOD.token_ids * 0 - 1)),
+            "env garbage",
+            "gave the token id -1, which the model",
+        ),
+        (
+            gives(replace(GOOD, token_ids=GOOD.token_ids + 99)),
+            "env garbage",
+            r"gave the token id \d+, .* are 0 to 25\)",
+        ),
+        (gives(replace(GOOD, logprobs=GOOD.logprobs * np.nan)), "env garbage", "gave the log-probability nan"),
+        (gives(replace(GOOD, versions=GOOD.versions + 7)), "env garbage", "gave the version 7 for a sampled token"),
+        (gives(trajectory(30, 3, seed=0)), "env garbage", "gave a trajectory of 33 tokens .*raise learner.row_tokens"),
     ],
 )
 def test_each_fault_has_its_kind(after, kind, text):
@@ -121,6 +143,8 @@ def test_each_fault_has_its_kind(after, kind, text):
         ([[1, 2]], r"generate takes .* got '\[\[1, 2\]\]' \(list\)"),
         ([], r"generate takes .* got '\[\]' \(list\)"),
         ({"input_ids": [1]}, r"generate takes .* \(dict\)"),
+        ([1, 26], r"generate got the token id 26 and those of the model are 0 to 25"),
+        ([-1], r"generate got the token id -1"),
         ([1, 2, 3], r"a context of 3 tokens and max_prompt_tokens of the environment is 2, .*args.max_context_tokens"),
     ],
 )
@@ -129,7 +153,7 @@ def test_a_context_that_no_engine_takes_is_the_environments_fault_on_its_line(co
         async def play(self, _prompt, generate):
             await generate(context)
 
-    rollout = Rollout(Engine(), Wrong(good), Sampling(4), group_size=1, seed=0)
+    rollout = Rollout(Engine(), Wrong(good), Sampling(4), group_size=1, seed=0, bounds=BOUNDS)
     with pytest.raises(EnvFault, match=f"Wrong raised .*{text}.*test_faults\\.py line \\d+, on prompt 4") as caught:
         run(rollout.run(PROMPT))
     assert caught.value.kind == "env exception"

@@ -31,6 +31,9 @@ class EngineDied(RuntimeError):
 class Engine(Protocol):
     """Two implementations: `engine.embedded` and `engine.sglang`. One contract suite runs against both."""
 
+    vocabulary: int
+    """Token ids are below it."""
+
     @property
     def num_ranks(self) -> int:
         """Ranks that this engine takes in the broadcast group."""

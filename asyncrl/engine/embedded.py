@@ -82,7 +82,7 @@ class EmbeddedEngine:
         self._model, self._on_update, self._address = model, on_update, address
         self._decode, self._remedies = decode, remedies
         self._max_running, self._max_length = max_running, max_length
-        self._vocabulary: int = model.config.vocab_size
+        self.vocabulary: int = model.config.vocab_size
         self._cache = SlotCache(model, max_running, max_length)
         self._waiting: deque[_Request] = deque()
         self._live: list[_Request] = []
@@ -117,7 +117,7 @@ class EmbeddedEngine:
         if self._closed:
             raise RuntimeError("the engine is closed")
         prompt = tuple(token_ids)
-        sampler.check_request(prompt, sampling, self._vocabulary, self._max_length)
+        sampler.check_request(prompt, sampling, self.vocabulary, self._max_length)
         stops.check(sampling, self._decode)
         request = _Request(prompt, sampling, seed, asyncio.get_running_loop().create_future())
         self._waiting.append(request)

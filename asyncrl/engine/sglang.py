@@ -65,7 +65,7 @@ class SGLangEngine:
         self._engine, self._manager = engine, engine.tokenizer_manager
         self._num_ranks, self._max_length, self._address = num_ranks, max_length, address
         self._dtype, self._decode = dtype, decode
-        self._vocabulary: int = self._manager.model_config.vocab_size
+        self.vocabulary: int = self._manager.model_config.vocab_size
         self._digests: dict[Version, str] = {0: CHECKPOINT}
         self._version: Version = 0
         self._paused = self._released = False
@@ -143,7 +143,7 @@ class SGLangEngine:
         Raises `ValueError` for a prompt or settings that cannot be run, `RuntimeError` once closed or when a scheduler
         process has ended.
         """
-        sampler.check_request(token_ids, sampling, self._vocabulary, self._max_length)
+        sampler.check_request(token_ids, sampling, self.vocabulary, self._max_length)
         stops.check(sampling, self._decode)
         self._calls.check()
         self._num_requests += 1

@@ -10,11 +10,13 @@ import math
 import operator
 import time
 import types
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
+
+import numpy as np
 
 from asyncrl.envs.base import RESERVED, Env, Generate
 from asyncrl.imports import line_of
@@ -96,15 +98,34 @@ class Patience:
         self._limit.reschedule(asyncio.get_running_loop().time() + self._left_s)
 
 
-async def attempt(env: Env, prompt: Prompt, generate: Generate, patience: Patience) -> Trajectory:
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a run takes of an environment; None where it is not known."""
+
+    vocabulary: int | None = None
+    """Token ids are below it."""
+    length: int | None = None
+    """Tokens of a trajectory that the learner has room for."""
+
+
+UNBOUNDED = Bounds()
+_MAX_REWARD = 1e16
+"""In magnitude. Advantages are computed in float32, where the squares of larger ones overflow."""
+
+
+async def attempt(
+    env: Env, prompt: Prompt, generate: Generate, patience: Patience, bounds: Bounds = UNBOUNDED
+) -> Trajectory:
     """One attempt, its reward a finite float or `UNSCORED`. Raises `EnvFault`, or what the engine raised."""
     num_sampled = 0
+    versions = set[int]()
 
     async def counted(token_ids: Sequence[int]) -> Completion:
         nonlocal num_sampled
-        _check_context(token_ids, env.max_prompt_tokens)
+        _check_context(token_ids, env.max_prompt_tokens, bounds.vocabulary)
         completion = await generate(token_ids)
         num_sampled += len(completion.token_ids)
+        versions.update(completion.versions.tolist())
         return completion
 
     before = waiting.set(patience.paused)
@@ -134,6 +155,8 @@ async def attempt(env: Env, prompt: Prompt, generate: Generate, patience: Patien
     if (num_trained := int(trajectory.mask.sum())) > num_sampled:
         text = f"trains {num_trained} tokens and {num_sampled} were sampled (the mask is True for sampled tokens alone)"
         raise _fault("garbage", env, prompt, text)
+    if (problem := next(_wrong_columns(checked, bounds, versions), None)) is not None:
+        raise _fault("garbage", env, prompt, problem)
     return checked
 
 
@@ -164,23 +187,66 @@ def _checked(trajectory: Any, env: Env, prompt: Prompt) -> Trajectory:
     """Raises `EnvFault` unless it is a trajectory whose reward and metrics can be used."""
     if not isinstance(trajectory, Trajectory):
         raise _fault("garbage", env, prompt, f"gave a {type(trajectory).__name__}, not a Trajectory")
-    for name in trajectory.metrics:
-        if not isinstance(name, str):
-            raise _fault("garbage", env, prompt, f"gave a metric {name!r}, whose name is no text: write {str(name)!r};")
-    if reserved := RESERVED & trajectory.metrics.keys():
-        text = f"gave a metric {min(reserved)!r}, which the run itself counts: give it another name;"
-        raise _fault("garbage", env, prompt, text)
-    for name, value in {"reward": trajectory.reward, **trajectory.metrics}.items():
-        if value is UNSCORED and name == "reward":
-            continue
-        if not isinstance(value, Real) or not math.isfinite(value):
-            raise _fault("garbage", env, prompt, f"gave {name} {value!r}, not a finite number")
+    if (problem := next(_wrong_numbers(trajectory), None)) is not None:
+        raise _fault("garbage", env, prompt, problem)
     return trajectory if trajectory.reward is UNSCORED else replace(trajectory, reward=float(trajectory.reward))
 
 
-def _check_context(token_ids: Sequence[int], most: int) -> None:
+def _wrong_columns(trajectory: Trajectory, bounds: Bounds, versions: Set[int]) -> Iterator[str]:
+    """What the learner could not train on; `versions` are those that the attempt's tokens were sampled by."""
+    length, low, high = len(trajectory.token_ids), trajectory.token_ids.min(), trajectory.token_ids.max()
+    if bounds.length is not None and length > bounds.length:
+        yield (
+            f"gave a trajectory of {length} tokens and a row of the learner has {bounds.length}: raise "
+            "learner.row_tokens, or max_prompt_tokens of the environment (env.args.max_context_tokens in a MultiTurn)"
+        )
+    if low < 0 or (bounds.vocabulary is not None and high >= bounds.vocabulary):
+        wrong = low if low < 0 else high
+        most = "" if bounds.vocabulary is None else f" (the model's are 0 to {bounds.vocabulary - 1})"
+        yield f"gave the token id {wrong}, which the model does not have{most}"
+    logprobs = trajectory.logprobs[trajectory.mask]
+    if not (finite := np.isfinite(logprobs)).all():
+        yield f"gave the log-probability {logprobs[~finite][0]} for a sampled token: keep those of the completion"
+    if unknown := set(trajectory.versions[trajectory.mask].tolist()) - versions:
+        yield f"gave the version {min(unknown)} for a sampled token: keep those of the completion"
+
+
+def _wrong_numbers(trajectory: Trajectory) -> Iterator[str]:
+    """The reward or a metric that is none. Stop at the first: each check takes for granted that those before passed."""
+    if not isinstance(trajectory.metrics, Mapping):
+        yield f"gave metrics of {type(trajectory.metrics).__name__}, not a dict of numbers by name"
+        return
+    for name in trajectory.metrics:
+        if not isinstance(name, str):
+            yield f"gave a metric {name!r}, whose name is no text: write {str(name)!r};"
+        elif name in RESERVED:
+            yield f"gave a metric {name!r}, which the run itself counts: give it another name;"
+    for name, value in [("reward", trajectory.reward), *trajectory.metrics.items()]:
+        if value is UNSCORED and name == "reward":
+            continue
+        if not isinstance(value, Real) or not _is_finite(value):
+            yield f"gave {name} {_said(value)}, not a finite number"
+    if trajectory.reward is not UNSCORED and abs(trajectory.reward) > _MAX_REWARD:
+        yield f"gave the reward {trajectory.reward:g}, above {_MAX_REWARD:g} in magnitude: scale it"
+
+
+def _said(value: object) -> str:
+    """A value in few characters; Python refuses to write long integers."""
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return f"of {value.bit_length()} bits"
+    return repr(value)[:60]
+
+
+def _is_finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+def _check_context(token_ids: Sequence[int], most: int, vocabulary: int | None) -> None:
     """Raises, in the environment's own call, for a context that no engine could take; its first token tells the kind of
-    all."""
+    all. `vocabulary`: token ids are below it."""
     try:
         operator.index(token_ids[0])
     except (TypeError, IndexError, KeyError) as error:
@@ -194,6 +260,9 @@ def _check_context(token_ids: Sequence[int], most: int) -> None:
             "which bounds the context of every turn: raise it (env.args.max_context_tokens in a MultiTurn), or end the "
             "attempt before, with finish 'length'"
         )
+    if vocabulary is not None and not 0 <= min(token_ids) <= max(token_ids) < vocabulary:
+        wrong = next(token for token in token_ids if not 0 <= token < vocabulary)
+        raise ValueError(f"generate got the token id {wrong} and those of the model are 0 to {vocabulary - 1}")
 
 
 async def _played(env: Env, prompt: Prompt, generate: Generate) -> Trajectory:

@@ -19,6 +19,7 @@ from asyncrl.engine.base import Engine
 from asyncrl.engine.embedded import EmbeddedEngine
 from asyncrl.engine.stops import Decode
 from asyncrl.envs.base import load_env
+from asyncrl.envs.faults import Bounds
 from asyncrl.model import empty_model, load_model, load_tokenizer, stop_token_ids
 from asyncrl.recovery import checkpoint
 from asyncrl.recovery.checkpoint import Cursor
@@ -83,6 +84,7 @@ async def build_rollout(
         timeout_s=config.env.timeout_s,
         max_attempts=settings.max_attempts,
         store=store,
+        bounds=Bounds(engine.vocabulary, row_length(config, env.max_prompt_tokens)),
     )
 
 
