@@ -272,6 +272,7 @@ def test_a_foreign_name_among_the_checkpoints_is_told_and_left_alone(tmp_path, n
     shutil.copytree(tmp_path / "step-000001", tmp_path / name)
     (tmp_path / "step-000099").write_text("no folder")
     (tmp_path / ".step-mine").mkdir()
+    assert checkpoint.clear(tmp_path / "missing") == (0, 0), "a run that has none yet"
     with pytest.warns(UserWarning, match=name):
         (second,) = saved(tmp_path, 2, keep=1)
     with pytest.warns(UserWarning, match="step-000099"):

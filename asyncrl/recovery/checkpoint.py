@@ -127,7 +127,7 @@ def clear(root: Path) -> tuple[int, int]:
     One that cannot be deleted is warned of: NFS keeps the files that another process still reads.
     """
     count = num_bytes = 0
-    for folder in (path for path in root.iterdir() if _LEFT_OVER.fullmatch(path.name)):
+    for folder in (path for path in root.glob(".step-*") if _LEFT_OVER.fullmatch(path.name)):
         try:
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             shutil.rmtree(folder)
