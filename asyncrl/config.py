@@ -22,6 +22,10 @@ BUILT_IN = (TINY, TINY_BYTES)
 """Models that are made in code (`tiny.py`)."""
 
 
+_TOY_TOKENS = 2
+"""Of a reply of LargestDigit: the digit and the end."""
+
+
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Values that cannot change after loading; unknown keys are refused."""
 
@@ -57,7 +61,8 @@ class RolloutConfig(_Section, frozen=True, kw_only=True):
     engine: Literal["embedded", "sglang"] = "embedded"
     group_size: int = 8
     """Samples per prompt (G)."""
-    max_new_tokens: int = 2
+    max_new_tokens: int = 512
+    """Bound on a completion. The toy that runs when `env.path` names no environment has 2."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -377,6 +382,8 @@ def from_tree(tree: dict[str, Any]) -> Config:
 
     upgrade(tree)
     tables.check(tree, Config)
+    if "path" not in tree.get("env", {}):
+        tree = {**tree, "rollout": {"max_new_tokens": _TOY_TOKENS, **tree.get("rollout", {})}}
     try:
         config = msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:

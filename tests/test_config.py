@@ -386,3 +386,11 @@ def test_settings_of_earlier_versions_are_rewritten():
 def test_a_feature_that_is_gone_is_named_with_its_remedy(word):
     with pytest.raises(ValueError, match=rf"{re.escape(word)} was removed in 0\.2: .*buffer\.\w+=\d"):
         configuration.load(None, [word])
+
+
+def test_only_the_toy_has_the_budget_of_the_toy():
+    assert configuration.load(None, []).rollout.max_new_tokens == 2
+    assert configuration.load(None, ["rollout.max_new_tokens=7"]).rollout.max_new_tokens == 7
+    own = configuration.load(None, ["env.path=asyncrl.envs.dataset:DatasetEnv"])
+    assert own.rollout.max_new_tokens == 512
+    assert configuration.from_tree(configuration.to_tree(own)) == own, "a stored configuration has every value"

@@ -143,7 +143,7 @@ def test_sources_share_a_pass_rate(tmp_path):
     config = configuration.load(None, ["runtime=local", "curriculum.by=source", f"run_dir={tmp_path / 'runs'}"])
     with pytest.raises(ValueError, match=refused):
         run(job.train(config, quiet=True))
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["cache"], "before there is a run folder"
+    assert not (tmp_path / "runs").exists(), "before a run has a folder"
 
 
 def test_a_queue_that_is_opened_again_decides_as_the_first_would_have(tmp_path):
