@@ -22,8 +22,8 @@ BUILT_IN = (TINY, TINY_BYTES)
 """Models that are made in code (`tiny.py`)."""
 
 
-_TOY_TOKENS = 2
-"""Of a reply of LargestDigit: the digit and the end."""
+_TOY, _TOY_TOKENS = "asyncrl.envs.digits:LargestDigit", 2
+"""The environment where none is named, and the tokens of its replies: the digit and the end."""
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -39,7 +39,7 @@ class ModelConfig(_Section, frozen=True, kw_only=True):
 
 
 class EnvConfig(_Section, frozen=True, kw_only=True):
-    path: str = "asyncrl.envs.digits:LargestDigit"
+    path: str = _TOY
     """`package.module:Class`."""
     args: dict[str, Any] = {}
     """Keyword arguments of the class."""
@@ -62,7 +62,7 @@ class RolloutConfig(_Section, frozen=True, kw_only=True):
     group_size: int = 8
     """Samples per prompt (G)."""
     max_new_tokens: int = 512
-    """Bound on a completion. The toy that runs when `env.path` names no environment has 2."""
+    """Bound on a completion. 2 where `env.path` is the toy that runs when no environment is named."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -382,7 +382,7 @@ def from_tree(tree: dict[str, Any]) -> Config:
 
     upgrade(tree)
     tables.check(tree, Config)
-    if "path" not in tree.get("env", {}):
+    if tree.get("env", {}).get("path", _TOY) == _TOY:
         tree = {**tree, "rollout": {"max_new_tokens": _TOY_TOKENS, **tree.get("rollout", {})}}
     try:
         config = msgspec.convert(tree, Config)

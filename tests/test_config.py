@@ -391,6 +391,8 @@ def test_a_feature_that_is_gone_is_named_with_its_remedy(word):
 def test_only_the_toy_has_the_budget_of_the_toy():
     assert configuration.load(None, []).rollout.max_new_tokens == 2
     assert configuration.load(None, ["rollout.max_new_tokens=7"]).rollout.max_new_tokens == 7
-    own = configuration.load(None, ["env.path=asyncrl.envs.dataset:DatasetEnv"])
-    assert own.rollout.max_new_tokens == 512
+    toy = run.DEFAULT
+    assert configuration.from_words([], toy).rollout.max_new_tokens == 2
+    own = configuration.from_words(["env.path=asyncrl.envs.dataset:DatasetEnv"], toy)
+    assert own.rollout.max_new_tokens == 512, "as a command line without a file has it"
     assert configuration.from_tree(configuration.to_tree(own)) == own, "a stored configuration has every value"
