@@ -15,8 +15,10 @@ from helpers import run
 from asyncrl.config import TINY_BYTES
 from asyncrl.engine.embedded import EmbeddedEngine
 from asyncrl.envs.base import load_env
+from asyncrl.envs.chat import ChatFormat
 from asyncrl.envs.code import UnitTest, matches, programs_in, read_tests
 from asyncrl.envs.data import read_rows
+from asyncrl.envs.dataset import DatasetEnv
 from asyncrl.envs.multi_turn import SHIPPED
 from asyncrl.envs.swe import _RepairEpisode
 from asyncrl.envs.tools import ToolError, calculator, same_answer
@@ -534,3 +536,23 @@ def test_answers_are_equal_as_numbers_or_as_texts():
     assert same_answer("1,234.0", "1234")
     assert same_answer(" Paris", "Paris")
     assert not same_answer("", "0")
+
+
+def test_special_tokens_of_the_models_own_reach_scorers_and_ends_do_not(tmp_path):
+    build_tiny(tmp_path / "model", name=TINY_BYTES, seed=0)
+    tokenizer = load_tokenizer(str(tmp_path / "model"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    chat = ChatFormat(tokenizer, "chat")
+    ids = tokenizer.encode("<think>a</think>b", add_special_tokens=False)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "ab"
+    assert chat.text_of([*ids, tokenizer.eos_token_id]) == "<think>a</think>b"
+    seen = []
+
+    def reward(completions, **_columns):
+        seen.extend(completions)
+        return [1.0]
+
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"prompt": f"{n}?"}) + "\n" for n in range(40)))
+    env = DatasetEnv(tokenizer, str(tmp_path / "d.jsonl"), reward, style="plain")
+    run(env.play(next(env.prompts("train", 0)), Script(tokenizer, "<think>a</think>b")))
+    assert seen == ["<think>a</think>b"]

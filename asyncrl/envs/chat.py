@@ -51,6 +51,11 @@ class ChatFormat:
         """What of a generated text is the reply: a base model may go on with a question of its own."""
         return text.partition(f"\n\n{_LABELS['user'].strip()}")[0] if self._resolved == "plain" else text
 
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """The text of generated tokens, without those that begin, end or pad: other special tokens, such as a `<think>`
+        of the model's own, are what it said."""
+        return str(self.tokenizer.decode([token for token in token_ids if token not in self._ends]))
+
     def encode_answer(self, answer: str | Sequence[Message], last: int) -> list[int]:
         """Token ids between the end of a reply, whose last token is `last`, and the start of the next.
 
@@ -98,6 +103,23 @@ class ChatFormat:
         bare = self._tokens(_ANSWER)
         begun = list(self.tokenizer.encode(_ANSWER, add_special_tokens=True))
         return begun[: -len(bare)] if begun[-len(bare) :] == bare else []
+
+    @cached_property
+    def _ends(self) -> frozenset[int]:
+        named = (getattr(self.tokenizer, f"{name}_token_id", None) for name in ("eos", "pad", "bos"))
+        return frozenset(token for token in (*named, self._end_of_turn) if token is not None)
+
+    @property
+    def _end_of_turn(self) -> int | None:
+        """The special token that the template writes after a reply, if it is one."""
+        if self._resolved != "chat":
+            return None
+        try:
+            text = self.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": _REPLY}])
+        except Exception:  # a template that takes no conversation like this
+            return None
+        after = self._tokens(text.partition(_REPLY)[2])
+        return after[0] if after and after[0] in getattr(self.tokenizer, "all_special_ids", ()) else None
 
     @property
     def _resolved(self) -> Style:

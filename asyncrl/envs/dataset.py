@@ -126,8 +126,7 @@ class DatasetEnv:
 
     async def _scored(self, prompt: Prompt, attempts: Sequence[Trajectory]) -> list[Trajectory]:
         replies = [one.token_ids[one.mask].tolist() for one in attempts]
-        decoded = (self._tokenizer.decode(token_ids, skip_special_tokens=True) for token_ids in replies)
-        texts = [self._bare_format.reply_in(text) for text in decoded]
+        texts = [self._bare_format.reply_in(self._bare_format.text_of(token_ids)) for token_ids in replies]
         step = max(int(one.versions.max()) for one in attempts)
         scores = await self._score(texts, replies, prompt, step)
         return [

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -32,6 +33,7 @@ class Episode(Protocol):
 
     metrics: dict[str, float]
     """What it counted; the same names in every episode of an environment."""
+    # It may also have `said`, the beginning of the last reply that counts, or None: the rest is left out.
 
     async def respond(self, reply: str) -> str | list[Message] | None:
         """The answer to a reply, None if that was the last. An exception is a failed rollout, so garbage that the model
@@ -47,9 +49,11 @@ class MultiTurn:
     `data` is a .jsonl or .parquet file, or the "train" split of a folder or a hub id (`asyncrl.envs.data`); a row's own
     `split` ("train" or "heldout") wins over the split by hash.
     Budgets: `max_turns` replies, and no context longer than `max_context_tokens` is handed to the model; a reply has
-    `rollout.max_new_tokens`. A reply that was cut off ends the attempt and is not acted upon. Raises `ValueError` for
-    data that cannot be used.
+    `rollout.max_new_tokens`. A reply that was cut off ends the attempt and is not acted upon; with `takes_cut_replies`
+    the episode answers it like any other. Raises `ValueError` for data that cannot be used.
     """
+
+    takes_cut_replies = False
 
     def __init__(self, tokenizer: Tokenizer, *, data: str | Path, max_turns: int, max_context_tokens: int) -> None:
         if max_turns < 1:
@@ -110,18 +114,18 @@ class MultiTurn:
         async with self.episode(self._rows[prompt.target]) as episode:
             while True:
                 completion = await generate(transcript.token_ids)
-                transcript.sampled(completion)
                 turns += 1
                 finish: Finish = completion.finish
-                if finish != "stop":
-                    break
-                answer = await episode.respond(self._text(completion))
+                answer = None
+                if finish == "stop" or self.takes_cut_replies:
+                    answer = await episode.respond(self._text(completion))
+                self._take(completion, getattr(episode, "said", None), transcript)
                 if answer is None:
                     break
                 out_of_turns = turns == self._max_turns
                 if out_of_turns:
                     break
-                given = self._chat.encode_answer(answer, int(completion.token_ids[-1]))
+                given = self._chat.encode_answer(answer, transcript.token_ids[-1])
                 if len(transcript.token_ids) + len(given) > self.max_prompt_tokens:
                     finish = "length"
                     break
@@ -130,8 +134,33 @@ class MultiTurn:
             metrics = {"turns": float(turns), "out_of_turns": float(out_of_turns), **episode.metrics}
         return transcript.trajectory(reward, finish, metrics)
 
+    def _take(self, completion: Completion, said: str | None, transcript: Transcript) -> None:
+        """Adds a reply, or its beginning `said`: what of that ends within a token is given, not sampled."""
+        if said is None:
+            transcript.sampled(completion)
+            return
+        token_ids = completion.token_ids.tolist()
+        if not self._text(completion).startswith(said):
+            raise ValueError(
+                f"a reply is to be taken for {said[:80]!r}, which is no beginning of it: only sampled tokens can be "
+                "trained, so a reply can be cut and not rewritten"
+            )
+        num_kept = bisect_right(
+            range(1, len(token_ids) + 1), len(said), key=lambda count: len(self._decoded(token_ids[:count]))
+        )
+        while num_kept and not said.startswith(self._decoded(token_ids[:num_kept])):
+            num_kept -= 1  # within a character of several tokens
+        if not num_kept:
+            raise ValueError("a reply is to be taken for nothing at all: an attempt needs a sampled token")
+        transcript.sampled(completion, num_kept)
+        if rest := said[len(self._decoded(token_ids[:num_kept])) :]:
+            transcript.given(self._tokenizer.encode(rest, add_special_tokens=False))
+
     def _text(self, completion: Completion) -> str:
-        return str(self._tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True))
+        return self._decoded(completion.token_ids.tolist())
+
+    def _decoded(self, token_ids: Sequence[int]) -> str:
+        return self._chat.text_of(token_ids)
 
 
 class Transcript:
@@ -144,12 +173,13 @@ class Transcript:
         self._versions = [0] * len(prompt)
         self._digests: dict[Version, str] = {}
 
-    def sampled(self, completion: Completion) -> None:
-        """What the model wrote: trained on, with the log-probs and versions that it was sampled with."""
-        self.token_ids += completion.token_ids.tolist()
-        self._mask += [True] * len(completion.token_ids)
-        self._logprobs += completion.logprobs.tolist()
-        self._versions += completion.versions.tolist()
+    def sampled(self, completion: Completion, count: int | None = None) -> None:
+        """What the model wrote, its first `count` tokens or all: trained on, with the log-probs and versions that it
+        was sampled with."""
+        self.token_ids += completion.token_ids[:count].tolist()
+        self._mask += [True] * len(completion.token_ids[:count])
+        self._logprobs += completion.logprobs[:count].tolist()
+        self._versions += completion.versions[:count].tolist()
         self._digests |= completion.digests
 
     def given(self, token_ids: Sequence[int]) -> None:

@@ -56,7 +56,7 @@ class ReasoningGym:
             system_prompt = "Think first. Then give the final answer within <answer> </answer> tags."
         self.max_prompt_tokens = max_prompt_tokens
         self.skipped: Counter[str] = Counter()
-        self._tokenizer, self._task, self._answer, self._end_required = tokenizer, task, answer, end_required
+        self._task, self._answer, self._end_required = task, answer, end_required
         self._chat = ChatFormat(tokenizer, style, "" if style == "raw" else system_prompt)
 
     def prompts(self, split: Split, seed: int) -> Iterator[Prompt]:
@@ -82,7 +82,7 @@ class ReasoningGym:
 
     async def play(self, prompt: Prompt, generate: Generate) -> Trajectory:
         completion = await generate(prompt.token_ids)
-        text = self._tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
+        text = self._chat.text_of(completion.token_ids.tolist())
         answer = self._extract(self._chat.reply_in(text))
         score = self._score(answer, prompt)
         counted = completion.finish == "stop" or not self._end_required
