@@ -23,6 +23,7 @@ from asyncrl.engine.base import Engine
 from asyncrl.envs.base import Env
 from asyncrl.envs.faults import UNBOUNDED, Bounds, EnvFault, Held, Patience, attempt, score_together
 from asyncrl.recovery import groups
+from asyncrl.threads import in_thread
 from asyncrl.transport import Rendezvous
 from asyncrl.types import Completion, Failure, Group, Prompt, Sampling, Trajectory, Version
 from asyncrl.weights import Bucket
@@ -111,7 +112,7 @@ class Rollout:
         if self._store is None:
             return group
         try:
-            return await asyncio.to_thread(groups.write, self._store, group)
+            return await in_thread(partial(groups.write, self._store, group))
         except OSError:  # a full disk, or a node without this folder: the group is good all the same
             return group
 

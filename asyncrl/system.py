@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from asyncrl.buffer import Buffer
@@ -21,6 +22,7 @@ from asyncrl.recovery.supervisor import Supervisor
 from asyncrl.recovery.watchdog import Watchdog
 from asyncrl.rollout import scored
 from asyncrl.step_row import Generated
+from asyncrl.threads import in_thread
 from asyncrl.types import Group, Prompt, Version
 
 _LOOKS, _LOOK_S = 70, 1.0
@@ -86,7 +88,7 @@ async def sync_journal(system: System) -> None:
     """Bounds what a power failure can take from the journal. A killed process loses nothing of it anyhow."""
     while True:
         await asyncio.sleep(system.config.journal.sync_s)
-        await asyncio.to_thread(system.prompts.journal.sync)
+        await in_thread(system.prompts.journal.sync)
 
 
 async def listen(system: System) -> None:
@@ -207,7 +209,7 @@ async def _look_for(version: Version, root: Path) -> list[Version]:
     for look in range(_LOOKS):
         if look:
             await asyncio.sleep(_LOOK_S)
-        folders = await asyncio.to_thread(checkpoint.folders, root)
+        folders = await in_thread(partial(checkpoint.folders, root))
         kept = [checkpoint.version_of(folder) for folder in folders]
         if version in kept:
             return kept

@@ -159,3 +159,13 @@ def test_the_configuration_imports_nothing_heavy():
 def test_the_metrics_page_is_the_table():
     page = (ROOT / "docs" / "metrics.md").read_text()
     assert page == metrics.page(), "run `make docs`"
+
+
+def test_work_of_our_own_runs_in_threads_of_our_own():
+    """An environment may fill or shut down those that asyncio shares out."""
+    shared = [
+        str(path.relative_to(ROOT))
+        for path in FILES
+        if "await asyncio.to_thread" in (text := path.read_text()) or "run_in_executor(None" in text
+    ]
+    assert not shared, "use asyncrl.threads.in_thread"

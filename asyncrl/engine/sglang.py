@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +28,7 @@ from asyncrl.engine.base import CHECKPOINT, LENGTH_IN_A_RUN, OnUpdate
 from asyncrl.engine.sglang_calls import Calls
 from asyncrl.engine.sglang_results import VERSIONS_KEY
 from asyncrl.engine.stops import Decode
+from asyncrl.threads import in_thread
 from asyncrl.transport import Rendezvous
 from asyncrl.types import Completion, Finish, Sampling, Version
 from asyncrl.weights import Bucket
@@ -251,7 +253,7 @@ class SGLangEngine:
         self._calls.end(RuntimeError("the engine was closed with the request in flight"))
         for task in list(self._manager.asyncio_tasks):
             task.cancel()
-        await asyncio.to_thread(sglang_launch.end_processes, self._calls.processes)
+        await in_thread(partial(sglang_launch.end_processes, self._calls.processes))
         sglang_launch.close_sockets(self._engine)
 
     async def _check_room(self) -> None:

@@ -6,9 +6,12 @@ Each engine runs in the driver's event loop; the learner works in a thread, so g
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -22,38 +25,49 @@ from asyncrl.transport import Audience, Rendezvous
 from asyncrl.types import Group, Version
 from asyncrl.weights import Bucket
 
+T = TypeVar("T")
+
 
 class LocalLearner:
-    """A learner that is an object; its calls run in a thread."""
+    """A learner that is an object; its calls run in threads."""
 
     def __init__(self, part: LearnerPart) -> None:
         self._part, self._learner = part, part.learner
         self.buckets: Sequence[Bucket] = self._learner.buckets
+        # Threads of its own, as an environment may fill or shut down those that asyncio shares out. One computes, which
+        # torch wants to be the same one each time, and one sends weights meanwhile.
+        self._working, self._sending = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     @property
     def version(self) -> Version:
         return self._learner.version
 
     async def gradient(self, groups: Sequence[Group]) -> None:
-        await asyncio.to_thread(self._learner.gradient, [group.trajectories for group in groups])
+        await self._work(partial(self._learner.gradient, [group.trajectories for group in groups]))
 
     async def apply(self) -> dict[str, float]:
-        return await asyncio.to_thread(self._learner.apply)
+        return await self._work(self._learner.apply)
 
     async def rendezvous(self, world_size: int, audience: Audience = "rollouts") -> Rendezvous:
         return self._learner.rendezvous(world_size, audience)
 
     async def join(self, audience: Audience = "rollouts") -> None:
-        await asyncio.to_thread(self._learner.join, audience)
+        await self._send(partial(self._learner.join, audience))
 
     async def prepare(self, audience: Audience = "rollouts") -> None:
-        await asyncio.to_thread(self._learner.prepare, audience)
+        await self._send(partial(self._learner.prepare, audience))
 
     async def broadcast(self, audience: Audience = "rollouts") -> str:
-        return await asyncio.to_thread(self._learner.broadcast, audience)
+        return await self._send(partial(self._learner.broadcast, audience))
 
     async def save(self, folder: Path, cursor: Cursor) -> None:
-        await asyncio.to_thread(self._part.save, folder, cursor)
+        await self._work(partial(self._part.save, folder, cursor))
+
+    async def _work(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._working, call)
+
+    async def _send(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._sending, call)
 
 
 async def start_rollout(config: Config, folder: str, store: Path | None, number: int) -> Rollout:

@@ -52,11 +52,12 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from asyncrl.sandbox.calls import call_filter, thread_filter
 from asyncrl.sandbox.places import place
+from asyncrl.threads import in_thread
 
 _CONFINE = Path(__file__).with_name("confine.py")
 _FLAGS = ("-E", "-s", "-S", "-B", "-X", "utf8")
@@ -147,12 +148,12 @@ class Sandbox:
         self._works = True
 
     async def _run(self, code: str, stdin: str, files: Mapping[str, str | bytes]) -> Outcome:
-        folder = await asyncio.to_thread(tempfile.mkdtemp, prefix="sandbox-")
+        folder = await in_thread(partial(tempfile.mkdtemp, prefix="sandbox-"))
         try:
-            await asyncio.to_thread(_write, Path(folder), {**files, _PROGRAM: code})
+            await in_thread(partial(_write, Path(folder), {**files, _PROGRAM: code}))
             return await self._execute(folder, stdin.encode(errors="replace"))
         finally:
-            await asyncio.to_thread(shutil.rmtree, folder)
+            await in_thread(partial(shutil.rmtree, folder))
 
     async def _execute(self, folder: str, stdin: bytes) -> Outcome:
         python = os.path.realpath(sys.executable)
