@@ -25,6 +25,7 @@ from rich.console import Console
 
 from asyncrl.monitor import metrics, timeline, view
 from asyncrl.monitor.blame import waits
+from asyncrl.monitor.course import Course
 from asyncrl.monitor.timeline import Span, Timeline
 
 
@@ -59,12 +60,12 @@ def main() -> int:
 
 def draw(rows: dict[int, dict[str, float]], config: dict[str, Any], num_rows: int) -> float:
     """Milliseconds of CPU to draw the terminal view of the run, its rows repeated up to `num_rows`."""
-    shown = list(islice(cycle(rows.values()), num_rows))
+    course = Course(view.NAMES, view.NUM_STEPS, islice(cycle(rows.values()), num_rows))
     console = Console(file=io.StringIO(), force_terminal=True, width=110)
     costs = []
     for _ in range(20):
         began = time.thread_time()
-        console.print(view.screen("run", config, shown))
+        console.print(view.screen("run", config, course))
         costs.append(time.thread_time() - began)
     return 1e3 * statistics.median(costs)
 

@@ -57,13 +57,13 @@ class RepairTask(MultiTurn):
         tests = field(row, "tests")
         if not tests or not all(PurePosixPath(path).match("test_*.py") for path in tests):
             raise ValueError(f"a row needs tests in files named test_*.py, got {list(tests)}")
-        if not any(tests_in(text) for text in tests.values()):
-            raise ValueError(f"a row's tests hold no class of unittest with a test: {list(tests)}")
         for path, text in {**field(row, "files"), **tests}.items():
             if not isinstance(text, str) or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
                 raise ValueError(
                     f"a row's files are texts under paths inside the repository, got {path!r}: {text!r:.60}"
                 )
+        if not any(tests_in(text) for text in tests.values()):
+            raise ValueError(f"a row's tests hold no class of unittest with a test: {list(tests)}")
         files = ", ".join([*field(row, "files"), *tests])
         return [
             {"role": "system", "content": _SYSTEM.format(files=files)},
