@@ -26,7 +26,7 @@ from asyncrl.recovery.accounts import Resumed, Started
 from asyncrl.recovery.journal import Journal
 from asyncrl.runtime.preconditions import Look, require
 from asyncrl.system import System
-from asyncrl.threads import kept_handlers
+from asyncrl.threads import heard_here, kept_handlers
 from asyncrl.training.warmup import prepare
 from asyncrl.types import Prompt, Version
 
@@ -246,7 +246,8 @@ def _stop_on_ctrl_c(buffer: Buffer, metrics: Metrics) -> Iterator[None]:
         for number in heard:
             loop.add_signal_handler(number, stop)
         try:
-            yield
+            with heard_here(*heard):
+                yield
         finally:
             for number in heard:
                 loop.remove_signal_handler(number)

@@ -61,6 +61,35 @@ def kept_handlers(*numbers: signal.Signals) -> Iterator[dict[signal.Signals, Any
             signal.signal(number, handler)
 
 
+_heard: set[signal.Signals] = set()
+
+
+@contextmanager
+def heard_here(*numbers: signal.Signals) -> Iterator[None]:
+    """The event loop handles these signals; a process that is forked meanwhile has them as a new process does.
+
+    It would inherit handlers that do nothing, so that SIGTERM would not end it, and the pipe that tells the loop of a
+    signal, so that its SIGTERM would reach the parent's loop.
+    """
+    _heard.update(numbers)
+    try:
+        yield
+    finally:
+        _heard.difference_update(numbers)
+
+
+def _leave_parent_alone() -> None:
+    if not _heard:
+        return
+    signal.set_wakeup_fd(-1)
+    for number in _heard:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    _heard.clear()
+
+
+os.register_at_fork(after_in_child=_leave_parent_alone)
+
+
 _refused: contextvars.ContextVar[list[int]] = contextvars.ContextVar("refused")
 
 

@@ -1,14 +1,17 @@
 """Calls that block: those that never end take nobody's place."""
 
 import asyncio
+import os
+import signal
 import threading
 import time
 from functools import partial
 
 import pytest
+import uvloop
 from helpers import run
 
-from asyncrl.threads import Threads, in_thread
+from asyncrl.threads import Threads, heard_here, in_thread
 
 
 def test_results_and_errors_come_back():
@@ -75,3 +78,37 @@ def test_a_caller_that_is_cancelled_gives_its_turn_back():
         run(body())
     finally:
         ended.set()
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_signal_to_a_forked_process_does_not_reach_the_loop_that_forked_it(new_loop):
+    def fork():
+        ready, tell = os.pipe()
+        if child := os.fork():
+            os.close(tell)
+            os.read(ready, 1)  # the child lives
+            os.close(ready)
+            return child
+        os.write(tell, b".")
+        time.sleep(20)
+        os._exit(0)
+
+    async def body():
+        heard, told = [], asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, lambda: (heard.append(1), told.set()))
+        try:
+            with heard_here(signal.SIGTERM):
+                for child in (fork(), await in_thread(fork)):
+                    os.kill(child, signal.SIGTERM)
+                    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+            await asyncio.sleep(0.1)  # the loop looks at what has arrived
+            assert heard == []
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.wait_for(told.wait(), 10)
+            assert heard == [1]
+        finally:
+            loop.remove_signal_handler(signal.SIGTERM)
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(body())
