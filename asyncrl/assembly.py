@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +13,7 @@ from asyncrl.buffer import Buffer
 from asyncrl.config import Config
 from asyncrl.envs.base import Env, checked_prompts
 from asyncrl.handles import LearnerHandle, RolloutHandle
+from asyncrl.monitor.events import Emit
 from asyncrl.monitor.metrics import Metrics
 from asyncrl.pool import RolloutPool
 from asyncrl.recovery.curriculum import Curriculum
@@ -70,8 +71,9 @@ def make_system(
         actor.name = f"evaluator {number}"
     pool = RolloutPool(training, config.rollout.max_attempts, metrics.timeline)
     evaluators = RolloutPool(evaluating, config.rollout.max_attempts, metrics.timeline)
-    pool.say = evaluators.say = metrics.say
-    watchdog = make_watchdog(config, folder, learner, pool, metrics.say, evaluators=evaluators)
+    pool.presence.emit = evaluators.presence.emit = metrics.event
+    metrics.watch(pool.gauges)
+    watchdog = make_watchdog(config, folder, learner, pool, metrics.event, evaluators=evaluators)
     pool.watchdog = evaluators.watchdog = watchdog
     pool.kill = evaluators.kill = runtime.kill
     supervisor = Supervisor(
@@ -81,7 +83,7 @@ def make_system(
         target=config.rollout.num_actors,
         first_number=len(actors),
         max_replacements=config.rollout.max_replacements,
-        say=metrics.say,
+        emit=metrics.event,
         check_number=partial(runtime.check_number, config),
     )
     guard = StepGuard(folder, config.learner.max_skipped_steps)
@@ -126,7 +128,7 @@ def make_watchdog(
     folder: Path,
     learner: LearnerHandle,
     pool: RolloutPool,
-    say: Callable[[str], None],
+    emit: Emit,
     *,
     evaluators: RolloutPool | None = None,
 ) -> Watchdog:
@@ -135,7 +137,7 @@ def make_watchdog(
         folder,
         timeout_s=config.watchdog.timeout_s,
         action=config.watchdog.action,
-        say=say,
+        emit=emit,
         stacks=lambda: runtime.stacks(learner, [*pool.members, *(evaluators.members if evaluators else ())]),
         kill=runtime.kill,
     )

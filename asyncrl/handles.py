@@ -15,11 +15,20 @@ from asyncrl.weights import Bucket
 
 
 class ActorDied(RuntimeError):
-    """The process behind a rollout actor, or one behind its engine, is gone."""
+    """The process behind a rollout actor, or one behind its engine, is gone. Its text is the cause, in one line."""
+
+    fate = "died"
+
+    def __init__(self, cause: str, raw: str = "") -> None:
+        """`raw`: what the runtime said of it."""
+        super().__init__(cause)
+        self.raw = raw or cause
 
 
 class ActorSilent(ActorDied):
     """The process behind a rollout actor does not answer: it is stopped, swapped out, or cut off."""
+
+    fate = "fell silent"
 
 
 class TokensLost(RuntimeError):

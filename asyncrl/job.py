@@ -102,12 +102,13 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
             folder, config.num_steps, first_step=first_step, quiet=quiet, watch=watch, config=config, decode=decode
         ) as metrics:
             if resume:
-                metrics.say(
-                    f"going on from step {first_step}, {'the newest checkpoint' if saved else 'as none was saved'}"
+                metrics.event(
+                    "start",
+                    f"going on from step {first_step}, {'the newest checkpoint' if saved else 'as none was saved'}",
                 )
                 _clear_checkpoints(metrics, folder / "checkpoints")
             for line in changes:
-                metrics.say(f"changed at step {first_step}: {line}")
+                metrics.event("start", f"changed at step {first_step}: {line}")
             _say_how_it_begins(metrics, config, journal, task)
             prompts = make_prompts(config, task.env, task.heldout, journal, folder)
             async with runtime.open_actors(config, task.initial, saved, folder / "groups") as (learner, actors):
@@ -130,7 +131,8 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
                 result = Result(folder, learner.version, metrics.last_accuracy, task.baselines)
             metrics.ended()
             _say_what_became_of_it(system, first_step)
-            metrics.say(report(result, config.num_steps))
+            for line in report(result, config.num_steps).splitlines():
+                metrics.event("end", line, step=result.version)
     return result
 
 
@@ -174,17 +176,17 @@ def _clear_checkpoints(metrics: Metrics, root: Path) -> None:
     count, num_bytes = checkpoint.clear(root)
     if count:
         size = f"{num_bytes / 1e6:,.1f} MB"
-        metrics.say(f"unfinished folders in checkpoints/, left by a kill, are deleted: {count}, {size}")
+        metrics.event("start", f"unfinished folders in checkpoints/, left by a kill, are deleted: {count}, {size}")
 
 
 def _say_how_it_begins(metrics: Metrics, config: Config, journal: Journal, task: Task) -> None:
     for name, score in task.baselines.items():
-        metrics.say(f"no skill: {name!r} scores {score:.2f} on the held-out prompts")
+        metrics.event("start", f"no skill: {name!r} scores {score:.2f} on the held-out prompts")
     for reason, count in getattr(task.env, "skipped", {}).items():
-        metrics.say(f"skipped rows of the data: {count}, {reason}")
+        metrics.event("start", f"skipped rows of the data: {count}, {reason}")
     if journal.torn_bytes:
-        metrics.say(f"the journal ended in {journal.torn_bytes} bytes of an incomplete record, now cut off")
-    metrics.say(f"starting {config.rollout.num_actors} rollout actors and the learner")
+        metrics.event("start", f"the journal ended in {journal.torn_bytes} bytes of an incomplete record, now cut off")
+    metrics.event("start", f"starting {config.rollout.num_actors} rollout actors and the learner")
 
 
 def _say_what_became_of_it(system: System, first_step: int) -> None:
@@ -196,10 +198,11 @@ def _say_what_became_of_it(system: System, first_step: int) -> None:
     }
     for what, counts in counted.items():
         if counts.total():
-            metrics.say(f"{what}: {', '.join(f'{reason} {count}' for reason, count in counts.most_common())}")
+            told = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
+            metrics.event("end", f"{what}: {told}", subject=what, counts=dict(counts))
     if found := verdict(metrics.folder, after=first_step, turns=system.config.rollout.release_memory):
-        metrics.say(found.sentence)
-        metrics.say(found.bound)
+        metrics.event("end", found.sentence, subject="waits", shares=found.shares)
+        metrics.event("end", found.bound, subject="waits")
 
 
 def report(result: Result, num_steps: int) -> str:
@@ -228,26 +231,28 @@ def _ctrl_c_at_once() -> Iterator[None]:
 
 @contextmanager
 def _stop_on_ctrl_c(buffer: Buffer, metrics: Metrics) -> Iterator[None]:
-    """The first Ctrl-C, or SIGTERM, closes the buffer: the step under way ends, then the run is saved. The second one
-    interrupts."""
+    """The first Ctrl-C, SIGTERM or SIGHUP closes the buffer: the step under way ends, then the run is saved. The second
+    Ctrl-C or SIGTERM interrupts, also where the event loop is held up."""
     loop = asyncio.get_running_loop()
-    signals = signal.SIGINT, signal.SIGTERM  # the latter is how schedulers of clusters and containers say it
+    # SIGTERM is how schedulers of clusters and containers say it, SIGHUP a terminal that is closed.
+    signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
-    def stop() -> None:
-        metrics.say("stopping after this step, with a checkpoint; once more to interrupt at once")
-        for number in signals:
-            loop.remove_signal_handler(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # at once, where asyncio would end one task first
-        signal.signal(signal.SIGTERM, before[signal.SIGTERM])
+    def stop(name: str) -> None:
+        told = f"stopping after this step, with a checkpoint ({name}); once more to interrupt at once"
+        metrics.event("stop", told, signal=name)
         buffer.close()
 
+    def heard(number: int, _frame: object) -> None:  # not the loop's own way: a play() that blocks would hold that up
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, before[signal.SIGTERM])
+        if before[signal.SIGHUP] != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that goes sends it twice
+        loop.call_soon_threadsafe(stop, signal.Signals(number).name)
+
     with kept_handlers(*signals) as before:
-        heard = list(before)  # none outside the main thread
-        for number in heard:
-            loop.add_signal_handler(number, stop)
-        try:
-            with heard_here(*heard):
-                yield
-        finally:
-            for number in heard:
-                loop.remove_signal_handler(number)
+        # None outside the main thread; SIGHUP stays ignored where nohup has it so.
+        ours = [number for number in before if number != signal.SIGHUP or before[number] != signal.SIG_IGN]
+        for number in ours:
+            signal.signal(number, heard)
+        with heard_here(*ours):
+            yield

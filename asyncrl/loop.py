@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 from asyncrl.buffer import Ticket
 from asyncrl.handles import TokensLost
+from asyncrl.monitor.metrics import Unwritable
 from asyncrl.pool import AllActorsDied, RolloutFailed
 from asyncrl.recovery.guard import REASON
 from asyncrl.recovery.prompts import Finished
@@ -87,6 +88,9 @@ async def run(system: System) -> None:
         if isinstance(stall, Stalled) and not stall.learner_hangs:
             await try_to_save(system)
         raise stall from None
+    except* Unwritable as errors:
+        await try_to_save(system)
+        raise errors.exceptions[0] from None
     except* Exception as errors:
         if len(errors.exceptions) == 1:
             raise errors.exceptions[0] from None  # the one cause, without the wrapping of the task group
@@ -99,7 +103,8 @@ async def try_to_save(system: System) -> None:
         async with asyncio.timeout(system.config.watchdog.timeout_s):
             await save(system, last=True)
     except Exception as error:
-        system.metrics.say(f"alarm: no checkpoint of version {system.learner.version}: {error!r}")
+        told = f"no checkpoint of version {system.learner.version}: {error!r}"
+        system.metrics.event("failure", told, subject="checkpoint")
 
 
 async def finish(system: System) -> None:
@@ -122,7 +127,7 @@ def restore(system: System) -> None:
         system.rollouts.published, groups_per_step=system.buffer.groups_per_step, window=system.buffer.window
     )
     if restored:
-        system.metrics.say(f"{restored} groups that were finished before the run stopped are used")
+        system.metrics.event("start", f"{restored} groups that were finished before the run stopped are used")
 
 
 async def produce(system: System) -> None:
@@ -139,11 +144,11 @@ async def produce(system: System) -> None:
             system.failed_in_a_row = 0
             system.generated.add(group)
             if not system.prompts.generated(group) and system.prompts.num_unstored == 1:
-                system.metrics.say(f"alarm: {_UNSTORED.format(prompt.id)}")
+                system.metrics.event("failure", _UNSTORED.format(prompt.id), subject="groups")
             finished = Finished(group, uses=0)
         if drop_equal and not finished.group.has_variance:
             if system.generated.equal_in_a_row == _MANY_EQUAL:
-                system.metrics.say(f"alarm: {_ALL_EQUAL}")
+                system.metrics.event("alarm", _ALL_EQUAL + system.generated.cut_off(), subject="reward")
             system.buffer.drop(ticket, "zero variance")
             dropped = finished.group.lengths
             system.metrics.timeline.mark("buffer", "drop", reason="zero variance", lengths=dropped)
@@ -170,7 +175,7 @@ def give_up(system: System, ticket: Ticket, prompt: Prompt, error: RolloutFailed
             f"{system.failed_in_a_row} prompts in a row used up their attempts (rollout.max_failed_prompts is {most}); "
             f"failures so far: {dict(system.rollouts.failures)}; last, {error}"
         ) from error
-    system.metrics.say(f"alarm: given up: {error}")
+    system.metrics.event("decision", f"given up: {error}", alarm=True, prompt=prompt.id)
     system.buffer.drop(ticket, "rollout failed")
     system.prompts.drop([prompt.id], "rollout failed", system.learner.version)
 
@@ -233,7 +238,8 @@ async def step(system: System, groups: Sequence[Group], clock: Clock) -> dict[st
             await learner.gradient(groups)
     except TokensLost as error:
         await settle(system)
-        system.metrics.say(f"alarm: step skipped: {error}; its {len(groups)} groups are dropped ({LOST})")
+        told = f"step skipped: {error}; its {len(groups)} groups are dropped ({LOST})"
+        system.metrics.event("decision", told, subject="learner", alarm=True, version=version)
         await discard(system, groups, LOST, version)
         return None
     clock.lap("step")
@@ -246,7 +252,7 @@ async def step(system: System, groups: Sequence[Group], clock: Clock) -> dict[st
         system.guard.passed()
         return learnt | {"learner/skipped": float(system.guard.num_skipped)}
     told = system.guard.skipped(groups, version, learnt["gradient/norm"])
-    system.metrics.say(told)
+    system.metrics.event("decision", told, subject="learner", alarm=True, version=version)
     await discard(system, groups, REASON, version)
     return None
 

@@ -12,7 +12,6 @@ weight updates, which resume it, until nothing waits for it any more, and is clo
 from __future__ import annotations
 
 import asyncio
-import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,9 @@ from typing import Any
 from asyncrl import heartbeat
 from asyncrl.envs.faults import EnvFault
 from asyncrl.handles import ActorDied, ActorSilent, Publisher, RolloutHandle
+from asyncrl.monitor.events import Emit
 from asyncrl.monitor.timeline import Timeline
+from asyncrl.presence import Presence
 from asyncrl.recovery.watchdog import Watchdog, watched
 from asyncrl.transport import BroadcastFailed
 from asyncrl.types import Failure, Group, Prompt, Version
@@ -30,8 +31,6 @@ from asyncrl.update_group import Reports, UpdateGroup, measure
 
 _MORE_TRIES = 2
 """At a weight update whose broadcast failed, unless it is the first: then something is wrong with the network."""
-_TOLD_CHARACTERS = 400
-"""Of why an actor died: Ray names node, process and reason first, and goes on for a page."""
 
 
 class RolloutFailed(RuntimeError):
@@ -49,10 +48,9 @@ class RolloutPool:
         self._timeline = timeline or Timeline()
         self.watchdog: Watchdog | None = None
         """Told of every prompt that is waited for."""
-        self.say: Callable[[str], None] = lambda _line: None
-        """Told of every death and of the first failure of each other kind; all of them are counted."""
         self.kill: Callable[[RolloutHandle], None] = lambda _actor: None
         """Ends the process of an actor at once, also one that does not answer."""
+        self.presence = Presence(self._timeline)
         self._load: dict[RolloutHandle, int] = dict.fromkeys(actors, 0)
         self._joining: list[RolloutHandle] = []  # without weights so far
         self._retired: list[RolloutHandle] = []  # those with prompts of before, and weights
@@ -68,6 +66,19 @@ class RolloutPool:
         self.failures: Counter[str] = Counter()
         self.published: dict[Version, str] = {}
         """Digest of every version that was ever live."""
+        for actor in actors:
+            self.presence.came(actor)
+
+    def gauges(self) -> dict[str, float | dict[str, float]]:
+        """What is true now, also between steps and from another thread; failures by kind."""
+        kinds = dict(self.failures)
+        return {
+            "rollout/num_actors": float(len(self._load)),
+            "rollout/num_joining": float(len(self._joining)),
+            "rollout/outage_s": self.presence.outage_s,
+            "rollout/failures": float(sum(kinds.values())),
+            "rollout/failures_by_kind": {kind: float(count) for kind, count in kinds.items()},
+        }
 
     @property
     def actors(self) -> list[RolloutHandle]:
@@ -95,7 +106,8 @@ class RolloutPool:
         actor = self._joining[-1] if self._joining else min(self._load, key=self._load.__getitem__)
         if actor in self._joining:
             self._joining.remove(actor)
-        self._load.pop(actor, None)
+        if self._load.pop(actor, None) is not None:
+            self.presence.left(actor)
         self._retired.append(actor)
         self._close_if_left(actor)
         return actor
@@ -190,8 +202,9 @@ class RolloutPool:
                 if not tries_left:
                     raise
                 tries_left -= 1
-                told = textwrap.shorten(str(getattr(error, "cause", error)), _TOLD_CHARACTERS, placeholder=" ...")
-                self.say(f"alarm: version {learner.version} goes out again, as its broadcast failed: {told}")
+                told = " ".join(str(getattr(error, "cause", error)).split())
+                message = f"version {learner.version} goes out again, as its broadcast failed: {told}"
+                self._emit("failure", message, subject="weight sync", raw=str(error))
                 continue
             if self._handle_deaths(group.actors, results):
                 continue
@@ -205,10 +218,15 @@ class RolloutPool:
     async def close(self) -> None:
         await asyncio.gather(*(actor.close() for actor in self.members), return_exceptions=True)
 
+    @property
+    def _emit(self) -> Emit:
+        return self.presence.emit
+
     def _admit_joined(self, actors: list[RolloutHandle]) -> None:
         for actor in [actor for actor in self._joining if actor in actors]:
             self._joining.remove(actor)
             self._load[actor] = 0
+            self.presence.came(actor)
         self._arrived.set()
 
     async def _least_loaded(self, tried: set[RolloutHandle]) -> RolloutHandle:
@@ -282,7 +300,8 @@ class RolloutPool:
         for failure in failures:
             if not self.failures[failure.kind]:
                 first_line = next(iter(failure.text.splitlines()), failure.kind)
-                self.say(f"alarm: {first_line}; such attempts are made again, within limits, and counted")
+                told = f"{first_line}; such attempts are made again, within limits, and counted"
+                self._emit("failure", told, of=failure.kind, raw=failure.text)
             self.failures[failure.kind] += 1
 
     async def _evaluate_on(self, actor: RolloutHandle, prompts: Sequence[Prompt]) -> list[Group | EnvFault]:
@@ -299,11 +318,10 @@ class RolloutPool:
         self._dead.add(actor)
         self._group = None
         self._close_if_left(actor)
-        fate = "fell silent" if isinstance(error, ActorSilent) else "died"
-        self.failures[f"actor {fate}"] += 1
+        self.failures[f"actor {error.fate}"] += 1
+        self.presence.died(actor, error, expects_more=self._expects_more)
         if not self._load and not self._expects_more:
-            raise AllActorsDied(f"the last rollout actor, {actor.name}, {fate}: {error}") from error
-        self.say(f"alarm: {actor.name} {fate}: {textwrap.shorten(str(error), _TOLD_CHARACTERS, placeholder=' ...')}")
+            raise AllActorsDied(f"the last rollout actor, {actor.name}, {error.fate}: {error}") from error
 
     def _silence(self, actor: RolloutHandle, error: ActorSilent) -> None:
         self.kill(actor)

@@ -154,11 +154,12 @@ def error_kept(folder: Path) -> Iterator[None]:
             print(f"the run ended with an error, and where it came from is in {path}", file=sys.stderr)
         raise
     except (KeyboardInterrupt, SystemExit, asyncio.CancelledError):
-        print(
+        told = (
             "what was done since the last checkpoint is in the journal alone; go on with: "
-            f"{interpreter()} launch/run.py --resume {folder}",
-            file=sys.stderr,
+            f"{interpreter()} launch/run.py --resume {folder}"
         )
+        with suppress(OSError):  # the console may be gone
+            print(told, file=sys.stderr, flush=True)
         raise
 
 

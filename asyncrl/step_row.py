@@ -11,6 +11,9 @@ from asyncrl.buffer import Buffer
 from asyncrl.evaluation import by_source
 from asyncrl.types import Group
 
+_MANY = 0.5
+"""Share of trajectories that ran out of tokens above which they are named as a cause."""
+
 
 def of_batch(groups: Sequence[Group]) -> dict[str, float]:
     """Rewards and lengths of a batch, from its metadata."""
@@ -50,6 +53,7 @@ class Generated:
     def __init__(self) -> None:
         self.equal_in_a_row = 0
         """Groups without variance since the last one with some."""
+        self._cut_off_in_a_row = 0.0
         self._total = 0.0
         self._num_rewards = self._num_groups = self._num_equal = 0
 
@@ -58,7 +62,18 @@ class Generated:
         self._num_rewards += len(group.scored)
         self._num_groups += 1
         self._num_equal += not group.has_variance
-        self.equal_in_a_row = 0 if group.has_variance else self.equal_in_a_row + 1
+        if group.has_variance:
+            self.equal_in_a_row, self._cut_off_in_a_row = 0, 0.0
+        else:
+            self.equal_in_a_row += 1
+            self._cut_off_in_a_row += group.metrics.get("truncated", 0.0)
+
+    def cut_off(self) -> str:
+        """What is to be said of groups without variance if most of their trajectories ran out of tokens."""
+        share = self._cut_off_in_a_row / max(self.equal_in_a_row, 1)
+        if share <= _MANY:
+            return ""
+        return f" {share:.0%} of their trajectories ran out of tokens: raise rollout.max_new_tokens first."
 
     def take(self) -> dict[str, float]:
         """Of all since the last call; nan if there was none."""

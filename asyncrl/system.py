@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -89,6 +90,7 @@ async def sync_journal(system: System) -> None:
     while True:
         await asyncio.sleep(system.config.journal.sync_s)
         await in_thread(system.prompts.journal.sync)
+        await in_thread(system.metrics.sync)
 
 
 async def listen(system: System) -> None:
@@ -109,7 +111,8 @@ async def start_evaluation(system: System, tasks: asyncio.TaskGroup) -> None:
     """Evaluates the current version beside the run. Evaluators get it first; while they are busy with an older one,
     they are not waited for: the evaluation is left out, and said to be."""
     if system.evaluators is not None and system.evaluations:
-        system.metrics.say(f"eval {system.learner.version} | left out, another is under way: raise eval.every")
+        told = f"eval {system.learner.version} | left out, another is under way: raise eval.every"
+        system.metrics.event("evaluation", told, left_out=True)
         return
     await update_evaluators(system)
     keep(system.evaluations, tasks.create_task(evaluate(system)))
@@ -148,7 +151,8 @@ async def evaluate(system: System) -> None:
         groups, faults = scored(played)
         if faults:
             told = f"{len(faults)} of {len(played)} held-out prompts could not be scored and are left out"
-            system.metrics.say(f"alarm: evaluation of version {version}: {told}; the first: {faults[0]}")
+            told = f"evaluation of version {version}: {told}; the first: {faults[0]}"
+            system.metrics.event("failure", told, subject="evaluation", version=version, num_prompts=len(faults))
         row = summarize(groups, version, system.config.eval.pass_reward, [fault.failures for fault in faults])
         system.metrics.evaluation(version, row)
 
@@ -167,7 +171,7 @@ def _give_up_evaluators(system: System, error: AllActorsDied) -> None:
     if system.evaluators is None:
         return  # told already
     system.evaluators = None
-    system.metrics.say(f"alarm: {error}: rollout actors evaluate from now on")
+    system.metrics.event("decision", f"{error}: rollout actors evaluate from now on", subject="evaluators", alarm=True)
 
 
 async def sample(system: System, version: Version, groups: Sequence[Group]) -> None:
@@ -176,7 +180,7 @@ async def sample(system: System, version: Version, groups: Sequence[Group]) -> N
         with system.watchdog.wait("sample", f"trajectories of the batch that made version {version}"):
             await system.metrics.sample(version, groups)
     except Exception as error:  # the node that held them may be gone, the disk full
-        system.metrics.say(f"alarm: no trajectories of version {version} are kept: {error!r}")
+        system.metrics.event("failure", f"no trajectories of version {version} are kept: {error!r}", subject="samples")
 
 
 async def save(system: System, *, last: bool = False) -> None:
@@ -188,6 +192,7 @@ async def save(system: System, *, last: bool = False) -> None:
     version = system.learner.version
     if system.prompts.is_saved(version):
         return
+    began = time.monotonic()
     try:
         async with system.stepping:  # its ranks gather weights, and so does an update
             with (
@@ -199,9 +204,12 @@ async def save(system: System, *, last: bool = False) -> None:
     except OSError as error:
         if last:
             raise
-        system.metrics.say(f"alarm: no checkpoint of version {version}: {error}; the next try is at the next one")
+        told = f"no checkpoint of version {version}: {error}; the next try is at the next one"
+        system.metrics.event("failure", told, subject="checkpoint", version=version)
         return
     system.prompts.saved(version, kept)
+    took_s = round(time.monotonic() - began, 3)
+    system.metrics.event("save", f"checkpoint of version {version}", version=version, took_s=took_s)
 
 
 async def _look_for(version: Version, root: Path) -> list[Version]:

@@ -5,8 +5,9 @@
 
 Without CONFIG.toml it runs configs/largest_digit.toml.
 
-Exit code: 0 after the last step; 75 when Ctrl-C or SIGTERM ended the run before it, saved, for --resume to go on;
-130 or 143 when one of them interrupted it at once; 2 for what the last line says, and 1 with a stack for anything else.
+Exit code: 0 after the last step; 75 when Ctrl-C, SIGTERM or SIGHUP ended the run before it, saved, for --resume to go
+on; 130 or 143 when one of them interrupted it at once; 2 for what the last line says, and 1 with a stack for anything
+else.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import uvloop
@@ -24,6 +26,7 @@ import uvloop
 from asyncrl import cautions, run_folder, tables
 from asyncrl import config as configuration
 from asyncrl.config import Config
+from asyncrl.monitor.plain import plain
 from asyncrl.threads import kept_handlers
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "largest_digit.toml"
@@ -46,16 +49,18 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"the resume would change {line}", file=sys.stderr)
         print(json.dumps(configuration.to_tree(config), indent=2))
         return 0
-    with kept_handlers(signal.SIGTERM):
-        signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(number))  # as Ray does, once it starts
+    with kept_handlers(signal.SIGTERM, signal.SIGHUP) as before:
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:  # as nohup has SIGHUP
+                signal.signal(number, lambda number, _frame: sys.exit(number))  # as Ray does, once it starts
         try:
             return start(config, options)
         except KeyboardInterrupt:
             return interrupted(signal.SIGINT)
         except SystemExit as end:
-            if end.code != signal.SIGTERM:
+            if end.code not in (signal.SIGTERM, signal.SIGHUP):
                 raise
-            return interrupted(signal.SIGTERM)
+            return interrupted(signal.Signals(end.code))
 
 
 def start(config: Config, options: argparse.Namespace) -> int:
@@ -79,7 +84,7 @@ def start(config: Config, options: argparse.Namespace) -> int:
 
 def interrupted(number: signal.Signals) -> int:
     """Says so, after a run that had its folder said how to go on. Returns the exit code that shells know it by."""
-    print(f"interrupted: {number.name}", file=sys.stderr)
+    tell(f"interrupted: {number.name}")
     return 128 + number
 
 
@@ -88,8 +93,14 @@ def fail(error: Exception) -> int:
     while isinstance(error, ExceptionGroup):  # those who failed together were told the same
         error = error.exceptions[0]
     cause = getattr(error, "cause", error)  # of one that Ray brings from an actor, without the stack there
-    print(f"error: {cause}", file=sys.stderr)
+    tell(f"error: {plain(str(cause))}")
     return 2
+
+
+def tell(line: str) -> None:
+    """On standard error, if there is one left."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from asyncrl.envs.digits import SortDigits
+from asyncrl.monitor.events import Emit, Events
 from asyncrl.types import Completion, Trajectory
 
 Result = TypeVar("Result")
@@ -115,3 +116,10 @@ def is_loopback(address):
     last = address[-8:]  # of an IPv4 address within IPv6, the part that counts
     mapped = address[:-8] in ("", "0000000000000000FFFF0000")
     return (mapped and last.endswith("7F")) or address == "00000000000000000000000001000000"
+
+
+def telling(said: list[str]) -> Emit:
+    """An `Emit` that puts the line of each event into a list."""
+    told = Events(None)
+    told.listen(lambda event: said.append(event.line))
+    return told.emit

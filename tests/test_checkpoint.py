@@ -230,7 +230,7 @@ def test_a_checkpoint_that_the_driver_does_not_see_is_not_booked_and_ends_the_ru
 
 def test_what_a_killed_save_left_is_deleted_and_told_of_once_no_other_process_holds_the_run(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(metrics.Metrics, "say", lambda _self, text: said.append(text))
+    monkeypatch.setattr(metrics.Metrics, "_show", lambda _self, event: said.append(event.line))
     folder = run(job.train(small(tmp_path, "num_steps=1"), quiet=True)).folder
     partial = folder / "checkpoints" / ".step-000002.partial"
     (partial / "learner").mkdir(parents=True)

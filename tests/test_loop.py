@@ -134,7 +134,7 @@ def test_trajectories_that_cannot_be_kept_are_told_of_and_end_nothing(tmp_path, 
         raise TokensLost(f"of {version}")
 
     monkeypatch.setattr(Samples, "draw", draw)
-    monkeypatch.setattr(metrics.Metrics, "say", lambda _self, text: said.append(text))
+    monkeypatch.setattr(metrics.Metrics, "_show", lambda _self, event: said.append(event.line))
     assert run(job.train(small(tmp_path, "num_steps=2"), quiet=True)).version == 2
     assert "alarm: no trajectories of version 2 are kept: TokensLost('of 2')" in said
 
@@ -148,7 +148,7 @@ def test_a_batch_whose_tokens_are_lost_is_dropped_and_told_of(tmp_path, monkeypa
         await real(self, groups)
 
     monkeypatch.setattr(LocalLearner, "gradient", gradient)
-    monkeypatch.setattr(metrics.Metrics, "say", lambda _self, text: said.append(text))
+    monkeypatch.setattr(metrics.Metrics, "_show", lambda _self, event: said.append(event.line))
     result = run(job.train(small(tmp_path), quiet=True))
     assert "alarm: step skipped: the node is gone; its 4 groups are dropped (tokens lost)" in said
     with closing(journal.Journal(result.folder / "journal.bin")) as written:
@@ -183,7 +183,7 @@ def test_a_stall_within_a_step_ends_the_run_after_it_with_a_checkpoint_or_says_t
     monkeypatch.setattr(LocalLearner, "apply", apply)
     monkeypatch.setattr(LocalLearner, "save", save)
     monkeypatch.setattr(Watchdog, "run", stall)
-    monkeypatch.setattr(metrics.Metrics, "say", lambda _self, text: said.append(text))
+    monkeypatch.setattr(metrics.Metrics, "_show", lambda _self, event: said.append(event.line))
     with pytest.raises(Stalled, match="evaluate has waited"):
         run(job.train(small(tmp_path), quiet=True))
     (folder,) = [path for path in tmp_path.iterdir() if path.name != "cache"]

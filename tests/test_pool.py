@@ -6,13 +6,14 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from helpers import run, trajectory
+from helpers import run, telling, trajectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncrl import update_group
 from asyncrl.envs.faults import EnvFault
 from asyncrl.handles import ActorDied
+from asyncrl.monitor.events import nowhere
 from asyncrl.pool import AllActorsDied, RolloutFailed, RolloutPool
 from asyncrl.recovery import supervisor
 from asyncrl.recovery.journal import Journal
@@ -92,9 +93,9 @@ class Learner:
         return "right"
 
 
-def supervised(pool, start, folder, **options):
+def supervised(pool, start, folder, emit=nowhere, **options):
     """The task of a supervisor over a pool."""
-    supervisor = Supervisor(pool, start, folder, **options, say=print)
+    supervisor = Supervisor(pool, start, folder, **options, emit=emit)
     return asyncio.ensure_future(supervisor.run(asyncio.Lock(), lambda: pool.update_weights(Learner())))
 
 
@@ -147,7 +148,7 @@ def test_a_failure_is_tried_on_the_other_actor_and_counted():
         broken, sound = Actor("broken"), Actor("sound")
         broken.error = KeyError("x")
         pool, said = RolloutPool([broken, sound], max_attempts=2), []
-        pool.say = said.append
+        pool.presence.emit = telling(said)
         for prompt in PROMPTS:
             assert (await pool.run(prompt)).prompt == prompt
         assert sound.played == [prompt.id for prompt in PROMPTS]
@@ -164,7 +165,7 @@ def test_attempts_that_an_actor_made_again_are_counted_and_told_once():
 
     async def body():
         pool, said = RolloutPool([Flaky("a")], max_attempts=1), []
-        pool.say = said.append
+        pool.presence.emit = telling(said)
         for prompt in PROMPTS[:3]:
             await pool.run(prompt)
         assert pool.failures == {"env timeout": 6}
@@ -209,7 +210,7 @@ def test_the_dead_leave_and_the_last_death_ends_the_run():
     async def body():
         dying, other = Actor("dying"), Actor("other")
         pool, said = RolloutPool([dying, other], max_attempts=3), []
-        pool.say = said.append
+        pool.presence.emit = telling(said)
         await pool.update_weights(Learner())
         assert [dying.joined, other.joined] == [[(3, 1)], [(3, 2)]]
         dying.error = ActorDied("gone:\n\tpid 7\n" + "and more " * 100)
@@ -218,8 +219,8 @@ def test_the_dead_leave_and_the_last_death_ends_the_run():
         assert pool.actors == [other]
         (line,) = said
         assert line.startswith("alarm: dying died: gone: pid 7 and more")
-        assert line.endswith(" ...")
-        assert len(line) < 450
+        assert line.endswith(" ...; nobody takes its place")
+        assert len(line) < 400
         await pool.update_weights(Learner())
         assert other.joined[-1] == (2, 1), "the survivors form a group of their own"
         other.error = ActorDied("gone too")
@@ -335,8 +336,9 @@ def test_the_number_of_actors_follows_what_is_asked(tmp_path):
         request(tmp_path, 2)
 
 
-def test_starts_under_way_are_stopped_before_an_actor_is_retired(tmp_path, monkeypatch, capsys):
+def test_starts_under_way_are_stopped_before_an_actor_is_retired(tmp_path, monkeypatch):
     monkeypatch.setattr(supervisor, "_LOOK_S", 0.01)
+    lines: list[str] = []
 
     async def body():
         gate, stopped = asyncio.Event(), []
@@ -356,7 +358,7 @@ def test_starts_under_way_are_stopped_before_an_actor_is_retired(tmp_path, monke
         pool = RolloutPool([Actor("rollout 0"), Actor("rollout 1")], max_attempts=1)
         await pool.update_weights(Learner())
         options = {"target": 2, "first_number": 2, "max_replacements": 0, "check_number": check_number}
-        watch = supervised(pool, start, tmp_path, **options)
+        watch = supervised(pool, start, tmp_path, telling(lines), **options)
         await ask(tmp_path, 5)
         await asyncio.sleep(0)  # they start
         await ask(tmp_path, 3)
@@ -373,13 +375,13 @@ def test_starts_under_way_are_stopped_before_an_actor_is_retired(tmp_path, monke
         watch.cancel()
 
     run(body())
-    lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "alarm" in line] == ["alarm: no room for 5"]
     assert [line.split()[2] for line in lines if "its start is stopped" in line] == ["4", "3"]
 
 
-def test_used_up_replacements_are_told_once_and_asking_again_starts_what_is_missing(tmp_path, monkeypatch, capsys):
+def test_used_up_replacements_are_told_once_and_asking_again_starts_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(supervisor, "_LOOK_S", 0.01)
+    lines: list[str] = []
 
     async def body():
         async def start(number):
@@ -387,7 +389,7 @@ def test_used_up_replacements_are_told_once_and_asking_again_starts_what_is_miss
 
         pool = RolloutPool([Actor("rollout 0"), Actor("rollout 1"), Actor("rollout 2")], max_attempts=3)
         await pool.update_weights(Learner())
-        watch = supervised(pool, start, tmp_path, target=3, first_number=3, max_replacements=0)
+        watch = supervised(pool, start, tmp_path, telling(lines), target=3, first_number=3, max_replacements=0)
         for number in range(3):
             dying = pool.actors[0]
             dying.error = dying.update_error = ActorDied("gone")
@@ -401,7 +403,7 @@ def test_used_up_replacements_are_told_once_and_asking_again_starts_what_is_miss
         assert [actor.name for actor in pool.actors] == ["rollout 3", "rollout 4"]
 
     run(body())
-    alarms = [line for line in capsys.readouterr().out.splitlines() if "alarm" in line]
+    alarms = [line for line in lines if "alarm" in line and "died" not in line]
     remedy = f"rollout.max_replacements are used up: launch/scale.py {tmp_path} 3 allows as many starts as are missing"
     assert alarms == [f"alarm: 2 of 3 rollout actors are left and {remedy}"] * 2, "again after somebody asked"
 

@@ -6,7 +6,7 @@ import signal
 from types import SimpleNamespace
 
 import pytest
-from helpers import run
+from helpers import run, telling
 from test_pool import PROMPTS, Actor, Learner, abandoned  # noqa: F401
 
 from asyncrl import config as configuration
@@ -53,7 +53,7 @@ class Stopped(Actor):
 def listened(actors, timeout_s=0.2):
     """A pool of them with its heartbeats, and what it said."""
     pool, said = RolloutPool(actors, max_attempts=3), []
-    pool.say, pool.kill = said.append, lambda actor: actor.killed.set()
+    pool.presence.emit, pool.kill = telling(said), lambda actor: actor.killed.set()
     return pool, asyncio.ensure_future(pool.listen(timeout_s)), said
 
 
@@ -76,7 +76,7 @@ def test_a_silent_actor_is_left_out_of_an_update_and_ended(when):
         assert pool.actors == [other]
         assert pool.failures == {"actor fell silent": 1}
         assert [line for line in said if "silent" in line] == [
-            "alarm: silent fell silent: no answer for 0 s (weights.timeout_s)"
+            "alarm: silent fell silent: no answer for 0 s (weights.timeout_s); nobody takes its place"
         ]
         await silent.closed.wait()
         listening.cancel()

@@ -24,17 +24,8 @@ LAYERS = [
     {"types", "algo.method", "algo.own", "algo.presets", "tables", "config", "rules", "cautions", "transport"}
     | {"sandbox.calls", "sandbox.places", "memory"}
     | {"receipts", "ipc", "monitor.rows", "monitor.course"}
-    | {
-        "durable",
-        "monitor.events",
-        "monitor.timeline",
-        "sandbox.confine",
-        "sandbox",
-        "envs.swe_runner",
-        "garbage",
-        "threads",
-        "imports",
-    },
+    | {"durable", "monitor.events", "monitor.plain", "monitor.timeline", "sandbox.confine", "sandbox"}
+    | {"envs.swe_runner", "garbage", "threads", "imports"},
     {
         "evaluation",
         "algo.advantage",
@@ -51,6 +42,7 @@ LAYERS = [
         "monitor.blame",
         "monitor.samples",
         "monitor.sinks",
+        "monitor.news",
         "monitor.view",
         "run_folder",
         "staleness",
@@ -100,6 +92,7 @@ LAYERS = [
         "rollout",
         "handles",
         "heartbeat",
+        "presence",
         "step_row",
         "update_group",
         "pool",

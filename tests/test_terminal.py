@@ -214,7 +214,7 @@ def test_the_end_is_when_nothing_follows_the_last_step(tmp_path):
     assert not shown.finished(), "its evaluation may follow"
     assert "step 12 of 12" in text_of(shown.render()), "resumed with more steps than the 9 at its start"
     os.utime(tmp_path / "metrics.jsonl", (0, 0))
-    assert shown.finished()
+    assert view.View(tmp_path).finished()
 
 
 def test_a_resumed_run_writes_its_rows_anew(tmp_path):

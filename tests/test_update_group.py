@@ -7,6 +7,7 @@ from helpers import run
 from test_pool import PROMPTS, Actor, Learner, abandoned  # noqa: F401
 
 from asyncrl.handles import ActorDied
+from asyncrl.monitor.events import nowhere
 from asyncrl.pool import RolloutPool
 from asyncrl.recovery.watchdog import Watchdog
 from asyncrl.rollout import UpdateReport
@@ -105,7 +106,7 @@ def test_an_actor_that_hangs_in_an_update_is_killed_and_the_others_get_the_weigh
             tmp_path,
             timeout_s=0.1,
             action="restart",
-            say=lambda _: None,
+            emit=nowhere,
             stacks=stacks,
             kill=lambda actor: killed.set() if actor is hanging else pytest.fail(actor.name),
         )

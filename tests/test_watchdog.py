@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import run
+from helpers import run, telling
 from test_loop import small
 
 from asyncrl import job
@@ -23,7 +23,8 @@ def make(folder, action="warn", timeout_s=0.1):
     async def stacks():
         return "stacks of everybody"
 
-    watchdog = Watchdog(folder, timeout_s=timeout_s, action=action, say=said.append, stacks=stacks, kill=killed.append)
+    options = {"timeout_s": timeout_s, "action": action, "stacks": stacks, "kill": killed.append}
+    watchdog = Watchdog(folder, emit=telling(said), **options)
     return watchdog, said, killed
 
 

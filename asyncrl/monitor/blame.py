@@ -19,12 +19,20 @@ METRICS: dict[str, str] = {
     "wait/learner_for_weights_s": "seconds since the last step that the learner waited for its weights to go live",
     "wait/learner_for_checkpoint_s": "seconds since the last step that the learner wrote a checkpoint",
     "wait/learner_for_evaluation_s": "seconds since the last step that the learner sent its weights to evaluators",
-    "wait/rollout_for_slots_s": "seconds since the last step without any prompt to play, mean over rollout actors",
+    "wait/outage_s": "seconds since the last step that the learner waited, for whatever, while no rollout actor was "
+    "alive; they count as none of the waits above",
+    "wait/rollout_for_slots_s": "seconds since the last step alive without any prompt to play, mean over rollout "
+    "actors",
     "wait/rollout_for_weights_s": "seconds since the last step paused for new weights, mean over rollout actors",
     "wait/rollout_for_evaluation_s": "seconds since the last step with evaluations in the engine, mean over actors",
     "wait/window_s": "seconds since the last step, which the waits above are parts of",
 }
 """Every metric of `waits`, with its meaning."""
+
+ALIVE = "alive"
+"""The span of an actor's lane in which it gets prompts."""
+OUTAGE = "outage"
+"""The lane of the time in which no rollout actor is alive."""
 
 _LEARNER = {
     "wait for groups": "wait/learner_for_groups_s",
@@ -46,6 +54,7 @@ _IN_WORDS = {
     "wait/learner_for_weights_s": "learner for weights",
     "wait/learner_for_checkpoint_s": "learner for a checkpoint",
     "wait/learner_for_evaluation_s": "learner for evaluators",
+    "wait/outage_s": "learner in an outage",
     "wait/rollout_for_slots_s": "rollouts for slots",
     "wait/rollout_for_weights_s": "rollouts for weights",
     "wait/rollout_for_evaluation_s": "rollouts in evaluation",
@@ -58,19 +67,30 @@ def waits(spans: Sequence[Span], begin_s: float, end_s: float, num_actors: int) 
     lanes: dict[str, list[Span]] = defaultdict(list)
     for span in spans:
         lanes[span.lane].append(span)
+    outages = [(span.begin_s, span.end_s) for span in lanes[OUTAGE]]
+    out_s = covered_s(outages, begin_s, end_s)
     for name, metric in _LEARNER.items():
-        metrics[metric] = covered_s(_intervals(lanes["learner"], name), begin_s, end_s)
+        waited = _intervals(lanes["learner"], name)
+        metrics[metric] = covered_s([*waited, *outages], begin_s, end_s) - out_s
+        metrics["wait/outage_s"] += covered_s(waited, begin_s, end_s) - metrics[metric]
     actors = [lane for name, lane in lanes.items() if name.startswith("rollout")]
     if not actors:
         return metrics | {name: math.nan for name in METRICS if name.startswith("wait/rollout")}
-    busy_s = sum(covered_s([(span.begin_s, span.end_s) for span in lane], begin_s, end_s) for lane in actors)
+    free_s = sum(_free_s(lane, begin_s, end_s) for lane in actors)
     paused_s = sum(span.facts.get("pause_s", 0.0) for lane in actors for span in lane if span.name == "update")
     evaluating_s = sum(covered_s(_intervals(lane, "evaluation"), begin_s, end_s) for lane in actors)
     return metrics | {
-        "wait/rollout_for_slots_s": max(0.0, (end_s - begin_s) - busy_s / num_actors),
+        "wait/rollout_for_slots_s": free_s / num_actors,
         "wait/rollout_for_weights_s": paused_s / num_actors,
         "wait/rollout_for_evaluation_s": evaluating_s / num_actors,
     }
+
+
+def _free_s(lane: Sequence[Span], begin_s: float, end_s: float) -> float:
+    """Seconds of the window that an actor was alive with nothing to do."""
+    work = [(span.begin_s, span.end_s) for span in lane if span.name != ALIVE]
+    alive = [(max(begin, begin_s), min(end, end_s)) for begin, end in _intervals(lane, ALIVE)]
+    return sum(end - begin - covered_s(work, begin, end) for begin, end in alive if end > begin)
 
 
 def _intervals(spans: Sequence[Span], name: str) -> list[tuple[float, float]]:
@@ -121,15 +141,18 @@ def blame(rows: Sequence[Mapping[str, float]], *, turns: bool = False) -> Blame 
     rows = [row for row in rows if row.get("wait/window_s") and all(row.get(name) is not None for name in _NEEDED)]
     if len(rows) < _ENOUGH:
         return None
-    total_s = sum(row["wait/window_s"] for row in rows)
+    whole_s = sum(row["wait/window_s"] for row in rows)
+    out_s = sum(row.get("wait/outage_s") or 0.0 for row in rows)  # about which no setting of the balance does anything
+    total_s = max(whole_s - out_s, 1e-9)
     shares = {
         name: sum(value for row in rows if math.isfinite(value := row.get(name) or 0.0)) / total_s
         for name in METRICS
-        if name != "wait/window_s"
+        if name not in ("wait/window_s", "wait/outage_s")
     }
     num_actors = int(rows[-1]["rollout/num_actors"])
-    engine_busy = 1 - sum(row["rollout/idle"] * row["wait/window_s"] for row in rows) / total_s
-    learner_busy = sum(row["time/step_s"] + row["time/sync_s"] for row in rows) / total_s
+    idle_s = sum(row["rollout/idle"] * _without_outage(row) for row in rows)
+    engine_busy = 1 - idle_s / total_s
+    learner_busy = min(1.0, sum(row["time/step_s"] + row["time/sync_s"] for row in rows) / total_s)
     balanced = max(1, math.ceil(round(num_actors * engine_busy / max(learner_busy, 1e-9), 2)))
     works = {"rollout actors": engine_busy, "learner": sum(row["time/step_s"] for row in rows) / total_s}
     busier = max(works, key=works.__getitem__)
@@ -138,9 +161,23 @@ def blame(rows: Sequence[Mapping[str, float]], *, turns: bool = False) -> Blame 
         f"{works[busier]:.0%} of the ideal overlap: a step took {step_s:.3g} s, of which the busier side, the "
         f"{busier}, worked {works[busier] * step_s:.3g} s"
     )
-    held = sum(row.get("rollout/held", 0.0) * row["wait/window_s"] for row in rows) / total_s
+    held = sum(row.get("rollout/held", 0.0) * _without_outage(row) for row in rows) / total_s
     remedy = _against_turns(int(rows[-1].get("buffer/staleness", 1)), turns)
-    return Blame(shares, num_actors, balanced, _advice(shares, num_actors, balanced, held, remedy), bound)
+    told = _advice(shares, num_actors, balanced, held, remedy)
+    if out_s >= _WORTH_TELLING * whole_s:
+        told = f"{_outage(out_s, out_s / whole_s)}. Without that time, {told}"
+    return Blame(shares | {"wait/outage_s": out_s / whole_s}, num_actors, balanced, told, bound)
+
+
+def _without_outage(row: Mapping[str, float]) -> float:
+    return max(0.0, row["wait/window_s"] - (row.get("wait/outage_s") or 0.0))
+
+
+def _outage(seconds: float, share: float) -> str:
+    return (
+        f"no rollout actor was alive for {seconds:.0f} s in which the learner waited, {share:.0%} of the time: see the "
+        "deaths in events.jsonl for their cause"
+    )
 
 
 def _against_turns(staleness: int, wanted: bool) -> str:

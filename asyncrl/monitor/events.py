@@ -18,6 +18,8 @@ from typing import Any, Protocol
 
 import msgspec
 
+from asyncrl.monitor.plain import plain
+
 NAME = "events.jsonl"
 _TAIL_BYTES = 2**16
 
@@ -58,7 +60,7 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     @property
     def line(self) -> str:
         """As the console shows it."""
-        return f"alarm: {self.message}" if self.alarm else self.message
+        return plain(f"alarm: {self.message}" if self.alarm else self.message)
 
 
 class Emit(Protocol):
@@ -83,7 +85,7 @@ class Events:
         """`now` gives the seconds of the run. Without a folder nothing is written."""
         self._now = now
         self._lock = threading.Lock()
-        self._listeners: list[Callable[[Event], None]] = []
+        self.listeners: list[Callable[[Event], None]] = []
         self.error: OSError | None = None
         self._file: int | None = None
         if folder is not None:
@@ -94,7 +96,7 @@ class Events:
 
     def listen(self, listener: Callable[[Event], None]) -> None:
         """`listener` gets every event from here on, after it was written."""
-        self._listeners.append(listener)
+        self.listeners.append(listener)
 
     def emit(self, kind: str, message: str, *, subject: str = "run", alarm: bool | None = None, **facts: Any) -> Event:
         """Records that something happened. `kind` is one of `KINDS`; `alarm` is by kind where it is not given."""
@@ -102,8 +104,8 @@ class Events:
             raise RuntimeError(f"an event has no kind {kind!r}: {sorted(KINDS)}")
         alarming = kind in ALARMS if alarm is None else alarm
         event = Event(round(self._now(), 3), round(time.time(), 3), kind, subject, message, alarming, facts)
-        self._write(msgspec.json.encode(event, enc_hook=str) + b"\n")
-        for listener in self._listeners:
+        self._write(_encoded(event) + b"\n")
+        for listener in self.listeners:
             listener(event)
         return event
 
@@ -129,6 +131,14 @@ class Events:
                     os.write(self._file, line)
                 except OSError as error:
                     self.error = self.error or error
+
+
+def _encoded(event: Event) -> bytes:
+    try:
+        return msgspec.json.encode(event, enc_hook=str)
+    except (UnicodeEncodeError, TypeError, ValueError):  # text of a model may hold halves of characters
+        facts = {"unwritable": ascii(event.facts)}
+        return msgspec.json.encode(msgspec.structs.replace(event, message=plain(event.message), facts=facts))
 
 
 def is_torn(file: int) -> bool:

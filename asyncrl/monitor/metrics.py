@@ -5,12 +5,15 @@ Names are `area/name`.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +21,7 @@ from typing import Any
 from asyncrl.algo.diagnostics import METRICS as DIAGNOSTICS
 from asyncrl.algo.diagnostics import WITH_REFERENCE, alarms
 from asyncrl.config import Config, MetricsConfig
+from asyncrl.imports import interpreter
 from asyncrl.monitor import events, rows
 from asyncrl.monitor.blame import METRICS as WAITS
 from asyncrl.monitor.blame import Blame, blame, told, waits, warmed_up
@@ -66,7 +70,7 @@ METRICS: dict[str, str] = {
     "learner/memory_gib": "GPU memory that the first learner rank had in use at once in the step; nan on CPUs",
     "learner/mfu": "model FLOPs of the step over what the learner's GPUs could have made in it; nan on CPUs",
     "learner/row_fill": "share of row positions that hold a token; the rest is padding",
-    "learner/idle": "share of the time since the last step that the learner waited for groups",
+    "learner/idle": "share of the time since the last step that the learner waited for groups, or in an outage",
     "rollout/idle": "share of the time since the last step that engines had nothing to generate, mean over actors",
     "rollout/held": "share of that time that play() of the environment held the actors' threads, in which an embedded "
     "engine generates nothing and any other answers late; steps of less than 10 ms do not count",
@@ -97,6 +101,18 @@ environment reports itself, and `reward/NAME` and `eval/NAME` are the mean rewar
 ONLY_WITH = WITH_REFERENCE | SHAPING | CURRICULUM
 """Metrics of runs that use what they measure."""
 
+GAUGES: dict[str, str] = {
+    "rollout/num_joining": "rollout actors that wait for their first weights",
+    "rollout/outage_s": "seconds that no rollout actor has been alive for; 0 while one is",
+    "rollout/failures_by_kind": "attempts that came to nothing so far, by kind",
+}
+"""Of the Prometheus endpoint alone. They, `rollout/num_actors` and `rollout/failures` are as of each scrape."""
+
+_LONGEST = 300
+"""Characters of the event that tells of the error that ended a run; error.txt has the rest."""
+_MANY_CUT_OFF = 0.5
+"""Share of trajectories that end for want of tokens above which it is an alarm."""
+
 OVERVIEW: dict[str, dict[str, list[str]]] = {
     "learning": {
         "reward": ["reward/mean", "eval/accuracy"],
@@ -109,7 +125,12 @@ OVERVIEW: dict[str, dict[str, list[str]]] = {
         "removed by the loss": ["clip/removed_share", "clip/capped_positive", "clip/capped_negative"],
     },
     "who waits": {
-        "learner": ["wait/learner_for_groups_s", "wait/learner_for_weights_s", "wait/learner_for_checkpoint_s"],
+        "learner": [
+            "wait/outage_s",
+            "wait/learner_for_groups_s",
+            "wait/learner_for_weights_s",
+            "wait/learner_for_checkpoint_s",
+        ],
         "rollout actors": ["wait/rollout_for_slots_s", "wait/rollout_for_weights_s", "wait/rollout_for_evaluation_s"],
         "throughput": ["rollout/tokens_per_s"],
     },
@@ -131,7 +152,14 @@ def page() -> str:
     ]
     rows = [f"| `{name}` | {text.replace('|', chr(92) + '|')} |" for name, text in (METRICS | ONLY_WITH).items()]
     lines += ["| metric | meaning |", "|---|---|", *rows]
+    lines += ["", "The Prometheus endpoint (`metrics.prometheus_port`) also has these. They, `rollout/num_actors` and"]
+    lines += ["`rollout/failures` are there as of each scrape, and not of the last step.", ""]
+    lines += ["| gauge | meaning |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in GAUGES.items())]
     return "\n".join(lines) + "\n"
+
+
+class Unwritable(ValueError):
+    """The run folder cannot be written to, as where the disk is full."""
 
 
 class Metrics:
@@ -156,16 +184,20 @@ class Metrics:
         self.timeline = Timeline(folder / "timeline.jsonl" if settings.timeline else None, events.last_run_s(folder))
         self.events = events.Events(folder, self.timeline.now)
         last_s, self._damage = rows.cut(folder / "metrics.jsonl", first_step)
-        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
+        self._file = (folder / "metrics.jsonl").open("ab", buffering=0)
         self._board = TensorBoard(folder, config, OVERVIEW, first_step)
         self._sinks: list[Sink] = [self._board]
+        self._prometheus: Prometheus | None = None
         if settings.prometheus_port:
-            self._sinks.append(Prometheus(settings.prometheus_host, settings.prometheus_port, METRICS))
+            meanings = METRICS | GAUGES
+            self._prometheus = Prometheus(settings.prometheus_host, settings.prometheus_port, meanings)
+            self._sinks.append(self._prometheus)
         if config and settings.wandb:
             self._sinks.append(WeightsAndBiases(folder, config))
         self._samples = Samples(folder, config, decode) if config and decode else None
         self._terminal = open_terminal(folder, num_steps, first_step, quiet=quiet, watch=watch)
-        self.events.listen(lambda event: self._terminal.say(event.line))
+        self._terminal.lost = lambda why: self.event("failure", why, subject="console")
+        self.events.listen(self._show)
         self._began = time.monotonic() - last_s  # as if never stopped
         self._history: deque[dict[str, float]] = deque(maxlen=100)
         self._alarmed: set[str] = set()  # metrics, at the step before
@@ -175,20 +207,27 @@ class Metrics:
     def __enter__(self) -> Metrics:
         self._terminal.start()
         if self._damage.count:
-            self.say(str(self._damage))
+            self.event("alarm", str(self._damage), subject="metrics.jsonl")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._terminal.stop()
-        if self._samples:
-            self._samples.flush()
-        self.timeline.close()
-        self.events.close()
-        self._file.close()
-        for sink in self._sinks:
-            sink.close()
+        if error is not None:
+            self.events.listeners.clear()  # who started the run hears it as it ends
+            self.event("end", f"ended by {error!r}"[:_LONGEST], alarm=isinstance(error, Exception))
+        flush = [self._samples.flush] if self._samples else []
+        sinks = [sink.close for sink in self._sinks]
+        failed = []
+        for close in (*flush, self.timeline.close, self.sync, self.events.close, self._file.close, *sinks):
+            try:  # one that fails keeps none of the others open
+                with self._told():
+                    close()
+            except Unwritable as failure:
+                failed.append(failure)
+        if failed and error is None:
+            raise failed[0]
 
     def event(
         self, kind: str, message: str, *, subject: str = "run", alarm: bool | None = None, **facts: Any
@@ -196,10 +235,14 @@ class Metrics:
         """Something happened that a person should hear of, in one line: see `Events.emit` and `events.KINDS`."""
         return self.events.emit(kind, message, subject=subject, alarm=alarm, **facts)
 
-    def say(self, text: str) -> None:
-        """A line for the person who watches, an alarm if it begins so."""
-        alarm = text.startswith("alarm: ")
-        self.event("alarm" if alarm else "note", text.removeprefix("alarm: "))
+    def _show(self, event: events.Event) -> None:
+        if event.kind != "save":
+            self._terminal.say(event.line)
+
+    def watch(self, gauges: Callable[[], Mapping[str, float | Mapping[str, float]]]) -> None:
+        """The Prometheus endpoint asks for these at each scrape, from a thread of its own."""
+        if self._prometheus is not None:
+            self._prometheus.gauges = gauges
 
     def ended(self) -> None:
         """No step follows: what is said from here on goes below the progress bar or the view."""
@@ -209,15 +252,15 @@ class Metrics:
         """One learner step."""
         row |= self._waits(row)
         window_s = max(row["wait/window_s"], 1e-9)  # of this one and of all that the row says of waits and idleness
-        row["learner/idle"] = row["wait/learner_for_groups_s"] / window_s
+        row["learner/idle"] = (row["wait/learner_for_groups_s"] + row["wait/outage_s"]) / window_s
         row["rollout/tokens_per_s"] = row["rollout/num_tokens"] / window_s
         row["rollout/effective_tokens_per_s"] = row["rollout/tokens_per_s"] * row["ess/token"]
         self._record(version, row)
         self._terminal.step(version, self._line(version, row, max_lag))
-        found = alarms(row, list(self._history))
+        found = alarms(row, list(self._history)) | _cut_off(row)
         for name, sentence in found.items():
             if name not in self._alarmed:  # said when it begins, not at each step
-                self.say(f"alarm: {sentence}")
+                self.event("alarm", sentence, subject=name, version=version, value=row.get(name))
         self._alarmed = set(found)
         self._history.append(row)
 
@@ -234,14 +277,34 @@ class Metrics:
             f" | {name.removeprefix('eval/')} {value:.3f}" for name, value in row.items() if "pass@" in name
         )
         accuracy, low, high = row["eval/accuracy"], row["eval/low"], row["eval/high"]
-        self.say(f"eval {version} | held-out {accuracy:.3f} ({low:.3f} to {high:.3f}){passed}")
+        told = f"eval {version} | held-out {accuracy:.3f} ({low:.3f} to {high:.3f}){passed}"
+        self.event("evaluation", told, subject="evaluation", version=version, accuracy=accuracy)
 
     def _record(self, version: int, row: dict[str, float]) -> None:
         values = {name: None if math.isnan(value) else _short(value) for name, value in row.items()}
         times = {"time": round(time.monotonic() - self._began, 3), "timestamp": round(time.time(), 3)}
-        self._file.write(json.dumps({"version": version, **times, **values}) + "\n")
-        for sink in self._sinks:
-            sink.write(version, row)
+        line = (json.dumps({"version": version, **times, **values}) + "\n").encode()
+        with self._told():
+            if self._file.write(line) < len(line):  # a disk that fills up takes a part
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            for sink in self._sinks:
+                sink.write(version, row)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Raises `Unwritable` where the disk does not take what a run writes."""
+        try:
+            yield
+        except OSError as error:
+            raise Unwritable(
+                f"the run folder {self.folder} cannot be written to ({error.strerror or error}): free some space, or "
+                f"mend the disk, and go on with {interpreter()} launch/run.py --resume {self.folder}"
+            ) from error
+
+    def sync(self) -> None:
+        """What was written so far survives a power failure once this returns. May run in another thread."""
+        os.fsync(self._file.fileno())
+        self.events.sync()
 
     def _waits(self, row: dict[str, float]) -> dict[str, float]:
         now = self.timeline.now()
@@ -259,6 +322,15 @@ class Metrics:
             f"{_thousands(row['rollout/tokens_per_s'])} tok/s | sync {row['sync/total_s']:.3f} s | "
             f"waits {told(row)}"
         )
+
+
+def _cut_off(row: Mapping[str, float]) -> dict[str, str]:
+    """The alarm of a step most of whose replies ended at the limit."""
+    share = row.get("completion/truncated", 0.0)
+    if not share > _MANY_CUT_OFF:
+        return {}
+    told = f"{share:.0%} of the trajectories ran out of tokens: raise rollout.max_new_tokens"
+    return {"completion/truncated": f"{told}, or ask for shorter replies"}
 
 
 def _short(value: float) -> float:

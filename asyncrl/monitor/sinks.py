@@ -7,12 +7,13 @@ import json
 import math
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Protocol
 
 from asyncrl.config import Config, to_tree
+from asyncrl.monitor.plain import inert
 from asyncrl.monitor.samples import Row
 
 
@@ -58,7 +59,7 @@ class TensorBoard:
     def samples(self, version: int, rows: Sequence[Row]) -> None:
         """The texts of some trajectories, as Markdown."""
         parts = [
-            f"reward {row['reward']:.3f}, advantage {row['advantage']:+.3f}, {row['finish']}\n\n```\n{row['text']}\n```"
+            f"reward {row['reward']:.3f}, advantage {row['advantage']:+.3f}, {row['finish']}\n\n{inert(row['text'])}"
             for row in rows
         ]
         self._writer.add_text("samples", "\n\n".join(parts), version)
@@ -110,6 +111,8 @@ class Prometheus:
     def __init__(self, host: str, port: int, meanings: Mapping[str, str]) -> None:
         """Port 0 takes a free one; `port` tells which. Raises `ValueError` if the address cannot be had."""
         self._values: dict[str, float] = {}
+        self.gauges: Callable[[], Mapping[str, float | Mapping[str, float]]] = dict
+        """Asked at every scrape, from the server's thread: what is true then, whatever the last step said."""
         sink = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -139,17 +142,28 @@ class Prometheus:
     def page(self, meanings: Mapping[str, str]) -> str:
         """Prometheus text format 0.0.4. Names may have letters, digits and underscores only."""
         lines = []
-        for name, value in self._values.items():
+        for name, value in {**self._values, **self.gauges()}.items():
             metric = "asyncrl_" + re.sub(r"[^a-zA-Z0-9_]", "_", name)
-            meaning = meanings.get(name, name).replace("\\", "\\\\").replace("\n", "\\n")
-            number = f"{value:.9g}" if math.isfinite(value) else {math.inf: "+Inf", -math.inf: "-Inf"}.get(value, "NaN")
-            lines += [f"# HELP {metric} {meaning}", f"# TYPE {metric} gauge", f"{metric} {number}"]
+            lines += [f"# HELP {metric} {_escaped(meanings.get(name, name))}", f"# TYPE {metric} gauge"]
+            if isinstance(value, Mapping):
+                of_kind = {_escaped(kind).replace('"', '\\"'): count for kind, count in value.items()}
+                lines += [f'{metric}{{kind="{kind}"}} {_number(count)}' for kind, count in of_kind.items()]
+            else:
+                lines.append(f"{metric} {_number(value)}")
         return "".join(f"{line}\n" for line in lines)
 
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("\n", "\\n")
+
+
+def _number(value: float) -> str:
+    return f"{value:.9g}" if math.isfinite(value) else {math.inf: "+Inf", -math.inf: "-Inf"}.get(value, "NaN")
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,12 +9,13 @@ A thread draws the view once a second. Nothing waits for it, nor it for anything
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import termios
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -41,12 +42,12 @@ class Terminal(Protocol):
     def step(self, version: int, text: str) -> None: ...
 
 
-def open_terminal(folder: Path, num_steps: int, first_step: int, *, quiet: bool, watch: bool) -> Terminal:
+def open_terminal(folder: Path, num_steps: int, first_step: int, *, quiet: bool, watch: bool) -> BestEffort:
     """The view where it is asked for and a terminal can show it, else lines."""
-    console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+    console = _Console(quiet=quiet, highlight=False, soft_wrap=True)
     if watch and not quiet and console.is_terminal and not console.is_dumb_terminal:
-        return LiveView(folder)
-    lines = Lines(console, num_steps, first_step)
+        return BestEffort(LiveView(folder))
+    lines = BestEffort(Lines(console, num_steps, first_step))
     if watch:
         lines.say(
             "--watch needs a terminal, and the output is none: one line a step follows instead; for the view run "
@@ -72,6 +73,51 @@ def undisturbed_by_keys() -> Iterator[None]:
         yield
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+class BestEffort:
+    """A terminal that may be lost, as a closed pipe or a window that is gone: that ends no run."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal = terminal
+        self.lost: Callable[[str], object] = lambda _why: None
+        """Told once why nothing is shown any more."""
+        self._gone = False
+
+    def start(self) -> None:
+        self._try(self._terminal.start)
+
+    def stop(self) -> None:
+        self._try(self._terminal.stop)
+
+    def say(self, text: str) -> None:
+        self._try(lambda: self._terminal.say(text))
+
+    def step(self, version: int, text: str) -> None:
+        self._try(lambda: self._terminal.step(version, text))
+
+    def _try(self, show: Callable[[], None]) -> None:
+        if self._gone:
+            return
+        try:
+            show()
+        except (OSError, ValueError, termios.error) as error:  # a ValueError tells of a file that is closed
+            self._gone = True
+            self._discard_output()
+            self.lost(f"the console is gone ({error}): the run goes on without it")
+
+    def _discard_output(self) -> None:
+        """What is still to be flushed at the exit goes nowhere, instead of failing there."""
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich would end the process."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 class Lines:

@@ -150,7 +150,7 @@ def covered_s(intervals: Iterable[tuple[float, float]], begin_s: float, end_s: f
     return total
 
 
-LANES = ("learner", "weight sync", "buffer", "evaluation", "rollout", "evaluator")
+LANES = ("learner", "weight sync", "buffer", "evaluation", "outage", "rollout", "evaluator")
 """Kinds of lanes, in the order in which they are shown."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,13 +16,18 @@ from rich.text import Text
 
 from asyncrl import run_folder, tables
 from asyncrl.imports import check_run
+from asyncrl.monitor import events
 from asyncrl.monitor.blame import blame, takes_turns, told, warmed_up
 from asyncrl.monitor.course import Course, Follower
+from asyncrl.monitor.events import Event
+from asyncrl.monitor.news import Silence, alarms, outage
 from asyncrl.monitor.rows import Row
 
 _RECENT = 20
 """Steps that the rates and the waits are taken over."""
 _LINGER_S = 5.0
+_NEWS_BYTES = 2**16
+"""Of the newest events, which hold those of an outage that goes on."""
 _SENTENCE = 1000
 """Steps that the sentence is about, the newest ones: what it costs to draw does not grow with the run."""
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -48,6 +52,7 @@ _WAITS = (
 _RARE_WAITS = (
     ("learner for checkpoints", "wait/learner_for_checkpoint_s"),
     ("learner for evaluators", "wait/learner_for_evaluation_s"),
+    ("learner in an outage", "wait/outage_s"),
     ("engines with evaluations", "wait/rollout_for_evaluation_s"),
 )
 """Shown where they take a share that can be seen."""
@@ -62,18 +67,20 @@ class View:
         self._settings, self._path = folder / "config.json", folder / "metrics.jsonl"
         self._follower = Follower(self._path, NAMES, NUM_STEPS)
         self._known = tables.read(self._settings)
+        self._silence = Silence(self._path)
 
     def finished(self) -> bool:
         """Whether the last step is done and nothing followed for a while, such as its evaluation or further steps of a
         run that was resumed with more of them."""
-        return self._follower.read().version >= num_steps(self._config()) and self._silent_s() > _LINGER_S
+        return self._follower.read().version >= num_steps(self._config()) and self._silence.seconds() > _LINGER_S
 
     def render(self) -> RenderableType:
         """The whole screen, as the run's files are now."""
         begin, _ = run_folder.stretches(self._path.parent)[-1]
-        course = self._follower.read()
+        course, silent_s = self._follower.read(), self._silence.seconds()
         damage = str(self._follower.damage)
-        return screen(self._name, self._config(), course, silent_s=self._silent_s(), begin=begin, damage=damage)
+        news = events.read(self._path.parent, _NEWS_BYTES)
+        return screen(self._name, self._config(), course, silent_s=silent_s, begin=begin, damage=damage, news=news)
 
     def _config(self) -> dict[str, Any]:
         """As it is now, as a resume changes it on its way; where it cannot be read any more, as it was."""
@@ -81,21 +88,27 @@ class View:
             self._known = tables.read(self._settings)
         return self._known
 
-    def _silent_s(self) -> float:
-        return time.time() - self._path.stat().st_mtime if self._path.exists() else 0.0
-
 
 def num_steps(config: Mapping[str, Any]) -> int:
     return int(config.get("num_steps", 0))
 
 
 def screen(
-    name: str, config: dict[str, Any], course: Course, *, silent_s: float = 0.0, begin: int = 0, damage: str = ""
+    name: str,
+    config: dict[str, Any],
+    course: Course,
+    *,
+    silent_s: float = 0.0,
+    begin: int = 0,
+    damage: str = "",
+    news: Sequence[Event] = (),
 ) -> RenderableType:
     """`silent_s`: seconds since the run last wrote a row. `begin`: the step that it has this configuration from.
-    `damage`: what cannot be read, in a line."""
+    `damage`: what cannot be read, in a line. `news`: the run's newest events."""
     steps = list(course.steps)
-    parts: list[RenderableType] = [progress(config, course.version, steps)]
+    out = outage(news)
+    parts: list[RenderableType] = [progress(config, course.version, steps, known=not out)]
+    parts += [Text(out, style="bold red")] if out else []
     if steps:
         recent = warmed_up([row for row in steps if row["version"] > begin])[-_SENTENCE:]
         found = blame(recent, turns=takes_turns(config))
@@ -105,6 +118,7 @@ def screen(
     else:
         parts.append(Text("no step has ended yet", style="dim"))
     parts += [Text(damage, style="red")] if damage else []
+    parts += alarms(news)
     return Panel(Group(*parts), title=f"asyncrl · {name}", border_style="blue", padding=(0, 2))
 
 
@@ -123,15 +137,17 @@ def mean_step_s(steps: Sequence[Row]) -> float:
     return sum(recent) / len(recent) if recent else math.nan
 
 
-def progress(config: dict[str, Any], done: int, steps: Sequence[Row]) -> RenderableType:
-    """`done`: steps so far; `steps`: the newest ones, for the time that they take."""
+def progress(config: dict[str, Any], done: int, steps: Sequence[Row], *, known: bool = True) -> RenderableType:
+    """`done`: steps so far; `steps`: the newest ones, for the time that they take. `known`: whether the rest will take
+    as long, which nobody can say in an outage."""
     total = max(done, num_steps(config))
     left_s = (total - done) * mean_step_s(steps)
+    told = f"{duration(left_s)} left" if known else "time left unknown"
     table = Table.grid(padding=(0, 2), expand=True)
     table.add_column(no_wrap=True)
     table.add_column(ratio=1)
     table.add_column(no_wrap=True)
-    table.add_row(f"step {done} of {total}", ProgressBar(total=total, completed=done), f"{duration(left_s)} left")
+    table.add_row(f"step {done} of {total}", ProgressBar(total=total, completed=done), told)
     return table
 
 

@@ -56,4 +56,4 @@ class StepGuard:
                 f"(learner.max_skipped_steps is {self._max_in_a_row}); last, {told}. Lower learner.learning_rate, or "
                 "go on from an earlier checkpoint"
             )
-        return f"alarm: step skipped: {told}"
+        return f"step skipped: {told}"

@@ -18,6 +18,7 @@ import msgspec
 from asyncrl import durable
 from asyncrl.handles import RolloutHandle
 from asyncrl.imports import check_run
+from asyncrl.monitor.events import Emit
 from asyncrl.pool import RolloutPool
 from asyncrl.recovery import journal
 
@@ -56,13 +57,14 @@ class Supervisor:
         target: int,
         first_number: int,
         max_replacements: int,
-        say: Callable[[str], None],
+        emit: Emit,
         check_number: Callable[[int], None] = lambda _num_actors: None,
     ) -> None:
         """`check_number` raises `ValueError` if there is no room for so many rollout actors."""
         self._pool, self._start, self._folder = pool, start, folder
-        self._target, self._left = target, max_replacements
-        self._say, self._check_number = say, check_number
+        self._target, self._left, self._used = target, max_replacements, 0
+        self._emit, self._check_number = emit, check_number
+        pool.presence.outlook, pool.presence.waits_for = self._outlook, self._waits_for
         self._next_number = first_number
         self._starting: dict[int, asyncio.Task[None]] = {}  # by the actor's number
         self._told_of_lack = False  # since somebody asked last
@@ -77,6 +79,7 @@ class Supervisor:
                 self._read_target()
                 self._stop_surplus_starts()
                 self._start_missing()
+                self._pool.presence.remind()
                 if adjusting is not None and adjusting.done():
                     adjusting.result()
                     adjusting = None
@@ -106,9 +109,9 @@ class Supervisor:
         try:
             wanted = msgspec.json.decode(path.read_bytes(), type=Control).num_rollout_actors
         except msgspec.MsgspecError as error:
-            self._say(f"alarm: {path} is ignored: {error}")
+            self._emit("alarm", f"{path} is ignored: {error}")
         else:
-            self._say(f"rollout actors: {self._num_actors} -> {wanted}")
+            self._emit("decision", f"rollout actors: {self._num_actors} -> {wanted}", wanted=wanted)
             self._check_room(wanted)
             self._left += max(0, wanted - self._num_actors)
             self._target, self._told_of_lack = wanted, False
@@ -119,40 +122,67 @@ class Supervisor:
         try:
             self._check_number(wanted)
         except ValueError as error:
-            self._say(f"alarm: {error}")
+            self._emit("alarm", str(error))
 
     def _stop_surplus_starts(self) -> None:
         """Before actors that work are retired. No replacement is given back: who asks for more allows their starts."""
         while self._starting and self._num_actors > self._target:
             number, task = self._starting.popitem()  # the newest
             task.cancel()
-            self._say(f"rollout actor {number} is not wanted any more: its start is stopped")
+            message = f"rollout actor {number} is not wanted any more: its start is stopped"
+            self._emit("replacement", message, subject=f"rollout {number}")
 
     def _start_missing(self) -> None:
         while self._num_actors < self._target and self._left > 0:
             self._left -= 1
-            self._starting[self._next_number] = asyncio.create_task(self._start_one(self._next_number))
-            self._next_number += 1
+            self._used += 1
+            number, self._next_number = self._next_number, self._next_number + 1
+            self._starting[number] = asyncio.create_task(self._start_one(number))
+            message = f"rollout actor {number} is being started: {self._replacement(self._used)}"
+            self._emit("replacement", message, subject=f"rollout {number}")
         if 0 < self._num_actors < self._target and not self._told_of_lack:
             self._told_of_lack = True
-            self._say(
-                f"alarm: {self._num_actors} of {self._target} rollout actors are left and rollout.max_replacements are "
-                f"used up: launch/scale.py {self._folder} {self._target} allows as many starts as are missing"
+            self._emit(
+                "alarm",
+                f"{self._num_actors} of {self._target} rollout actors are left and rollout.max_replacements are "
+                f"used up: launch/scale.py {self._folder} {self._target} allows as many starts as are missing",
             )
         self._pool.expect(self._left > 0 or bool(self._starting) or self._pool.num_joining > 0)
 
     def _retire_surplus(self) -> None:
         while len(self._pool.actors) + self._pool.num_joining > self._target:
-            self._say(f"{self._pool.retire().name} gets no more prompts")
+            name = self._pool.retire().name
+            self._emit("replacement", f"{name} gets no more prompts", subject=name)
+
+    def _replacement(self, number: int) -> str:
+        return f"replacement {number} of {self._used + self._left}"
+
+    def _outlook(self) -> str:
+        """What becomes of the place of an actor that just died: the next look starts what is missing."""
+        missing = self._target - self._num_actors
+        if missing <= 0:
+            return "it was to leave anyway"
+        if missing > self._left:
+            return "nobody takes its place, as rollout.max_replacements are used up"
+        return f"{self._replacement(self._used + missing)} is started"
+
+    def _waits_for(self) -> str:
+        if self._pool.num_joining:
+            return "the weights of an actor that is ready"
+        first = self._used - len(self._starting) + 1
+        return self._replacement(first)
 
     async def _start_one(self, number: int) -> None:
         try:
             actor = await self._start(number)
         except Exception as error:  # whatever it is, the run goes on with the others
             self._pool.failures["actor not started"] += 1
-            self._say(f"alarm: rollout actor {number} did not start: {error!r}")
+            told = next(iter(str(error).splitlines()), "") or type(error).__name__
+            message = f"rollout actor {number} did not start: {told}"
+            self._emit("failure", message, subject=f"rollout {number}", raw=repr(error))
         else:
-            self._say(f"{actor.name} is ready and gets its weights at the next update")
+            message = f"{actor.name} is ready and gets its weights at the next update"
+            self._emit("replacement", message, subject=actor.name, waits_for=f"the weights of {actor.name}")
             self._pool.add(actor)
         finally:  # in the same turn as the addition, so that nobody counts the actor twice
             self._starting.pop(number, None)

@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from asyncrl.monitor.events import Emit
+
 Action: TypeAlias = Literal["warn", "restart", "stop"]
 
 _LEARNER_STAGES = {"step", "send", "save"}
@@ -70,14 +72,14 @@ class Watchdog:
         *,
         timeout_s: float,
         action: Action,
-        say: Callable[[str], None],
+        emit: Emit,
         stacks: Callable[[], Awaitable[str]],
         kill: Callable[[Any], None],
     ) -> None:
         """`stacks` asks every actor for its stacks; `kill` ends the process of a rollout actor."""
         self._path = folder / "stalls.txt"
         self._timeout_s, self._action = timeout_s, action
-        self._say, self._stacks, self._kill = say, stacks, kill
+        self._emit, self._stacks, self._kill = emit, stacks, kill
         self._waits: dict[int, Wait] = {}
         self._numbers = itertools.count()
         self._said_early = False
@@ -107,7 +109,8 @@ class Watchdog:
             return
         self._said_early = True
         oldest = next((f"; {wait}" for wait in self._waits.values() if wait.stage == "produce"), "")
-        self._say(f"still waiting: {starving[0]}{oldest} (a stall from watchdog.timeout_s, {self._timeout_s:g} s, on)")
+        told = f"still waiting: {starving[0]}{oldest} (a stall from watchdog.timeout_s, {self._timeout_s:g} s, on)"
+        self._emit("stall", told, subject="take", alarm=False)
 
     def _overdue(self) -> list[Wait]:
         latest = time.monotonic() - self._timeout_s
@@ -122,11 +125,11 @@ class Watchdog:
             told += f"; and {len(overdue) - 3} more waits"
         told = f"{told} (watchdog.timeout_s is {self._timeout_s:g}); stacks in {self._path}"
         await self._write_report(told)
-        self._say(f"alarm: {told}")
+        self._emit("stall", told, subject=overdue[0].stage, taken_s=round(overdue[0].taken_s, 1))
         actors = {wait.actor for wait in overdue if wait.actor is not None}
         if self._action == "restart" and actors:
             for actor in actors:
-                self._say(f"alarm: {actor.name} is killed and replaced")
+                self._emit("stall", f"{actor.name} is killed and replaced", subject=actor.name)
                 self._kill(actor)
         elif self._action != "warn" and not (self._action == "restart" and self._waits_for_actors()):
             raise Stalled(told, learner_hangs=await self._learner_hangs())
@@ -167,7 +170,7 @@ class Watchdog:
             with self._path.open("a") as file:
                 file.write("\n".join(parts) + "\n")
         except OSError as error:  # of a full disk, say, which is no reason to end a run that is to go on
-            self._say(f"alarm: {self._path} could not be written: {error}")
+            self._emit("failure", f"{self._path} could not be written: {error}")
 
 
 def watched(watchdog: Watchdog | None, stage: str, waits_for: str, actor: Any = None) -> AbstractContextManager[None]:

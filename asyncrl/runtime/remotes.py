@@ -7,6 +7,7 @@ passes on to the learner without reading it. `exchange.py` puts several prompts 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,36 @@ _DEATHS = (
     ray.exceptions.NodeDiedError,
     EngineDied,  # without its engine an actor is of no use
 )
+
+
+_KILLED = (
+    "its process was killed by a signal or crashed (kill -9, the kernel's killer where memory is out, or native code)"
+)
+_EXITS = {
+    "SYSTEM_ERROR": _KILLED,
+    "NODE_OUT_OF_MEMORY": "out of memory: Ray ended its process, as its node had little left",
+    "INTENDED_USER_EXIT": "its process exited by itself",
+    "INTENDED_SYSTEM_EXIT": "it was ended on purpose (ray.kill, or the end of its job)",
+    "USER_ERROR": "an exception ended its process",
+}
+"""What Ray's exit type of a worker means."""
+
+
+def cause_of_death(error: BaseException) -> str:
+    """Why a process is gone, in one line of our own words; Ray's text goes on for a page."""
+    text = str(error)
+    first = next(filter(None, map(str.strip, text.splitlines())), type(error).__name__)
+    exit_type = re.search(r"[Ee]xit type: (\w+)", text)
+    known = {
+        f"its engine ended: {first}": isinstance(error, EngineDied),
+        _EXITS["NODE_OUT_OF_MEMORY"]: isinstance(error, ray.exceptions.OutOfMemoryError),
+        "its node was lost": isinstance(error, ray.exceptions.NodeDiedError) or "node has died" in text,
+        "an exception where it was made, see its raw text": getattr(error, "actor_init_failed", False),
+        "its process cannot be reached": isinstance(error, ray.exceptions.ActorUnavailableError),
+        _EXITS["INTENDED_SYSTEM_EXIT"]: "killed by `ray.kill`" in text,
+        _EXITS.get(exit_type[1], first) if exit_type else first: True,
+    }
+    return next(cause for cause, found in known.items() if found)
 
 
 class RemoteRollout:
@@ -91,7 +122,7 @@ class RemoteRollout:
 
     def _explain(self, error: BaseException) -> Exception:
         if isinstance(error, _DEATHS):
-            return ActorDied(str(error))  # whose name is told by whoever takes it out
+            return ActorDied(cause_of_death(error), str(error))  # whose name is told by whoever takes it out
         return RuntimeError(f"{self.name}: {error}")
 
 
