@@ -78,6 +78,7 @@ def test_the_death_of_all_is_told_at_once_everywhere_until_a_replacement_plays(t
         assert 'asyncrl_rollout_failures_by_kind{kind="actor died"} 2' in page
         assert "no rollout actor alive for 0 s, waiting for replacement 1 of 3" in shown(tmp_path)
         assert "time left unknown" in shown(tmp_path)
+        assert "rollout 1 died: its process was killed" in shown(tmp_path)
         monkeypatch.setattr(pool.presence, "_reminder_s", 0.0)
         await until(lambda event: "no rollout actor has been alive for" in event.message)
         arrived.set()
@@ -86,7 +87,6 @@ def test_the_death_of_all_is_told_at_once_everywhere_until_a_replacement_plays(t
         (over,) = [event for event in events.read(tmp_path) if event.facts.get("over")]
         assert (over.alarm, over.kind) == (False, "outage")
         assert "no rollout actor alive" not in shown(tmp_path)
-        assert "rollout 1 died: its process was killed" in shown(tmp_path)
         watch.cancel()
         endpoint.close()
         assert OUTAGE in {span.lane for span in timeline.since(0.0)}
