@@ -4,6 +4,7 @@ runs/20261122-193000-largest-digit/
     config.json  run.json        resolved configuration; git commit, command, no-skill scores
     config.step-000120.json      what it was up to that step, if a resume changed it
     metrics.jsonl  tensorboard/  every metric of every step
+    events.jsonl                 what happened, as it happened: deaths, outages, alarms, decisions, saves
     checkpoints/step-000160/     loads with transformers as it is
     journal.bin  groups/         what happened to every prompt; the finished groups that a resume may need
     timeline.jsonl               what every part of the run did, and when

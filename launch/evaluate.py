@@ -31,6 +31,7 @@ from asyncrl import tables
 from asyncrl.config import Config
 from asyncrl.envs.faults import EnvFault
 from asyncrl.imports import LOCAL, runs_near
+from asyncrl.monitor.plain import plain
 
 if TYPE_CHECKING:
     from asyncrl.rollout import Attempts, Rollout
@@ -47,9 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
         check_output(options.output)
         results = evaluate_newest(options)
     except (ValueError, EnvFault) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(str(error))}", file=sys.stderr)
         return 2
-    print("\n\n".join(map(report, results)))
+    print(plain("\n\n".join(map(report, results))))
     if options.output:  # after the results were printed: they are not lost if it cannot be written
         options.output.write_text(json.dumps(results if len(results) > 1 else results[0], indent=2) + "\n")
     return 0

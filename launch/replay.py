@@ -26,6 +26,7 @@ from asyncrl import config as configuration
 from asyncrl import run_folder, tables
 from asyncrl.config import Config
 from asyncrl.imports import check_run
+from asyncrl.monitor.plain import plain
 from asyncrl.recovery import checkpoint, groups, journal
 from asyncrl.recovery.accounts import Batch, Generated, Resumed, Started, Synced
 from asyncrl.runtime.parts import LearnerPart
@@ -155,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         told = report(options.folder, options.checkpoints or options.folder / "checkpoints", options.words)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(str(error))}", file=sys.stderr)
         return 2
     return int(told)
 
@@ -169,7 +170,7 @@ def report(folder: Path, checkpoints: Path, words: Sequence[str]) -> bool:
         print(f"up to step {last}, where the run went on with {changed}")
     for line in replay(folder, checkpoints, words):
         differs = True
-        print(line, flush=True)
+        print(plain(line), flush=True)
     if not differs:
         schedule = read_schedule(folder / "journal.bin", last)
         num_groups = sum(map(len, schedule.batches.values()))

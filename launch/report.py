@@ -21,8 +21,8 @@ from typing import Any
 from asyncrl import config as configuration
 from asyncrl import run_folder
 from asyncrl.imports import check_run
-from asyncrl.monitor import metrics, samples, timeline
-from asyncrl.monitor.blame import blame, takes_turns, warmed_up
+from asyncrl.monitor import events, metrics, samples, timeline
+from asyncrl.monitor.blame import ALIVE, blame, takes_turns, warmed_up
 from asyncrl.monitor.sinks import flat
 from asyncrl.monitor.timeline import Span
 
@@ -30,6 +30,7 @@ PAGE = Path(__file__).parent / "report_page"
 _MAX_SPANS = 40_000
 _MAX_POINTS = 2_000
 _MAX_SAMPLED_STEPS = 400
+_MAX_EVENTS = 500
 
 Row = dict[str, Any]
 
@@ -95,6 +96,7 @@ def collect(folder: Path, window: tuple[int, int] | None = None) -> dict[str, An
         "timeline": gantt(spans, window) | {"num_damaged": num_damaged},
         "samples": sampled(folder),
         "drops": drops(spans),
+        "events": news(folder),
     }
 
 
@@ -146,7 +148,7 @@ def gantt(spans: Sequence[Span], window: tuple[int, int] | None) -> dict[str, An
     steps = [(span.facts["version"], span.begin_s, span.end_s) for span in spans if is_step(span)]
     begin_s, end_s = bounds(spans, steps, window)
     shown = [span for span in spans if span.end_s >= begin_s and span.begin_s <= end_s]
-    lasting = [span for span in shown if "value" not in span.facts and span.name != "drop"]
+    lasting = [span for span in shown if "value" not in span.facts and span.name not in ("drop", ALIVE)]
     lanes = sorted({span.lane for span in lasting}, key=timeline.lane_order)
     names = {lane: number for number, lane in enumerate(lanes)}
     return {
@@ -189,6 +191,14 @@ def sampled(folder: Path) -> list[dict[str, Any]]:
         {name: row[name] for name in names} | {"logprobs": [round(value, 3) for value in row["logprobs"]]}
         for row in rows
         if row["version"] in kept
+    ]
+
+
+def news(folder: Path) -> list[dict[str, Any]]:
+    """The newest events, the newest one first."""
+    return [
+        {"run_s": event.run_s, "at": event.timestamp, "kind": event.kind, "message": event.line, "alarm": event.alarm}
+        for event in events.read(folder)[-_MAX_EVENTS:][::-1]
     ]
 
 

@@ -51,6 +51,7 @@ LAYERS = [
         "recovery.curriculum",
         "recovery.groups",
         "recovery.watchdog",
+        "recovery.held_loop",
     },
     {
         "monitor.terminal",

@@ -257,7 +257,7 @@ class Metrics:
         row["rollout/effective_tokens_per_s"] = row["rollout/tokens_per_s"] * row["ess/token"]
         self._record(version, row)
         self._terminal.step(version, self._line(version, row, max_lag))
-        found = alarms(row, list(self._history)) | _cut_off(row)
+        found = alarms(row, list(self._history)) | _cut_off(row, "completion/truncated" in self._alarmed)
         for name, sentence in found.items():
             if name not in self._alarmed:  # said when it begins, not at each step
                 self.event("alarm", sentence, subject=name, version=version, value=row.get(name))
@@ -324,10 +324,11 @@ class Metrics:
         )
 
 
-def _cut_off(row: Mapping[str, float]) -> dict[str, str]:
-    """The alarm of a step most of whose replies ended at the limit."""
+def _cut_off(row: Mapping[str, float], before: bool) -> dict[str, str]:
+    """The alarm of a step most of whose replies ended at the limit; `before`: whether it holds already, which it then
+    does until they are far fewer, so that shares of small batches do not tell it again and again."""
     share = row.get("completion/truncated", 0.0)
-    if not share > _MANY_CUT_OFF:
+    if not share > (_MANY_CUT_OFF / 2 if before else _MANY_CUT_OFF):
         return {}
     told = f"{share:.0%} of the trajectories ran out of tokens: raise rollout.max_new_tokens"
     return {"completion/truncated": f"{told}, or ask for shorter replies"}

@@ -69,10 +69,10 @@ function offPolicy() {
 }
 
 function waits() {
-  const shares = data.blame?.shares ?? {}, share = (name) => shares[`wait/${name}_s`] ?? 0;
+  const shares = data.blame?.shares ?? {}, out = shares["wait/outage_s"] ?? 0, share = (name) => (1 - out) * (shares[`wait/${name}_s`] ?? 0);  // the others are of the time without it
   const part = (name, value, color) => ({ name, value: Math.max(0, value), color });
-  const learner = [part("waits for groups", share("learner_for_groups"), "--c1"), part("waits for weights", share("learner_for_weights"), "--c3"), part("checkpoint", share("learner_for_checkpoint"), "--c4"), part("sends weights to evaluators", share("learner_for_evaluation"), "--c5")];
-  const rollout = [part("no prompt to play: waits for slots", share("rollout_for_slots"), "--c1"), part("paused for weights", share("rollout_for_weights"), "--c3")];
+  const learner = [part("waits for groups", share("learner_for_groups"), "--c1"), part("in an outage of the rollout actors", out, "--bad"), part("waits for weights", share("learner_for_weights"), "--c3"), part("checkpoint", share("learner_for_checkpoint"), "--c4"), part("sends weights to evaluators", share("learner_for_evaluation"), "--c5")];
+  const rollout = [part("none is alive", out, "--bad"), part("no prompt to play: waits for slots", share("rollout_for_slots"), "--c1"), part("paused for weights", share("rollout_for_weights"), "--c3")];
   learner.unshift(part("trains", 1 - learner.reduce((sum, one) => sum + one.value, 0), "--c0"));
   rollout.unshift(part("plays prompts", 1 - rollout.reduce((sum, one) => sum + one.value, 0), "--c2"));
   const busy = (name) => metric(name)?.map((idle) => isNumber(idle) ? Math.max(0, 1 - idle) : null);
@@ -126,6 +126,13 @@ function everyMetric() {
   });
 }
 
+function events() {
+  const rows = data.events.map((one) => make("tr", { class: one.alarm ? "changed" : "" }, make("td", {}, duration(one.run_s)),
+    make("td", {}, new Date(1000 * one.at).toLocaleString()), make("td", {}, one.kind), make("td", {}, one.message)));
+  at("events").querySelector("div").append(rows.length ? make("div", { class: "card" }, make("table", {}, make("tbody", {}, ...rows)))
+    : make("p", { class: "empty" }, "none are recorded"));
+}
+
 function configuration() {
   const rows = data.config.map(({ key, value, default: usual }) => make("tr", { class: String(value) === String(usual) ? "" : "changed" }, make("td", {}, key), make("td", {}, String(value))));
   const command = (data.origin.command ?? []).join(" ");
@@ -147,4 +154,5 @@ showTimeline(data.timeline, at("timeline"));
 showSamples(data.samples, at("samples"));
 drops();
 everyMetric();
+events();
 configuration();
