@@ -39,7 +39,7 @@ def test_holm_steps_down_from_the_smallest():
 
 @pytest.mark.parametrize("num_seeds", [2, 5, 8])
 def test_chance_is_called_a_difference_as_often_as_is_said(num_seeds):
-    draws = np.random.default_rng(0).normal(size=(4000, num_seeds))
+    draws = np.random.default_rng(0).normal(size=(1000, num_seeds))
     assert np.mean([p_value(values) < 0.05 for values in draws]) == pytest.approx(0.05, abs=0.01)
     held = [low <= 0 <= high for low, high in map(interval, draws)]
     assert np.mean(held) == pytest.approx(0.95, abs=0.01)

@@ -218,6 +218,7 @@ class FewSevens(Sevens):
 def test_a_resumed_run_trains_what_the_unbroken_one_trained(tmp_path):
     words = ["runtime=local", "num_steps=9", "env.path=test_curriculum:FewSevens", "learner.groups_per_step=6"]
     words += [
+        "rollout.max_new_tokens=2",
         "buffer.max_staleness=0",
         "curriculum.by=prompt",
         "checkpoint.every=3",

@@ -78,7 +78,8 @@ def test_the_environment_and_the_loss_of_the_guide_run(tmp_path, monkeypatch):
         monkeypatch.setattr(helpers, name.split()[1], names[name.split()[1]], raising=False)
     words = ["runtime=local", "env.path=helpers:LastDigit", "num_steps=2", "rollout.group_size=4"]
     words += ["algorithm.preset=helpers:capped", "algorithm.loss.advantage=helpers:only_better"]
-    words += ["learner.groups_per_step=2", "eval.num_prompts=4", "metrics.timeline=false", f"run_dir={tmp_path}"]
+    words += ["learner.groups_per_step=2", "rollout.max_new_tokens=2", "eval.num_prompts=4"]
+    words += ["metrics.timeline=false", f"run_dir={tmp_path}"]
     result = run_coroutine(job.train(configuration.load(None, words), quiet=True))
     assert result.version == 2
     assert list(result.baselines) == ["always 7"]

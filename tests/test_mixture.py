@@ -69,6 +69,7 @@ def test_held_out_prompts_end_with_the_last_environment(tmp_path):
 
 def test_a_run_reports_every_environment(tmp_path):
     words = ["runtime=local", "num_steps=2", f"env.path={PATH}", "learner.groups_per_step=8", "eval.every=1"]
+    words += ["rollout.max_new_tokens=2"]
     config = configuration.load(None, [*words, f"run_dir={tmp_path}"])
     tree = configuration.to_tree(config)
     tree["env"]["args"] = {"envs": DIGITS}
