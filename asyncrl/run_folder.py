@@ -151,7 +151,7 @@ def error_kept(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         with suppress(OSError):  # the disk may be what is full
-            path.write_text("".join(traceback.format_exception(error)))
+            path.write_text("".join(traceback.format_exception(error)), "utf-8", "backslashreplace")
             print(f"the run ended with an error, and where it came from is in {path}", file=sys.stderr)
         raise
     except (KeyboardInterrupt, SystemExit, asyncio.CancelledError):

@@ -1,6 +1,6 @@
 """Fault injection: short real runs that are struck at seeded random moments and resumed until they finish.
 
-    python bench/faults.py [--trials 100] [--seed 0] [--runtime local|cluster|both] [--out FOLDER]
+    python bench/faults.py [--trials 100] [--seed 0] [--runtime local|cluster|both] [--kind KIND]
 
 Needs no GPU. Each trial makes a run folder, lives through its faults (the process may die of them), is resumed until
 its last step, and is judged by an account that was kept apart from the run's own journal: every prompt ever drawn is
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -63,8 +63,16 @@ LOCAL = [
     "disk full: journal",
     "disk full: checkpoint",
     "disk full: groups",
+    "hostile",
 ]
-CLUSTER = ["kill driver", "kill learner", "kill rollout actor", "kill all", "sync reply dropped"]
+CLUSTER = ["kill driver", "kill learner", "kill rollout actor", "kill all", "sync reply dropped", "pause"]
+SPECIAL = {
+    "slow rollouts": ["env.args={slow_share=0.3}"],
+    "hostile": ["env.path=hostile_env:Hostile", "metrics.sample_trajectories=2"],
+    # The watchdog, which ends a run, would come first.
+    "pause": ["weights.timeout_s=10", "watchdog.timeout_s=60"],
+}
+"""Settings of the trials of a kind."""
 LIFE_TIMEOUT_S = 180.0
 MAX_LIVES = 6
 
@@ -99,8 +107,8 @@ class Verdict:
         return not (self.lost or self.twice or self.wrong or self.failure)
 
 
-def draw(number: int, seed: int, runtime: str) -> Trial:
-    """The trial of a number; kinds take turns, everything else is random."""
+def draw(number: int, seed: int, runtime: str, only_kind: str | None = None) -> Trial:
+    """The trial of a number; kinds take turns unless one is named, everything else is random."""
     rng = random.Random(f"{seed} {number}")
     if runtime == "both":
         runtime = "cluster" if number % 6 == 5 else "local"
@@ -108,7 +116,7 @@ def draw(number: int, seed: int, runtime: str) -> Trial:
     else:
         turn = number
     kinds = CLUSTER if runtime == "cluster" else LOCAL
-    kind = kinds[turn % len(kinds)]
+    kind = only_kind or kinds[turn % len(kinds)]
     earliest = 34 if "damaged" in kind else 3  # two checkpoints to choose from
     faults = [Fault(kind, rng.randrange(earliest, LATEST), rng.random())]
     if "kill" in kind and runtime == "local" and rng.random() < 0.5:
@@ -121,13 +129,12 @@ def perform(trial: Trial, seed: int, root: Path) -> Verdict:
     folder = root / f"trial-{trial.number:03d}"
     folder.mkdir()
     (folder / "cache").symlink_to(root / "cache")
-    slow = 0.3 if trial.faults[0].kind == "slow rollouts" else 0.0
     words = [
         *WORDS,
         f"runtime={trial.runtime}",
         f"run_dir={folder}",
         f"buffer.max_staleness={trial.staleness}",
-        f"env.args={{slow_share={slow}}}",
+        *SPECIAL.get(trial.faults[0].kind, []),
     ]
     audit, log = folder / "audit.jsonl", folder / "log.txt"
     rng = random.Random(f"{seed} {trial.number} damage")
@@ -272,19 +279,25 @@ def main() -> int:
     parser.add_argument(
         "--runtime", choices=["local", "cluster", "both"], default="both", help="both: every sixth on Ray"
     )
+    parser.add_argument("--kind", choices=sorted({*LOCAL, *CLUSTER}), help="this fault alone")
     parser.add_argument("--only", type=int, nargs="*", help="trials of these numbers alone")
     parser.add_argument("--out", type=Path, help="keep the run folders here")
     options = parser.parse_args()
+    runtime = options.runtime
+    if options.kind and options.kind not in LOCAL:
+        runtime = "cluster"
+    elif options.kind and options.kind not in CLUSTER:
+        runtime = "local"
     root = options.out or Path(tempfile.mkdtemp(prefix="asyncrl-faults-"))
     root.mkdir(parents=True, exist_ok=True)
     if os.fork() == 0:  # the process that forks all lives must not have run torch itself
-        prepare(configuration.load(None, [*WORDS, f"run_dir={root}", "env.args={slow_share=0.0}"]), quiet=True)
-        prepare(configuration.load(None, [*WORDS, f"run_dir={root}", "env.args={slow_share=0.3}"]), quiet=True)
+        for words in ([], *SPECIAL.values()):
+            prepare(configuration.load(None, [*WORDS, f"run_dir={root}", *words]), quiet=True)
         os._exit(0)
     os.wait()
     results = []
     for number in options.only or range(options.trials):
-        trial = draw(number, options.seed, options.runtime)
+        trial = draw(number, options.seed, runtime, options.kind)
         began = time.monotonic()
         verdict = perform(trial, options.seed, root)
         results.append((trial, verdict))

@@ -22,6 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import hostile_env
+
 from asyncrl import assembly, job
 from asyncrl import config as configuration
 from asyncrl.envs.base import Generate
@@ -82,6 +84,8 @@ def live(words: Sequence[str], resume: Path | None, fault: Fault | None, audit: 
         book.note("life")
         assembly.load_runtime(config)  # before anything imports Ray
         watch(config.runtime, book)
+        if config.env.path.endswith(":Hostile"):
+            hostile_env.spoil_samples()
         if fault is not None:
             inject(fault, config.runtime, book)
         asyncio.run(job.train(config, resume))
@@ -162,8 +166,9 @@ def inject(fault: Fault, runtime: str, book: Audit) -> None:
     strikes = {
         "kill driver": lambda: os.kill(os.getpid(), signal.SIGKILL),
         "kill all": kill_all,
-        "kill learner": lambda: kill_actor("LearnerActor", fault.dice),
-        "kill rollout actor": lambda: kill_actor("RolloutActor", fault.dice),
+        "kill learner": lambda: signal_actor("LearnerActor", fault.dice),
+        "kill rollout actor": lambda: signal_actor("RolloutActor", fault.dice),
+        "pause": lambda: signal_actor("RolloutActor", fault.dice, signal.SIGSTOP),
         "sync reply dropped": lambda: hold_reply(runtime, None, struck),
         "sync reply delayed": lambda: hold_reply(runtime, 0.2 + 2 * fault.dice, struck),
         "disk full: journal": lambda: limit_files(journal_size() + int(100 * fault.dice)),
@@ -195,11 +200,12 @@ def kill_all() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_actor(name: str, dice: float) -> None:
+def signal_actor(name: str, dice: float, number: signal.Signals = signal.SIGKILL) -> None:
+    """Kills or stops one of the actors. A stopped one stays so until the run ends it."""
     actors = sorted(process for process in session_of(os.getpid()) if name in title_of(process))
     if not actors:
-        raise RuntimeError(f"no process of {name} to kill")
-    os.kill(actors[int(dice * len(actors))], signal.SIGKILL)
+        raise RuntimeError(f"no process of {name} ")
+    os.kill(actors[int(dice * len(actors))], number)
 
 
 def hold_reply(runtime: str, delay_s: float | None, struck: Callable[[], None]) -> None:

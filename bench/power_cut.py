@@ -1,6 +1,6 @@
-"""Power cuts in the first seconds of a run: what had not reached the disk is lost, and the rest is resumed.
+"""Power cuts in the first half minute of a run: what had not reached the disk is lost, and the rest is resumed.
 
-    python bench/power_cut.py [--cuts 8] [--seed 0]
+    python bench/power_cut.py [--cuts 6] [--seed 0]
 
 Needs root, for a small ext4 file system in a file (a loop device). A cut is a copy of that file while the run goes on:
 what the kernel still holds of the file system is not in it. The copy is mounted and its run goes on with --resume;
@@ -24,8 +24,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-WORDS = ["runtime=local", "device=cpu", "warmup.num_steps=0", "eval.every=0", "eval.num_prompts=4", "num_steps=400"]
+sys.path.insert(0, str(ROOT))
+
+from asyncrl.recovery.checkpoint import version_of  # noqa: E402
+
+WORDS = ["runtime=local", "device=cpu", "warmup.num_steps=0", "eval.every=0", "eval.num_prompts=4", "num_steps=4000"]
 WORDS += ["checkpoint.every=100", "rollout.max_new_tokens=4"]
+LATEST_S = 30.0
+"""After the folder appeared. What is older than about that the kernel writes back by itself."""
 ENOUGH = 3
 """Steps that a recovered run takes beyond the cut, to show that it goes on."""
 
@@ -57,7 +63,7 @@ def recovered(folder: Path, log: Path) -> str:
     """Empty if the run in the folder goes on, or a new one does where there is none; else what was said."""
     found = [path.parent for path in (folder / "runs").glob("*/config.json")]
     first = ["--resume", str(found[0])] if found else [f"run_dir={folder / 'runs'}", *WORDS]
-    steps = len(list(found[0].glob("checkpoints/step-*"))) * 100 if found else 0
+    steps = max(map(version_of, found[0].glob("checkpoints/step-*")), default=0) if found else 0
     process = run([*first, f"num_steps={steps + ENOUGH}"], log)
     try:
         code = process.wait(timeout=240)
@@ -90,13 +96,13 @@ def cut(number: int, after_s: float, root: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cuts", type=int, default=8)
+    parser.add_argument("--cuts", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng, bad = random.Random(options.seed), 0
     with tempfile.TemporaryDirectory(prefix="asyncrl-power-") as root:
         for number in range(options.cuts):
-            after_s = rng.uniform(0, 4)  # the kernel writes back what is older than about 30 s by itself
+            after_s = rng.uniform(0, LATEST_S)
             problem = cut(number, after_s, Path(root))
             bad += bool(problem)
             print(f"cut {number}, {after_s:.1f} s after the folder: {problem or 'recovered'}", flush=True)

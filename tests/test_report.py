@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from asyncrl import config as configuration
 from asyncrl import job
-from asyncrl.monitor import metrics, samples, view
+from asyncrl.monitor import metrics, samples, sinks, view
 from asyncrl.monitor.sinks import Prometheus, WeightsAndBiases
 from asyncrl.types import Group, Prompt
 from launch import report, watch
@@ -190,6 +190,23 @@ def test_a_sample_has_the_advantage_that_it_was_trained_with(tmp_path, word, adv
     drawn = samples.Samples(tmp_path, configuration.load(None, words), decode=str)
     rows = run(drawn.draw(1, [Group(Prompt(0, (1,), ""), (1.0, 0.0), (1, 1), 0, 0, {}, {}, [whole, cut])]))
     assert [row["advantage"] for row in rows] == pytest.approx(advantages, nan_ok=True)
+
+
+def test_a_sample_of_any_text_is_kept_and_shown_as_it_is(tmp_path):
+    text = "\ud800\0\x1b[2J\n```\n\n![x](http://127.0.0.1:9/x.png)"
+    drawn = samples.Samples(tmp_path, configuration.load(None, []), decode=lambda _tokens: text)
+    whole = [trajectory(1, 1, seed=0, reward=math.nan)]
+    (row,) = run(drawn.draw(1, [Group(Prompt(0, (1,), text), (math.nan,), (1,), 0, 0, {}, {}, whole)]))
+    drawn.flush()
+    assert samples.read(tmp_path)[0]["target"] == row["target"] == text.replace("\ud800", "\\ud800")
+    board = sinks.TensorBoard(tmp_path, None, {})
+    board.samples(1, [row])
+    board.close()
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (shown,) = read.Tensors("samples/text_summary")
+    told = shown.tensor_proto.string_val[0].decode()
+    assert told.startswith("reward none")
+    assert "\x1b" not in told
 
 
 def test_numbers_are_written_with_seven_digits_however_small_and_counts_in_full(tmp_path):

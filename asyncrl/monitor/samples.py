@@ -93,15 +93,20 @@ class Samples:
             "reward": None if math.isnan(trajectory.reward) else float(trajectory.reward),
             "advantage": 0.0 if self._algorithm.mask_truncated and trajectory.finish == "length" else advantage,
             "finish": trajectory.finish,
-            "target": group.prompt.target,
-            "text": self._decode(token_ids),
-            "tokens": [self._decode([token]) for token in token_ids],
+            "target": _whole(group.prompt.target),
+            "text": _whole(self._decode(token_ids)),
+            "tokens": [_whole(self._decode([token])) for token in token_ids],
             "token_ids": token_ids,
             "mask": trajectory.mask.tolist(),
             "logprobs": trajectory.logprobs.tolist(),
             "versions": trajectory.versions.tolist(),
             "metrics": [{"name": name, "value": float(value)} for name, value in trajectory.metrics.items()],
         }
+
+
+def _whole(text: str) -> str:
+    """The text without halves of characters, as JSON data may have them: no file of UTF-8 takes those."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _schema() -> Any:

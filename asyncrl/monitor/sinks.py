@@ -59,13 +59,17 @@ class TensorBoard:
     def samples(self, version: int, rows: Sequence[Row]) -> None:
         """The texts of some trajectories, as Markdown."""
         parts = [
-            f"reward {row['reward']:.3f}, advantage {row['advantage']:+.3f}, {row['finish']}\n\n{inert(row['text'])}"
+            f"reward {_told(row['reward'])}, advantage {row['advantage']:+.3f}, {row['finish']}\n\n{inert(row['text'])}"
             for row in rows
         ]
         self._writer.add_text("samples", "\n\n".join(parts), version)
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _told(reward: float | None) -> str:
+    return "none" if reward is None else f"{reward:.3f}"
 
 
 def import_wandb(config: Config) -> Any:
