@@ -18,6 +18,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -34,6 +36,7 @@ from asyncrl.imports import interpreter
 
 _CONFIG = "config.json"
 _ORIGIN = "run.json"
+_KEPT = re.compile(r"config\.step-([0-9]+)(?:\.([0-9]+))?\.json")
 
 
 def create(config: Config, baselines: dict[str, float]) -> Path:
@@ -92,8 +95,8 @@ def stretches(folder: Path) -> list[tuple[int, Path]]:
     """The configurations that the run had one after the other, each with the step that it began at."""
     found = {}
     for path in folder.glob("config.step-*.json"):
-        step, *number = path.name.removeprefix("config.step-").removesuffix(".json").split(".")
-        found[int(step), int(number[0]) if number else 1] = path
+        if name := _KEPT.fullmatch(path.name):  # a person may have put others beside them
+            found[int(name[1]), int(name[2] or 1)] = path
     ends = sorted(found)
     return list(zip([0, *(step for step, _ in ends)], [*(found[end] for end in ends), folder / _CONFIG], strict=True))
 
@@ -132,14 +135,30 @@ def known_baselines(folder: Path, changes: Sequence[str]) -> dict[str, float]:
     configuration make it another task."""
     if any(line.startswith(("env.", "eval.num_prompts ")) for line in changes):
         return {}
-    known: dict[str, float] = json.loads((folder / _ORIGIN).read_text())["no_skill"]
+    known: dict[str, float] = read_json(folder / _ORIGIN).get("no_skill") or {}
     return known
 
 
 def keep_baselines(folder: Path, baselines: dict[str, float]) -> None:
     """Writes down what policies without skill score from here on."""
     path = folder / _ORIGIN
-    _write(path, json.loads(path.read_text()) | {"no_skill": baselines})
+    _write(path, read_json(path) | {"no_skill": baselines})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file of a run folder holds, nothing if there is none. Raises `ValueError` if it cannot be read."""
+    if not os.path.lexists(path):
+        return {}
+    remedy = f"restore it from a copy{', or remove it' if path.name == _ORIGIN else ''}"
+    try:
+        found: Any = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {remedy}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (it holds no object): {remedy}")
+    return found
 
 
 @contextmanager

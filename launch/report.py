@@ -73,13 +73,13 @@ def collect(folder: Path, window: tuple[int, int] | None = None) -> dict[str, An
     check_run(folder)
     rows: list[Row] = metrics.read(folder) if (folder / "metrics.jsonl").exists() else []
     steps = newest([row for row in rows if "reward/mean" in row])
-    config = read_json(folder / "config.json")
+    config = run_folder.read_json(folder / "config.json")
     begin, _ = run_folder.stretches(folder)[-1]  # of the configuration that it has now
     found = blame(warmed_up([row for row in steps if row["version"] > begin]), turns=takes_turns(config))
     spans, num_damaged = read_spans(folder)
     return {
         "name": folder.resolve().name,
-        "origin": read_json(folder / "run.json"),
+        "origin": run_folder.read_json(folder / "run.json"),
         "config": describe_config(config),
         "meanings": metrics.METRICS,
         "num_rows": len(steps),
@@ -120,11 +120,6 @@ def describe_config(tree: dict[str, Any]) -> list[dict[str, Any]]:
     """Every knob with its value, and whether that is the default."""
     defaults = flat(configuration.to_store(configuration.Config()))
     return [{"key": key, "value": value, "default": defaults.get(key)} for key, value in flat(tree).items()]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return found
 
 
 def read_spans(folder: Path) -> tuple[list[Span], int]:

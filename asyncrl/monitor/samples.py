@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -135,11 +136,16 @@ def _schema() -> Any:
 
 
 def read(folder: Path) -> list[Row]:
-    """The rows in a run folder, in order of version; a resumed run's later draw of a version replaces the earlier."""
-    from pyarrow import parquet
+    """The rows in a run folder, in order of version; a resumed run's later draw of a version replaces the earlier.
+
+    Warns of a file that cannot be read, as a power cut may leave one; it is left out.
+    """
+    from pyarrow import ArrowException, parquet
 
     rows: dict[tuple[int, int], Row] = {}
     for path in sorted((folder / FOLDER).glob("*.parquet"), key=lambda path: path.stat().st_mtime_ns):
-        for row in parquet.read_table(path).to_pylist():
-            rows[row["version"], row["sample"]] = row
+        try:
+            rows |= {(row["version"], row["sample"]): row for row in parquet.read_table(path).to_pylist()}
+        except (ArrowException, OSError, KeyError) as error:
+            warnings.warn(f"{path} cannot be read and is left out: {error}", stacklevel=2)
     return [rows[key] for key in sorted(rows)]

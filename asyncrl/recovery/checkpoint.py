@@ -18,7 +18,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -30,6 +30,7 @@ from asyncrl import durable
 from asyncrl.types import Version
 
 _LEARNER = "learner"
+_Content = TypeVar("_Content")
 _LEFT_OVER = re.compile(r"\.step-[0-9]+\.(partial|old)")
 """Names of saves and deletions that were cut short."""
 
@@ -208,21 +209,32 @@ def latest(root: Path) -> Path:
 
 
 def load_cursor(folder: Path) -> Cursor:
-    return msgspec.json.decode((folder / _LEARNER / "cursor.json").read_bytes(), type=Cursor)
+    return _whole(folder / _LEARNER / "cursor.json", lambda path: msgspec.json.decode(path.read_bytes(), type=Cursor))
 
 
 def load_optimizer(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / _LEARNER / "optimizer.safetensors")
+    return _whole(folder / _LEARNER / "optimizer.safetensors", load_file)
 
 
 def load_random_state(folder: Path) -> None:
     """Puts torch's random generators, as far as this process has them, where they were when the checkpoint was made."""
-    for name, state in load_file(folder / _LEARNER / "random.safetensors").items():
+    for name, state in _whole(folder / _LEARNER / "random.safetensors", load_file).items():
         device, _, index = name.partition(":")
         if device == "cpu":
             torch.set_rng_state(state)
         elif int(index) < torch.cuda.device_count():
             torch.cuda.set_rng_state(state, int(index))
+
+
+def _whole(path: Path, read: Callable[[Path], _Content]) -> _Content:
+    """What a file of a checkpoint holds. Raises `ValueError` if it cannot be read."""
+    try:
+        return read(path)
+    except (OSError, msgspec.MsgspecError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}): restore it from a copy, or move {path.parent.parent.name} out of "
+            "checkpoints/ to go on from the one before"
+        ) from error
 
 
 def _random_state() -> dict[str, Tensor]:
