@@ -11,7 +11,7 @@ from types import ModuleType
 
 from asyncrl.buffer import Buffer
 from asyncrl.config import Config
-from asyncrl.envs.base import Env, checked_prompts
+from asyncrl.envs.base import Env, checked_prompts, pass_mark
 from asyncrl.handles import LearnerHandle, RolloutHandle
 from asyncrl.monitor.events import Emit
 from asyncrl.monitor.metrics import Metrics
@@ -35,8 +35,8 @@ def make_prompts(config: Config, env: Env, heldout: Sequence[Prompt], journal: J
         journal,
         folder / "groups",
         keep_groups=config.journal.keep_groups,
-        curriculum=make_curriculum(config),
-        pass_reward=config.eval.pass_reward,
+        curriculum=make_curriculum(config, env),
+        pass_reward=pass_mark(env, config.eval.pass_reward),
         fits=partial(fits, config.rollout.group_size, row_length(config, env.max_prompt_tokens)),
     )
     prompts.try_source()
@@ -45,11 +45,21 @@ def make_prompts(config: Config, env: Env, heldout: Sequence[Prompt], journal: J
 
 def try_prompts(config: Config, env: Env) -> None:
     """Issues a run's first prompt to nobody. Raises `ValueError` if there is none, or the curriculum refuses it."""
-    PromptQueue(checked_prompts(env, "train", config.seed), curriculum=make_curriculum(config)).issue()
+    PromptQueue(checked_prompts(env, "train", config.seed), curriculum=make_curriculum(config, env)).issue()
 
 
-def make_curriculum(config: Config) -> Curriculum | None:
-    return None if config.curriculum.by == "off" else Curriculum(config.curriculum, config.seed)
+def make_curriculum(config: Config, env: Env) -> Curriculum | None:
+    """None where it is off. Raises `ValueError` where nothing says which attempts pass."""
+    mark = pass_mark(env, config.eval.pass_reward)
+    if config.curriculum.by == "off":
+        return None
+    if mark is None:
+        raise ValueError(
+            f"curriculum.by is {config.curriculum.by!r} and goes by pass rates, but eval.pass_reward is not set and "
+            f"{type(env).__name__} has no pass_reward of its own: set eval.pass_reward to the reward from which on an "
+            "attempt passes, or curriculum.by=off"
+        )
+    return Curriculum(config.curriculum, config.seed)
 
 
 def make_system(

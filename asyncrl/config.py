@@ -228,8 +228,9 @@ class EvalConfig(_Section, frozen=True, kw_only=True):
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
-    pass_reward: float = 1.0
-    """The reward from which on an attempt passes, for pass@k and for the curriculum."""
+    pass_reward: float | None = None
+    """The reward from which on an attempt passes, for pass@k and for the curriculum. Default: the environment's own
+    `pass_reward`; without one there is no pass@k."""
     baseline: bool = True
     """Begin a run by scoring policies without skill on these prompts, which calls the scorer once for each of them. A
     resumed run keeps the numbers."""

@@ -19,9 +19,10 @@ _NUM_RESAMPLES = 2000
 
 
 def summarize(
-    groups: Sequence[Group], version: Version, pass_reward: float, unscored: Sequence[Sequence[Failure]] = ()
+    groups: Sequence[Group], version: Version, pass_reward: float | None, unscored: Sequence[Sequence[Failure]] = ()
 ) -> dict[str, float]:
-    """The metrics `eval/...` of groups with n attempts each; an attempt passes with a reward of at least `pass_reward`.
+    """The metrics `eval/...` of groups with n attempts each; an attempt passes with a reward of at least `pass_reward`,
+    and without such a mark there is no pass@k.
     `unscored` are the failures of each prompt that is left out; one is, too, none of whose attempts has a reward. Of no
     prompt at all the means are nan.
 
@@ -41,8 +42,9 @@ def summarize(
         "eval/unscored": float(len(unscored)),
         "eval/mixed_versions": _mean([float((group.oldest, group.newest) != (version, version)) for group in groups]),
     }
-    for k in ks(min((len(group.scored) for group in groups), default=1)):
-        row[f"eval/pass@{k}"] = _mean(pass_at(groups, k, pass_reward))
+    if pass_reward is not None:
+        for k in ks(min((len(group.scored) for group in groups), default=1)):
+            row[f"eval/pass@{k}"] = _mean(pass_at(groups, k, pass_reward))
     return row | by_source(groups, "eval")
 
 

@@ -313,5 +313,7 @@ def _check_ranges(config: Config) -> None:
         raise ValueError(f"buffer.max_staleness must be at least 0, got {config.buffer.max_staleness}")
     if config.buffer.window is not None and config.buffer.window < 1:
         raise ValueError(f"buffer.window must be at least 1, got {config.buffer.window}")
+    if config.eval.pass_reward is not None and not math.isfinite(config.eval.pass_reward):
+        raise ValueError(f"eval.pass_reward must be finite, got {config.eval.pass_reward}: leave it out for no mark")
     if config.metrics.prometheus_port > 65535:
         raise ValueError(f"metrics.prometheus_port must be at most 65535, got {config.metrics.prometheus_port}")

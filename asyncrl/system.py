@@ -153,7 +153,7 @@ async def evaluate(system: System) -> None:
             told = f"{len(faults)} of {len(played)} held-out prompts could not be scored and are left out"
             told = f"evaluation of version {version}: {told}; the first: {faults[0]}"
             system.metrics.event("failure", told, subject="evaluation", version=version, num_prompts=len(faults))
-        row = summarize(groups, version, system.config.eval.pass_reward, [fault.failures for fault in faults])
+        row = summarize(groups, version, system.prompts.pass_reward, [fault.failures for fault in faults])
         system.metrics.evaluation(version, row)
 
 

@@ -157,13 +157,14 @@ async def evaluate(config: Config, numbers: Sequence[int]) -> list[dict[str, Any
 
     Once for each of the `numbers` of attempts; with none, as the configuration says.
     """
-    from asyncrl.envs.base import heldout_prompts, load_env, no_skill
+    from asyncrl.envs.base import heldout_prompts, load_env, no_skill, pass_mark
     from asyncrl.model import load_tokenizer
     from asyncrl.runtime.parts import build_rollout
     from asyncrl.training.warmup import prepare
 
     folder = str(prepare(config))
     env = load_env(config.env.path, load_tokenizer(folder), config.env.args)
+    mark = pass_mark(env, config.eval.pass_reward)
     prompts = heldout_prompts(env, config.eval.num_prompts)
     baselines = no_skill(env, prompts) if config.eval.baseline else {}
     facts = {"no_skill": baselines, "skipped_rows": dict(getattr(env, "skipped", {}))}
@@ -172,12 +173,14 @@ async def evaluate(config: Config, numbers: Sequence[int]) -> list[dict[str, Any
     greedy = replace(usual, num_samples=1, sampling=replace(usual.sampling, temperature=0.0))
     asked = [greedy if n == 1 else replace(usual, num_samples=n) for n in numbers] or [usual]
     try:
-        return [facts | await _play(config, rollout, prompts, attempts) for attempts in asked]
+        return [facts | await _play(config, rollout, prompts, attempts, mark) for attempts in asked]
     finally:
         await rollout.close()
 
 
-async def _play(config: Config, rollout: Rollout, prompts: list[Prompt], attempts: Attempts) -> dict[str, Any]:
+async def _play(
+    config: Config, rollout: Rollout, prompts: list[Prompt], attempts: Attempts, mark: float | None
+) -> dict[str, Any]:
     from asyncrl.evaluation import summarize
     from asyncrl.rollout import scored
 
@@ -193,7 +196,7 @@ async def _play(config: Config, rollout: Rollout, prompts: list[Prompt], attempt
         "temperature": attempts.sampling.temperature,
         "tokens_per_s": sum(length for group in groups for length in group.lengths) / seconds,
         "total_s": seconds,
-        "metrics": summarize(groups, 0, config.eval.pass_reward, [fault.failures for fault in faults]),
+        "metrics": summarize(groups, 0, mark, [fault.failures for fault in faults]),
         "first_fault": str(faults[0]) if faults else None,
         "prompts": [{"id": group.prompt.id, "rewards": [*map(none_or, group.rewards)]} for group in groups],
     }
@@ -225,6 +228,8 @@ def report(result: dict[str, Any]) -> str:
     for name, value in metrics.items():
         if name.startswith("eval/pass@"):
             lines.append(f"{name.removeprefix('eval/'):<12} {value:.4f}")
+    if "eval/pass@1" not in metrics:
+        lines.append("pass@k       none: no reward counts as passed; eval.pass_reward=R names one")
     lines += [f"no skill     {score:.4f}  ({name})" for name, score in result["no_skill"].items()]
     lines += [f"skipped rows of the data: {count}, {reason}" for reason, count in result["skipped_rows"].items()]
     if failures := metrics["eval/failures"]:

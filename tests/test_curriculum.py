@@ -5,12 +5,13 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from helpers import Sevens, run, trajectory
 
+from asyncrl import assembly, job
 from asyncrl import config as configuration
-from asyncrl import job
 from asyncrl.config import CurriculumConfig
 from asyncrl.monitor import metrics
 from asyncrl.recovery import checkpoint
@@ -38,7 +39,10 @@ def finish(queue, prompt, rewards, version=0):
 
 def make(path, **settings):
     return PromptQueue(
-        prompts(), Journal(path), curriculum=Curriculum(CurriculumConfig(by="prompt", **settings), seed=0)
+        prompts(),
+        Journal(path),
+        curriculum=Curriculum(CurriculumConfig(by="prompt", **settings), seed=0),
+        pass_reward=1.0,
     )
 
 
@@ -111,7 +115,7 @@ class Watched(dict):
 def test_neither_a_step_nor_a_save_looks_at_every_prompt(tmp_path):
     journal = Journal(tmp_path / "journal.bin")
     curriculum = Curriculum(CurriculumConfig(by="prompt"), seed=0)
-    queue = PromptQueue(prompts(50), journal, curriculum=curriculum)
+    queue = PromptQueue(prompts(50), journal, curriculum=curriculum, pass_reward=1.0)
     for _ in range(50):
         finish(queue, queue.issue()[0], [1, 1])
     curriculum.apply(Saved(version=0, kept=(0,)))
@@ -127,7 +131,7 @@ def test_neither_a_step_nor_a_save_looks_at_every_prompt(tmp_path):
 def test_sources_share_a_pass_rate(tmp_path):
     settings = CurriculumConfig(by="source", visits=10, bounds=(0.1, 0.9), skip=0.5)
     journal = Journal(tmp_path / "journal.bin")
-    queue = PromptQueue(prompts(100, ("a", "b")), journal, curriculum=Curriculum(settings, seed=0))
+    queue = PromptQueue(prompts(100, ("a", "b")), journal, curriculum=Curriculum(settings, seed=0), pass_reward=1.0)
     played = Counter()
     for _ in range(600):
         prompt, _ = queue.issue()
@@ -146,6 +150,24 @@ def test_sources_share_a_pass_rate(tmp_path):
     assert not (tmp_path / "runs").exists(), "before a run has a folder"
 
 
+def test_a_curriculum_wants_a_pass_mark():
+    config = configuration.load(None, ["curriculum.by=prompt"])
+    env = SimpleNamespace(prompts=lambda _split, _seed: prompts(), max_prompt_tokens=2)
+    refused = r"curriculum\.by is 'prompt' .* SimpleNamespace has no pass_reward .* set eval\.pass_reward to the reward"
+    with pytest.raises(ValueError, match=refused):
+        assembly.try_prompts(config, env)
+    assembly.try_prompts(configuration.load(None, ["curriculum.by=prompt", "eval.pass_reward=0.5"]), env)
+    env.pass_reward = 0.5
+    assembly.try_prompts(config, env)
+
+
+def test_without_a_pass_mark_the_journal_knows_no_pass_rate(tmp_path):
+    queue = PromptQueue(prompts(), Journal(tmp_path / "journal.bin"))
+    finish(queue, queue.issue()[0], [1, 0])
+    (generated,) = [record for record in queue.journal.records() if isinstance(record, Generated)]
+    assert generated.passed is None
+
+
 def test_a_queue_that_is_opened_again_decides_as_the_first_would_have(tmp_path):
     queue = make(tmp_path / "journal.bin")
     play(queue, 50)
@@ -157,7 +179,9 @@ def test_a_queue_that_is_opened_again_decides_as_the_first_would_have(tmp_path):
     def go_on(path):
         journal = Journal(path)
         journal.append(Resumed(version=1))
-        again = PromptQueue(prompts(), journal, curriculum=Curriculum(CurriculumConfig(by="prompt"), seed=0))
+        again = PromptQueue(
+            prompts(), journal, curriculum=Curriculum(CurriculumConfig(by="prompt"), seed=0), pass_reward=1.0
+        )
         return again, play(again, 200)
 
     first, played = go_on(tmp_path / "journal.bin")

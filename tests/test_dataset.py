@@ -48,6 +48,13 @@ async def async_impatient_reward(**kwargs):
     impatient_reward(**kwargs)
 
 
+def halving_reward(completions, **_kwargs):
+    return [0.5] * len(completions)
+
+
+halving_reward.pass_reward = 0.5
+
+
 def last_role_reward(prompts, completions, **_kwargs):
     return [
         float(p[-1]["role"] == "user" and c[0] == {"role": "assistant", "content": "yes"})
@@ -99,6 +106,19 @@ def test_a_column_may_name_the_source_of_prompts(tmp_path):
         assert prompt.source == str(json.loads(prompt.target)["columns"]["level"])
     with pytest.raises(ValueError, match="has no column 'grade'"):
         next(make(tmp_path / "data.jsonl", source_column="grade").prompts("train", 0))
+
+
+@pytest.mark.parametrize(
+    ("args", "mark"),
+    [
+        ({}, None),
+        ({"reward": "asyncrl.envs.rewards:exact_match"}, 1.0),
+        ({"reward": "test_dataset:halving_reward", "weights": [3.0]}, 1.5),
+        ({"reward": ["test_dataset:halving_reward", "test_dataset:length_reward"]}, None),
+    ],
+)
+def test_the_reward_function_says_which_replies_pass(tmp_path, args, mark):
+    assert make(tmp_path / "rows.jsonl", **args).pass_reward == mark
 
 
 def test_several_reward_functions_are_weighted_and_reported(tmp_path):

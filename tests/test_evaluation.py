@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from helpers import TextTokenizer, run, trajectory
 
 from asyncrl import config as configuration
 from asyncrl import job
+from asyncrl.envs.base import pass_mark
 from asyncrl.envs.dataset import DatasetEnv
 from asyncrl.envs.digits import LargestDigit, split_of
 from asyncrl.evaluation import interval, ks, pass_at_k, summarize
@@ -106,6 +108,27 @@ def test_a_summary_of_groups():
     assert row["eval/mixed_versions"] == pytest.approx(1 / 3)
     assert row["eval/mean_length"] == 3
     assert row["eval/low"] < row["eval/accuracy"] < row["eval/high"]
+
+
+def test_without_a_pass_mark_there_are_no_pass_rates():
+    """0 beside a mean of 0.98 would say that nothing is solved."""
+    group = make_group(Prompt(0, (1, 2), ""), [trajectory(2, 3, seed=0, reward=0.98)])
+    row = summarize([group], 3, pass_reward=None)
+    assert row["eval/accuracy"] == pytest.approx(0.98)
+    assert not [name for name in row if "pass@" in name]
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "mark"), [({}, None, None), ({"pass_reward": 2}, None, 2.0), ({"pass_reward": 2}, 0.5, 0.5)]
+)
+def test_the_pass_mark_is_the_environments_unless_it_is_set(own, asked, mark):
+    assert pass_mark(SimpleNamespace(**own), asked) == mark
+
+
+@pytest.mark.parametrize("own", ["1", float("nan"), [1.0]])
+def test_a_pass_mark_is_a_finite_number(own):
+    with pytest.raises(ValueError, match=r"SimpleNamespace\.pass_reward is .* a finite number, or None"):
+        pass_mark(SimpleNamespace(pass_reward=own), None)
 
 
 def test_parts_of_a_score_that_add_up_to_the_pass_mark_pass():

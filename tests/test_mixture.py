@@ -30,7 +30,7 @@ def test_prompts_come_by_weight_and_are_scored_where_they_come_from():
     assert prompts == list(itertools.islice(make(DIGITS).prompts("train", 0), 2000))
     shares = Counter(prompt.source for prompt in prompts)
     assert 0.71 < shares["largest"] / 2000 < 0.79
-    assert env.max_prompt_tokens == 8
+    assert (env.max_prompt_tokens, env.pass_reward) == (8, 1.0)
     for prompt in prompts[:20]:
         question = TextTokenizer().decode(prompt.token_ids)
         assert question[0] == {"largest": "m", "sort": "s"}[prompt.source]

@@ -85,7 +85,9 @@ class Env(Protocol):
 
     # An environment may also have
     #     async def score_group(self, prompt: Prompt, attempts: Sequence[Trajectory]) -> Sequence[Trajectory]
-    # which gets the attempts of a prompt once all are played, and returns them with rewards that compare them.
+    # which gets the attempts of a prompt once all are played, and returns them with rewards that compare them; and
+    #     pass_reward: float | None
+    # the reward from which on an attempt counts as passed. Without one there are no pass rates.
 
     def baselines(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """What policies without skill score on these prompts, by name, one at least; printed beside every curve."""
@@ -220,6 +222,18 @@ def no_skill(env: Env, prompts: Sequence[Prompt]) -> dict[str, float]:
             "scores, a finite number, for example {'empty reply': 0.0}; eval.baseline=false leaves it out"
         )
     return scores
+
+
+def pass_mark(env: Env, asked: float | None) -> float | None:
+    """The reward from which on an attempt passes: `asked`, or the environment's own; None where there is neither.
+    Raises `ValueError` unless the environment's is a finite number."""
+    own = getattr(env, "pass_reward", None)
+    if own is not None and not (isinstance(own, Real) and math.isfinite(own)):
+        raise ValueError(
+            f"{type(env).__name__}.pass_reward is {own!r}: it is the reward from which on an attempt passes, a finite "
+            "number, or None for no mark"
+        )
+    return asked if asked is not None or own is None else float(own)
 
 
 def import_object(path: str, knob: str) -> Any:

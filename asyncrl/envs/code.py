@@ -82,6 +82,8 @@ class CodeTask(MultiTurn):
     which, and may be replaced.
     """
 
+    pass_reward = 1.0
+
     def __init__(
         self,
         tokenizer: Tokenizer,

@@ -51,6 +51,8 @@ class _Example:
 class DatasetEnv:
     """Single-turn prompts from a data set, scored by reward functions (`envs.rewards` has their signature)."""
 
+    pass_reward: float | None = None
+
     def __init__(
         self,
         tokenizer: Tokenizer,
@@ -92,6 +94,8 @@ class DatasetEnv:
         self._source, self._name, self._train, self._heldout = source, name, train, heldout
         self._prompt, self._target, self._reply, self._source_column = prompt, target, reply, source_column
         self._rewards = Rewards(reward, weights, timeout_s)
+        if self._rewards.pass_reward is not None:
+            self.pass_reward = self._rewards.pass_reward
         self._num_shots = num_shots
         self._bare_format = ChatFormat(tokenizer, style, system_prompt, template_args=template_args or {})
         self._read, self._load = cache(self._read_split), cache(self._load_split)

@@ -16,6 +16,7 @@ class _DigitTask:
     """What the two tasks share: drawing prompts of one split, and exact-match scoring of a single turn."""
 
     max_prompt_tokens: int
+    pass_reward = 1.0
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

@@ -40,6 +40,8 @@ _MARKUP = re.compile(r"\^\{?\\circ\}?|\\[$%,!;: ]|[%°$€£]")
 class GSM8K(DatasetEnv):
     """Reward 1 for the right final number in a reply that ended by itself."""
 
+    pass_reward = 1.0
+
     def __init__(
         self,
         tokenizer: Tokenizer,

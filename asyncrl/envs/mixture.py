@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from asyncrl.envs.base import Env, Generate, Split, Tokenizer, load_env, no_skill
+from asyncrl.envs.base import Env, Generate, Split, Tokenizer, load_env, no_skill, pass_mark
 from asyncrl.tables import check_value
 from asyncrl.types import Prompt, Trajectory
 
@@ -46,6 +46,9 @@ class Mixture:
                 raise ValueError(f"{knob}.weight must be above 0, got {given['weight']}: or leave it out")
             self._envs[name] = load_env(given["path"], tokenizer, dict(given.get("args", {})), knob)
         self.max_prompt_tokens = max(env.max_prompt_tokens for env in self._envs.values())
+        marks = {pass_mark(env, None) for env in self._envs.values()}
+        self.pass_reward = marks.pop() if len(marks) == 1 else None
+        """That of all environments; None where they differ."""
 
     @property
     def skipped(self) -> Counter[str]:

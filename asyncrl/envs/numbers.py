@@ -16,6 +16,8 @@ _QUESTION = "Which number is the largest: {}? Answer with the number only."
 class LargestOfThree:
     """Reward 1 when the last number of the reply is the largest of the three, and the reply ended by itself."""
 
+    pass_reward = 1.0
+
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._chat = tokenizer, ChatFormat(tokenizer, "chat")
         self.max_prompt_tokens = max(len(self._chat.encode(_QUESTION.format(f"{n}, {n}, {n}"))) for n in range(10, 100))

@@ -26,6 +26,8 @@ _NUMBER = re.compile(rf"(?:{NUMBER})(?:/\d+)?")
 class ReasoningGym:
     """One task; the reward is the task's own, from 0 to 1."""
 
+    pass_reward = 1.0
+
     def __init__(
         self,
         tokenizer: Tokenizer,

@@ -4,7 +4,7 @@ Every argument is a list with one entry an attempt, and so is what the function 
 to the other functions. Prompts and completions are texts, or lists of messages where the data set has conversations;
 `target` is text where the data have a number, and other columns are as the data have them. Beside the columns there
 are `completion_ids`, `trainer_state` (its `global_step`), `log_metric` and `log_extra`. A function without `**columns`
-gets what its signature names.
+gets what its signature names. An attribute `pass_reward` of a function is the reward from which on an attempt passes.
 
 A function that is not asynchronous runs in a thread: generation goes on beside it. One that sets a signal handler, as
 time limits by alarm do, cannot do so there: it is moved to processes of its own, for good, and called again.
@@ -123,6 +123,9 @@ class Rewards:
             _Function(name, function, path, weight, timeout_s)
             for name, function, path, weight in zip(_names(functions), functions, paths, weights, strict=True)
         ]
+        mark = getattr(functions[0], "pass_reward", None) if len(functions) == 1 else None
+        self.pass_reward = None if mark is None else weights[0] * mark
+        """The function's own `pass_reward`, weighted; of several, and by default, None."""
 
     async def score(
         self,
@@ -192,6 +195,9 @@ def exact_match(prompts: list[Any], completions: list[Any], target: list[Any], *
     del prompts
     texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
     return [float(text.strip() == str(wanted).strip()) for text, wanted in zip(texts, target, strict=True)]
+
+
+exact_match.pass_reward = 1.0  # type: ignore[attr-defined]
 
 
 def _taken(name: str, parameters: Mapping[str, inspect.Parameter], arguments: dict[str, Any]) -> dict[str, Any]:

@@ -49,6 +49,8 @@ class TextToSQL(MultiTurn):
     multiset otherwise (execution match, as in Spider, Yu et al., 2018). A blob is no text, whatever it holds.
     """
 
+    pass_reward = 1.0
+
     def __init__(
         self,
         tokenizer: Tokenizer,

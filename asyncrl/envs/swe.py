@@ -41,6 +41,8 @@ class RepairTask(MultiTurn):
     Reward 1 if the row's tests pass in the end, however the attempt ended.
     """
 
+    pass_reward = 1.0
+
     def __init__(
         self,
         tokenizer: Tokenizer,

@@ -42,6 +42,8 @@ class ToolUse(MultiTurn):
     `tools` are names of the two above. A turn makes one call; a turn that makes none is told so and counted.
     """
 
+    pass_reward = 1.0
+
     def __init__(
         self,
         tokenizer: Tokenizer,

@@ -42,7 +42,8 @@ class Generated(_Record, frozen=True, array_like=True, kw_only=True, tag="genera
     stored: str
     """Digest of the file with the group's tokens; empty if it was not stored."""
     passed: float | None = None
-    """Share of the attempts whose reward reached `eval.pass_reward`; None in journals from before it was written."""
+    """Share of the attempts whose reward reached the pass mark; None without a mark, and in journals from before it was
+    written."""
 
 
 class Batch(_Record, frozen=True, array_like=True, kw_only=True, tag="batch"):

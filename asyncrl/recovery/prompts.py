@@ -44,11 +44,12 @@ class PromptQueue:
         *,
         keep_groups: bool = False,
         curriculum: Curriculum | None = None,
-        pass_reward: float = 1.0,
+        pass_reward: float | None = None,
         fits: Callable[[Group], bool] = lambda _group: True,
     ) -> None:
         """`source`: the endless prompts of the run, from the first one. `folder`: where groups are stored, if they are.
-        `pass_reward`: the reward from which on an attempt counts as passed, in the journal and for the curriculum.
+        `pass_reward`: the reward from which on an attempt counts as passed, in the journal and for the curriculum, if
+        there is such a mark.
         `fits`: whether the run's settings still take a stored group.
 
         Raises `ValueError` if an open prompt is no longer the one that was admitted under its id.
@@ -59,7 +60,7 @@ class PromptQueue:
         self._source, self._folder, self._keep_groups = source, folder, keep_groups
         again = {account.id: account for account in self._accounts if not account.settled or account.stored}
         drawn: Iterator[Prompt] = islice(source, self._accounts.next_id)
-        self._curriculum, self._pass_reward, self._fits = curriculum, pass_reward, fits
+        self._curriculum, self.pass_reward, self._fits = curriculum, pass_reward, fits
         if curriculum is not None:
             drawn = map(curriculum.meet, drawn)
         self._again = deque(_checked(prompt, again[prompt.id]) for prompt in drawn if prompt.id in again)
@@ -129,8 +130,10 @@ class PromptQueue:
     def generated(self, group: Group) -> bool:
         """The group is finished and about to enter the buffer; whether its tokens are on disk, or need not be."""
         number, oldest, newest = group.prompt.id, group.oldest, group.newest
-        passes = [reaches(reward, self._pass_reward) for reward in group.scored]
-        passed = sum(passes) / len(passes) if passes else None
+        mark, rewards = self.pass_reward, group.scored
+        passed = None
+        if mark is not None and rewards:
+            passed = sum(reaches(reward, mark) for reward in rewards) / len(rewards)
         self._write(Generated(id=number, oldest=oldest, newest=newest, stored=group.stored, passed=passed))
         if group.stored:
             self._stored.add(group.prompt.id)
