@@ -83,8 +83,9 @@ class RolloutConfig(_Section, frozen=True, kw_only=True):
     """Rollout actors that may be started in place of dead ones, in one run."""
     start_timeout_s: float = 900.0
     """Bound on the start of a rollout actor, and of the learner."""
-    num_threads: int = 1
-    """CPU threads of each rollout actor."""
+    num_threads: int | Literal["auto"] = "auto"
+    """CPU threads of each rollout actor. "auto" is OMP_NUM_THREADS where that is set, else its share of the cores of
+    its machine: they are divided evenly over learner ranks and engines."""
     tensor_parallel_size: int = 1
     """GPUs of each SGLang engine."""
     gpu_memory_utilization: float = 0.8
@@ -144,8 +145,8 @@ class LearnerConfig(_Section, frozen=True, kw_only=True):
     """Trained tokens whose logits exist at once; of a micro-batch with more, logits are computed twice."""
     activation_checkpointing: bool = False
     """Compute each decoder layer again in the backward pass instead of keeping its activations."""
-    num_threads: int = 1
-    """CPU threads of each learner rank."""
+    num_threads: int | Literal["auto"] = "auto"
+    """CPU threads of each learner rank; "auto" as for a rollout actor."""
     max_skipped_steps: int = 3
     """Optimizer steps in a row that may be skipped because their gradient is not finite; one more ends the run."""
 

@@ -288,6 +288,8 @@ def _check_least(config: Config) -> None:
         value: Any = config
         for part in name.split("."):
             value = getattr(value, part)
+        if value == "auto":
+            continue
         if not value >= least:  # nor NaN
             raise ValueError(f"{name} must be at least {least}, got {value}")
         if value == math.inf:

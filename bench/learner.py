@@ -35,6 +35,7 @@ import torch
 from shapes import SHAPES, build
 
 from asyncrl import config as configuration
+from asyncrl import cores
 from asyncrl.config import Config
 from asyncrl.model import empty_model, load_model
 from asyncrl.training.learner import Learner
@@ -79,7 +80,7 @@ def device_here() -> str:
 
 def measure(config: Config, folder: str, groups: Groups, options: argparse.Namespace, ranks: Ranks) -> dict[str, float]:
     """The figures of a row, at the first rank; nothing elsewhere."""
-    torch.set_num_threads(config.learner.num_threads)
+    torch.set_num_threads(cores.here(config).learner)
     device = device_here()
     longest = max(len(item.token_ids) for group in groups for item in group)
     where = device if ranks.num_ranks == 1 else "cpu"  # a model that is split comes from host memory

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl import config as configuration
+from asyncrl import cores
 from asyncrl.monitor import metrics
 
 ROOT = Path(__file__).parent.parent
@@ -110,7 +110,8 @@ def num_devices(config: configuration.Config) -> int:
     if uses_gpu(config):
         shared = config.placement == "colocated"
         return 1 if shared else rollout.num_actors * rollout.tensor_parallel_size + learner.num_gpus
-    return min(os.cpu_count() or 1, rollout.num_actors * rollout.num_threads + learner.num_threads)
+    threads = cores.here(config)
+    return min(cores.count(), rollout.num_actors * threads.engine + threads.learner)
 
 
 def uses_gpu(config: configuration.Config) -> bool:

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 from asyncrl import config as configuration
-from asyncrl import run_folder, tables
+from asyncrl import cores, run_folder, tables
 from asyncrl.config import Config
 from asyncrl.imports import check_run
 from asyncrl.monitor.plain import plain
@@ -123,7 +123,7 @@ def make_learner(config: Config) -> LearnerPart:
             f"the run had learner.num_gpus={config.learner.num_gpus}: ranks add gradients in another order than one "
             "learner, so only a run of one rank can be replayed"
         )
-    torch.set_num_threads(config.learner.num_threads)
+    torch.set_num_threads(cores.here(config).learner)
     return LearnerPart(config, str(prepare(config, quiet=True)), None, plan(config, num_gpus=0))
 
 

@@ -290,10 +290,19 @@ def test_settings_that_do_nothing():
         (["rollout.num_threads=4"], 8, "warn"),
         (["learner.num_gpus=2", "learner.num_threads=2"], 5, "warn"),
         (["rollout.num_actors=3", "runtime=local"], 1, "ok"),
+        (["rollout.num_threads=1", "learner.num_threads=1"], 5, "ok"),
+        (["rollout.num_threads=1", "learner.num_threads=1"], 6, "warn"),
+        (["rollout.num_threads=1"], 64, "ok"),
     ],
 )
 def test_threads(words, cores, status):
     assert preflight.check_threads(config(*words), cores).status == status
+
+
+def test_idle_cores_do_not_matter_where_a_gpu_computes():
+    few = config("rollout.num_threads=1", "learner.num_threads=1")
+    assert preflight.check_threads(few, 64, on_gpu=True).status == "ok"
+    assert "61 of them idle" in preflight.check_threads(few, 64).finding
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """GPUs and nodes are shared out, or refused with the numbers, before any actor starts."""
 
 import asyncio
+import os
 from pathlib import Path
 
 import pytest
 from helpers import run
 
 from asyncrl import config as configuration
+from asyncrl.cores import Threads, count, share, with_limit
 from asyncrl.runtime import cluster
 from asyncrl.runtime.placement import Placement, check_resources, check_room, plan
 
@@ -136,6 +138,40 @@ def test_custom_resources_that_suffice_are_accepted(existing, words):
 def test_a_custom_resource_that_is_short_is_named(existing, words, message):
     with pytest.raises(ValueError, match=message):
         check_resources(configuration.load(None, words), existing)
+
+
+@pytest.mark.parametrize(
+    ("words", "cores", "learner", "engine"),
+    [
+        ([], 2, 1, 1),
+        ([], 16, 5, 5),
+        (["eval.num_actors=1", "learner.num_gpus=2"], 16, 3, 3),
+        (["runtime=local"], 16, 8, 8),
+        (["rollout.num_threads=2"], 16, 5, 2),
+        (["rollout.num_threads=2", "learner.num_threads=10"], 4, 10, 2),
+    ],
+)
+def test_cores_are_divided_over_what_computes(words, cores, learner, engine):
+    assert share(configuration.load(None, words), cores) == Threads(learner, engine)
+
+
+@pytest.mark.parametrize(
+    ("limit", "given"), [("3", (3, 2)), ("4,1", (4, 2)), ("", ("auto", 2)), ("x", ("auto", 2)), (None, ("auto", 2))]
+)
+def test_the_users_own_limit_of_threads_stands_in_for_auto(monkeypatch, limit, given):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if limit is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", limit)
+    config = with_limit(configuration.load(None, ["rollout.num_threads=2"]))
+    assert (config.learner.num_threads, config.rollout.num_threads) == given
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("max 100000", 8), ("400000 100000", 4), ("50000 100000", 1), (None, 8)])
+def test_cores_are_those_of_the_container(monkeypatch, tmp_path, quota, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(8)))
+    if quota:
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    assert count(tmp_path / "cpu.max") == cores
 
 
 COLOCATED = ["placement=colocated", "rollout.num_actors=2"]

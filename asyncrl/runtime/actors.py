@@ -14,7 +14,7 @@ from typing import Any
 import ray
 import torch
 
-from asyncrl import garbage
+from asyncrl import cores, garbage
 from asyncrl.config import Config
 from asyncrl.envs.faults import EnvFault
 from asyncrl.recovery.checkpoint import Cursor
@@ -37,7 +37,7 @@ class RolloutActor:
     """A rollout actor's process: its own event loop and its own engine."""
 
     def __init__(self, config: Config, folder: str, placement: Placement, store: Path | None) -> None:
-        torch.set_num_threads(config.rollout.num_threads)
+        torch.set_num_threads(cores.share(config, cores.count()).engine)
         self._arguments = config, folder, placement
         self._store = store
 
@@ -76,7 +76,7 @@ class LearnerActor:
     """The process of one learner rank. Weights go out from a thread of their own, beside a gradient."""
 
     def __init__(self, config: Config, folder: str, resume: Path | None, placement: Placement) -> None:
-        torch.set_num_threads(config.learner.num_threads)
+        torch.set_num_threads(cores.share(config, cores.count()).learner)
         self._arguments = config, folder, resume, placement
 
     def open(self, num_ranks: int) -> Rendezvous:

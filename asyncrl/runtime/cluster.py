@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from asyncrl import garbage
+from asyncrl import cores, garbage
 from asyncrl.config import Config
 from asyncrl.runtime.actors import SENDING, LearnerActor, RolloutActor
 from asyncrl.runtime.placement import Placement, check_resources, check_room, plan
@@ -78,7 +78,7 @@ async def start_rollout(config: Config, folder: str, store: Path | None, number:
         max_concurrency=_MAX_CONCURRENCY,
         **_common(placement),
     )
-    actor = rollout_class.remote(config, _absolute(folder), placement, store)
+    actor = rollout_class.remote(cores.with_limit(config), _absolute(folder), placement, store)
     try:
         started = _in_time(actor.start.remote(), config.rollout.start_timeout_s, f"rollout actor {number}")
         return RemoteRollout(f"rollout {number}", actor, await started)
@@ -115,7 +115,7 @@ async def _place_learner(config: Config, folder: str, resume: Path | None, place
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(together)
     remote: Any = ray.remote
     learner_class = remote(concurrency_groups={SENDING: 1})(LearnerActor).options(**options)
-    return [learner_class.remote(config, folder, resume, placement) for _ in range(num_ranks)]
+    return [learner_class.remote(cores.with_limit(config), folder, resume, placement) for _ in range(num_ranks)]
 
 
 async def _start_learner(ranks: Sequence[Any]) -> RemoteLearner:

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-from asyncrl import garbage
+from asyncrl import cores, garbage
 from asyncrl.config import Config
 from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.rollout import Rollout
@@ -95,7 +95,7 @@ async def open_actors(
 ) -> AsyncIterator[tuple[LocalLearner, list[Rollout]]]:
     """The learner and the rollout actors, closed on the way out. The last `eval.num_actors` are the evaluators. `store`
     is where finished groups are written."""
-    torch.set_num_threads(config.learner.num_threads)
+    torch.set_num_threads(cores.here(config).learner)
     learner = LocalLearner(LearnerPart(config, folder, resume, plan(config, num_gpus=0)))
     rollouts = [await start_rollout(config, folder, store, number) for number in range(config.num_engines)]
     try:

@@ -130,11 +130,6 @@ def write(folder: Path) -> str:
     return f"{folder} can be written, and files in it locked"
 
 
-def count_cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def has_wandb_key() -> bool:
     """Whether a key is where the package looks for one: in the environment, or in the user's netrc file."""
     if os.environ.get("WANDB_API_KEY"):

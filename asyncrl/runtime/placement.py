@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from asyncrl import cores
 from asyncrl.config import Config
 
 Backend: TypeAlias = Literal["gloo", "nccl", "ipc"]
@@ -66,10 +67,12 @@ def check_room(config: Config, num_actors: int, existing: Mapping[str, float]) -
     num_gpus, engines = int(existing.get("GPU", 0)), num_actors + config.eval.num_actors
     placement = plan(config, num_gpus)
     if placement.device == "cpu":
-        each, cores = config.rollout.num_threads, existing.get("CPU", math.inf)
-        if engines * each > cores:
+        total = existing.get("CPU", math.inf)
+        asked = cores.with_limit(config).rollout.num_threads
+        each = 1 if asked == "auto" else asked  # of its share, which is at least one
+        if engines * each > total:
             raise ValueError(
-                f"{engines} engines x {each} threads (rollout.num_threads) share {cores:g} CPU cores and slow each "
+                f"{engines} engines x {each} threads (rollout.num_threads) share {total:g} CPU cores and slow each "
                 "other down: ask launch/scale.py for fewer"
             )
     needed = round(config.learner.num_gpus * placement.learner_gpus + engines * placement.rollout_gpus, 2)

@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from asyncrl import cores
 from asyncrl.config import BUILT_IN, Config
 from asyncrl.imports import interpreter
 from asyncrl.runtime import machine, preflight
@@ -203,6 +204,14 @@ def _placement(look: Look) -> str | Check:
     return f"{shares if found.device == 'cuda' else 'cpu'}, weights by {found.backend}"
 
 
+def _threads(look: Look) -> Check:
+    return preflight.check_threads(cores.with_limit(look.config), cores.count(), on_gpu=_on_gpu(look))
+
+
+def _on_gpu(look: Look) -> bool:
+    return look.config.device == "cuda" or (look.config.device == "auto" and bool(look.gpus))
+
+
 def _learner_attention(look: Look) -> str:
     from asyncrl.model import check_attention
 
@@ -325,7 +334,7 @@ PRECONDITIONS = [
         "start Ray there, or name another cluster.address",
         applies=lambda look: look.joins,
     ),
-    Precondition("threads", lambda look: preflight.check_threads(look.config, machine.count_cores()), applies=_here),
+    Precondition("threads", _threads, applies=_here, needs=("packages",)),
     Precondition("gpus", lambda look: preflight.check_gpus(look.config, look.gpus), needs=("packages",)),
     Precondition(
         "cuda",

@@ -244,16 +244,27 @@ def check_settings(config: Config) -> Check:
     return Check("settings", "ok", "nothing to warn of")
 
 
-def check_threads(config: Config, cores: int) -> Check:
-    """Whether the learner's threads and the engines' have a core each; in one process all of them are the learner's."""
-    learner, engines = config.learner.num_gpus * config.learner.num_threads, 0
-    if config.runtime == "cluster":
-        engines = config.num_engines * config.rollout.num_threads
+def check_threads(config: Config, cores: int, *, on_gpu: bool = False) -> Check:
+    """Whether the learner's threads and the engines' have a core each, and, where numbers were set and no GPU computes,
+    whether they leave half of the cores idle. In one process all threads are the learner's."""
+    from asyncrl.cores import share
+
+    threads = share(config, cores)
+    learner = config.learner.num_gpus * threads.learner
+    engines = config.num_engines * threads.engine if config.runtime == "cluster" else 0
     finding = f"{learner} of the learner and {engines} of engines on {cores} CPU cores"
-    if learner + engines <= cores:
-        return Check("threads", "ok", finding)
-    remedy = "lower rollout.num_actors, rollout.num_threads or learner.num_threads"
-    return Check("threads", "warn", f"{finding}: they slow each other down", remedy)
+    set_by_hand = "auto" not in (config.learner.num_threads, config.rollout.num_threads)
+    if learner + engines > cores:
+        remedy = "lower rollout.num_actors"
+        if set_by_hand:
+            remedy += ", or set rollout.num_threads and learner.num_threads to auto, without OMP_NUM_THREADS"
+        return Check("threads", "warn", f"{finding}: they slow each other down", remedy)
+    if set_by_hand and not on_gpu and config.runtime == "cluster" and 2 * (learner + engines) <= cores:
+        remedy = (
+            "set rollout.num_threads=auto and learner.num_threads=auto, without OMP_NUM_THREADS, unless it is meant"
+        )
+        return Check("threads", "warn", f"{finding}: {cores - learner - engines} of them idle", remedy)
+    return Check("threads", "ok", finding)
 
 
 def check_wandb(project: str, version: str | None, mode: str, has_key: bool) -> Check:

@@ -18,7 +18,7 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from asyncrl import durable, memory
+from asyncrl import cores, durable, memory
 from asyncrl.config import BUILT_IN, Config
 from asyncrl.envs.base import Env, load_env
 from asyncrl.imports import told
@@ -116,7 +116,7 @@ def warm_up(model: nn.Module, env: Env, config: Config, *, quiet: bool) -> None:
             f"warmup.num_steps is {config.warmup.num_steps}, but {config.env.path} has no demonstrations(); "
             "set warmup.num_steps=0 or add the method (see asyncrl.envs.base.Teacher)"
         )
-    torch.set_num_threads(config.learner.num_threads)
+    torch.set_num_threads(cores.here(config).learner)
     device = next(model.parameters()).device
     demonstrations = _shown(env, config.seed)
     smaller = f"lower warmup.micro_batch_size ({config.warmup.micro_batch_size})"

@@ -23,6 +23,7 @@ from engine_noise import EngineNoise
 from torch import Tensor, nn
 
 from asyncrl import config as configuration
+from asyncrl import cores
 from asyncrl.config import Config
 from asyncrl.engine.embedded import EmbeddedEngine
 from asyncrl.envs.base import load_env
@@ -88,7 +89,7 @@ class Lab:
     def __init__(self, config: Config, *, initial_seed: int = 0, noise: float = 0.0) -> None:
         """All seeds start from the weights of `initial_seed`; `config.seed` chooses prompts and samples. The engine
         computes in `config.rollout.dtype`, with `noise` on its logits."""
-        torch.set_num_threads(config.learner.num_threads)
+        torch.set_num_threads(cores.here(config).learner)
         folder = str(prepare(msgspec.structs.replace(config, seed=initial_seed), quiet=True))
         tokenizer = load_tokenizer(folder)
         device = "cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu"
