@@ -30,12 +30,15 @@ from asyncrl.types import Group, Prompt
 
 def make_prompts(config: Config, env: Env, heldout: Sequence[Prompt], journal: Journal, folder: Path) -> PromptQueue:
     """The run's prompts, of which there is a next one."""
+    curriculum = make_curriculum(config, env)
+    first_id = 0 if curriculum else journal.accounts.first_needed
     prompts = PromptQueue(
-        checked_prompts(env, "train", config.seed, heldout),
+        checked_prompts(env, "train", config.seed, heldout, first_id),
         journal,
         folder / "groups",
         keep_groups=config.journal.keep_groups,
-        curriculum=make_curriculum(config, env),
+        curriculum=curriculum,
+        first_id=first_id,
         pass_reward=pass_mark(env, config.eval.pass_reward),
         fits=partial(fits, config.rollout.group_size, row_length(config, env.max_prompt_tokens)),
     )

@@ -73,6 +73,9 @@ class Env(Protocol):
         """Deterministic: the n-th prompt of a seed has id n and is always the same.
 
         "train" is endless; "heldout" may end, and then has each of its prompts once.
+
+        It may take a third parameter, `first_id`: the iterator then begins with the prompt of that id, which a resumed
+        run asks for. Without it the prompts before are drawn again.
         """
 
     async def play(self, prompt: Prompt, generate: Generate) -> Trajectory:
@@ -148,15 +151,32 @@ def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
     return found
 
 
-def checked_prompts(env: Env, split: Split, seed: int, heldout: Sequence[Prompt] = ()) -> Iterator[Prompt]:
-    """The prompts of the environment, each looked at as it is drawn.
+def can_skip(env: Env) -> bool:
+    """Whether its prompts can be drawn from a later one on."""
+    return "first_id" in inspect.signature(env.prompts).parameters
+
+
+def prompts_from(env: Env, split: Split, seed: int, first_id: int) -> Iterator[Prompt]:
+    """The prompts of the environment from that id on."""
+    if not first_id:
+        return env.prompts(split, seed)
+    if can_skip(env):
+        draw: Callable[..., Iterator[Prompt]] = env.prompts
+        return draw(split, seed, first_id=first_id)
+    return islice(env.prompts(split, seed), first_id, None)
+
+
+def checked_prompts(
+    env: Env, split: Split, seed: int, heldout: Sequence[Prompt] = (), first_id: int = 0
+) -> Iterator[Prompt]:
+    """The prompts of the environment from that id on, each looked at as it is drawn.
 
     Raises `ValueError` for one that breaks the protocol, naming it and the rule: what the journal, seeds and resumed
     runs know of a prompt is its id. The first one that is also among the `heldout` is told of in a warning: small tasks
     may want that.
     """
     unseen = {tuple(prompt.token_ids) for prompt in heldout}
-    for number, prompt in enumerate(_drawn(env, split, seed)):
+    for number, prompt in enumerate(_drawn(env, split, seed, first_id), first_id):
         named = f"prompt {number} of {type(env).__name__}.prompts({split!r})"
         if broken := _broken_rule(prompt, number, env.max_prompt_tokens):
             raise ValueError(f"{named} {broken}")
@@ -170,9 +190,9 @@ def checked_prompts(env: Env, split: Split, seed: int, heldout: Sequence[Prompt]
         yield prompt
 
 
-def _drawn(env: Env, split: Split, seed: int) -> Iterator[Prompt]:
+def _drawn(env: Env, split: Split, seed: int, first_id: int) -> Iterator[Prompt]:
     with told(f"{type(env).__name__}.prompts({split!r})"):
-        yield from env.prompts(split, seed)
+        yield from prompts_from(env, split, seed, first_id)
 
 
 def _broken_rule(prompt: Prompt, number: int, max_tokens: int) -> str | None:

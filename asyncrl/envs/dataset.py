@@ -107,18 +107,19 @@ class DatasetEnv:
                 f"train and {heldout} files into a folder and name that"
             )
 
-    def prompts(self, split: Split, seed: int) -> Iterator[Prompt]:
+    def prompts(self, split: Split, seed: int, first_id: int = 0) -> Iterator[Prompt]:
         """Endless epochs of the training rows, each in an order of its own; held-out rows come once."""
         examples = self._load(split)
-        count = epoch = 0
+        count = first_id
+        epoch, begun = divmod(first_id, max(1, len(examples)))
         while split == "train" or epoch == 0:
             order = list(range(len(examples)))
             random.Random(f"{split} {seed} {epoch}").shuffle(order)
-            for index in order:
+            for index in order[begun:]:
                 one = examples[index]
                 yield Prompt(count, one.token_ids, one.scoring, one.source)
                 count += 1
-            epoch += 1
+            epoch, begun = epoch + 1, 0
 
     async def play(self, prompt: Prompt, generate: Generate) -> Trajectory:
         played = single_turn(prompt, await generate(prompt.token_ids), UNSCORED)

@@ -30,13 +30,14 @@ class _DigitTask:
         """One question and its answer."""
         raise NotImplementedError
 
-    def prompts(self, split: Split, seed: int) -> Iterator[Prompt]:
+    def prompts(self, split: Split, seed: int, first_id: int = 0) -> Iterator[Prompt]:
         rng = random.Random(f"{split} {seed}")
         count = 0
         while True:
             question, answer = self.draw(rng)
             if split_of(question) == split:
-                yield Prompt(count, tuple(self.encode(question)), answer)
+                if count >= first_id:
+                    yield Prompt(count, tuple(self.encode(question)), answer)
                 count += 1
 
     async def play(self, prompt: Prompt, generate: Generate) -> Trajectory:

@@ -16,11 +16,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from asyncrl.envs.base import Env, Generate, Split, Tokenizer, load_env, no_skill, pass_mark
+from asyncrl.envs.base import (
+    Env,
+    Generate,
+    Split,
+    Tokenizer,
+    can_skip,
+    load_env,
+    no_skill,
+    pass_mark,
+    prompts_from,
+)
 from asyncrl.tables import check_value
 from asyncrl.types import Prompt, Trajectory
 
 _KEYS = {"path": str, "args": dict[str, Any], "weight": float}
+_AT_ONCE = 10_000
+"""Draws that are skipped at once: they are held in a list."""
 
 
 class Mixture:
@@ -59,19 +71,30 @@ class Mixture:
                 counts[f"{name}: {reason}"] += count
         return counts
 
-    def prompts(self, split: Split, seed: int) -> Iterator[Prompt]:
+    def prompts(self, split: Split, seed: int, first_id: int = 0) -> Iterator[Prompt]:
         """Draws an environment by weight for each prompt. Held-out prompts end when every environment's have ended."""
         rng = random.Random(f"mixture {split} {seed}")
-        sources = {name: env.prompts(split, seed) for name, env in self._envs.items()}
-        count = 0
+        skipped: Counter[str] = Counter()
+        if split == "train" and all(map(can_skip, self._envs.values())):
+            skipped = self._drawn(rng, first_id)
+        sources = {name: prompts_from(env, split, seed, skipped[name]) for name, env in self._envs.items()}
+        count = skipped.total()
         while sources:
             (name,) = rng.choices(list(sources), [self._weights[name] for name in sources])
             prompt = next(sources[name], None)
             if prompt is None:
                 del sources[name]
                 continue
-            yield replace(prompt, id=count, source=name)
+            if count >= first_id:
+                yield replace(prompt, id=count, source=name)
             count += 1
+
+    def _drawn(self, rng: random.Random, num_prompts: int) -> Counter[str]:
+        """How many of the first prompts come from each environment, where none ends. `rng` is where they leave it."""
+        counts: Counter[str] = Counter()
+        while left := min(_AT_ONCE, num_prompts - counts.total()):
+            counts.update(rng.choices(list(self._weights), list(self._weights.values()), k=left))
+        return counts
 
     async def play(self, prompt: Prompt, generate: Generate) -> Trajectory:
         return await self._envs[prompt.source].play(prompt, generate)

@@ -91,7 +91,7 @@ class MultiTurn:
         """A new attempt at `row`; what it holds is freed on exit."""
         raise NotImplementedError
 
-    def prompts(self, split: Split, seed: int) -> Iterator[Prompt]:
+    def prompts(self, split: Split, seed: int, first_id: int = 0) -> Iterator[Prompt]:
         """Pass after pass over the training rows, each in an order of its own; held-out rows come once. `target` names
         the row."""
         names = self._names[split]
@@ -101,7 +101,8 @@ class MultiTurn:
         count = 0
         while split == "train" or count == 0:
             for name in rng.sample(names, len(names)):
-                yield Prompt(count, self._prompts[name], name)
+                if count >= first_id:
+                    yield Prompt(count, self._prompts[name], name)
                 count += 1
 
     def baselines(self, prompts: Sequence[Prompt]) -> dict[str, float]:  # noqa: ARG002

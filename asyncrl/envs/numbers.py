@@ -22,14 +22,15 @@ class LargestOfThree:
         self._tokenizer, self._chat = tokenizer, ChatFormat(tokenizer, "chat")
         self.max_prompt_tokens = max(len(self._chat.encode(_QUESTION.format(f"{n}, {n}, {n}"))) for n in range(10, 100))
 
-    def prompts(self, split: Split, seed: int) -> Iterator[Prompt]:
+    def prompts(self, split: Split, seed: int, first_id: int = 0) -> Iterator[Prompt]:
         rng = random.Random(f"{split} {seed}")
         count = 0
         while True:
             numbers = rng.sample(range(10, 100), 3)
             question = _QUESTION.format(", ".join(map(str, numbers)))
             if split_of(question) == split:
-                yield Prompt(count, tuple(self._chat.encode(question)), str(max(numbers)))
+                if count >= first_id:
+                    yield Prompt(count, tuple(self._chat.encode(question)), str(max(numbers)))
                 count += 1
 
     async def play(self, prompt: Prompt, generate: Generate) -> Trajectory:

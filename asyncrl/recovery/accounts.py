@@ -100,6 +100,11 @@ class Account:
         return bool(self.steps) or self.dropped is not None
 
     @property
+    def may_come_again(self) -> bool:
+        """Whether a resumed run may issue it again: to play it, or to train the group that is stored."""
+        return not self.settled or bool(self.stored)
+
+    @property
     def fate(self) -> str:
         """ "trained", why it was dropped, or "open". A later use that was refused takes nothing back."""
         return "trained" if self.steps else self.dropped.reason if self.dropped is not None else "open"
@@ -144,6 +149,11 @@ class Accounts:
     def open_ids(self) -> list[int]:
         """Drawn and neither trained nor dropped, in order."""
         return sorted(account.id for account in self._accounts.values() if not account.settled)
+
+    @property
+    def first_needed(self) -> int:
+        """The lowest id of a prompt that a resumed run may issue again; that of the next one if there is none."""
+        return min((one.id for one in self._accounts.values() if one.may_come_again), default=self.next_id)
 
     def totals(self) -> Counter[str]:
         """Prompts by what became of them: "trained", "open", or why they were dropped. They add up to all drawn."""

@@ -46,8 +46,10 @@ class PromptQueue:
         curriculum: Curriculum | None = None,
         pass_reward: float | None = None,
         fits: Callable[[Group], bool] = lambda _group: True,
+        first_id: int = 0,
     ) -> None:
-        """`source`: the endless prompts of the run, from the first one. `folder`: where groups are stored, if they are.
+        """`source`: the endless prompts of the run, from that of `first_id` on: `Accounts.first_needed` at most, and 0
+        with a curriculum, which has to meet them all. `folder`: where groups are stored, if they are.
         `pass_reward`: the reward from which on an attempt counts as passed, in the journal and for the curriculum, if
         there is such a mark.
         `fits`: whether the run's settings still take a stored group.
@@ -58,8 +60,8 @@ class PromptQueue:
         self._failure: str | None = None
         self._accounts = self.journal.accounts
         self._source, self._folder, self._keep_groups = source, folder, keep_groups
-        again = {account.id: account for account in self._accounts if not account.settled or account.stored}
-        drawn: Iterator[Prompt] = islice(source, self._accounts.next_id)
+        again = {account.id: account for account in self._accounts if account.may_come_again}
+        drawn: Iterator[Prompt] = islice(source, self._accounts.next_id - first_id)
         self._curriculum, self.pass_reward, self._fits = curriculum, pass_reward, fits
         if curriculum is not None:
             drawn = map(curriculum.meet, drawn)
