@@ -203,9 +203,8 @@ def test_a_run_reports_pass_at_k(tmp_path):
 
 def test_a_run_is_evaluated_alone_and_scores_what_it_scored(tmp_path, capsys):
     words = ["runtime=local", "num_steps=1", "env.path=helpers:Sevens", "learner.groups_per_step=2", "eval.every=0"]
-    config = configuration.load(
-        None, [*words, "eval.num_prompts=20", "learner.learning_rate=1e-2", f"run_dir={tmp_path}"]
-    )
+    words += ["rollout.max_new_tokens=8", "eval.num_prompts=20", "learner.learning_rate=1e-2"]
+    config = configuration.load(None, [*words, f"run_dir={tmp_path}"])
     result = run(job.train(config, quiet=True))
     output = tmp_path / "result.json"
     assert evaluate.main([str(result.folder), "--output", str(output)]) == 0
@@ -388,6 +387,7 @@ def test_an_attempt_that_the_environment_spoils_is_made_again(tmp_path, capsys):
 
 def test_a_spoilt_evaluation_does_not_end_a_run(tmp_path):
     words = ["runtime=local", "env.path=test_evaluation:Flaky", "learner.groups_per_step=2", "num_steps=2"]
+    words.append("rollout.max_new_tokens=2")
     config = configuration.load(None, [*words, "eval.num_prompts=8", "eval.every=1", f"run_dir={tmp_path}"])
     result = run(job.train(config, quiet=True))
     assert sum(row.get("eval/failures", 0) for row in metrics.read(result.folder)) == 2
@@ -453,6 +453,7 @@ class OneHopeless(LargestDigit):
 
 def test_a_held_out_prompt_that_cannot_be_scored_is_left_out_and_told(tmp_path, capsys):
     words = ["runtime=local", "env.path=test_evaluation:OneHopeless", "learner.groups_per_step=2", "num_steps=1"]
+    words.append("rollout.max_new_tokens=2")
     config = configuration.load(None, [*words, "eval.num_prompts=8", "eval.every=1", f"run_dir={tmp_path}"])
     result = run(job.train(config))
     rows = [row for row in metrics.read(result.folder) if "eval/accuracy" in row]
