@@ -19,6 +19,7 @@ from asyncrl.config import Config
 from asyncrl.envs.base import Env
 from asyncrl.imports import interpreter
 from asyncrl.loop import run
+from asyncrl.loop_watch import watched_loop
 from asyncrl.monitor import rows
 from asyncrl.monitor.metrics import Metrics, verdict
 from asyncrl.recovery import checkpoint
@@ -126,7 +127,7 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
                 system.rollouts.published.update(journal.accounts.published)
                 if changes:  # they are accepted by everything there is
                     run_folder.keep(folder, config, first_step)
-                with _stop_on_ctrl_c(buffer, metrics):
+                with _stop_on_ctrl_c(buffer, metrics), watched_loop(system.watchdog.loop_held):
                     await run(system)
                 result = Result(folder, learner.version, metrics.last_accuracy, task.baselines)
             metrics.ended()

@@ -25,7 +25,7 @@ LAYERS = [
     | {"sandbox.calls", "sandbox.places", "memory", "cores"}
     | {"receipts", "ipc", "monitor.rows", "monitor.course"}
     | {"durable", "monitor.events", "monitor.plain", "monitor.timeline", "sandbox.confine", "sandbox"}
-    | {"envs.swe_runner", "garbage", "threads", "imports"},
+    | {"envs.swe_runner", "garbage", "loop_watch", "threads", "imports"},
     {
         "evaluation",
         "algo.advantage",

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from asyncrl.loop_watch import HeldLoop
 from asyncrl.monitor.events import Emit
 
 Action: TypeAlias = Literal["warn", "restart", "stop"]
@@ -156,8 +157,8 @@ class Watchdog:
         except Exception as error:  # whatever it is: what hangs may also be what should answer here
             actors = f"the actors' stacks could not be had: {error!r}"
         waits = sorted(self._waits.values(), key=lambda wait: wait.since)
-        parts = [
-            time.strftime("==== %Y-%m-%d %H:%M:%S ") + told,
+        self._keep(
+            told,
             *(f"  {wait}" for wait in waits),
             "---- tasks of the driver",
             *_task_stacks(),
@@ -165,10 +166,17 @@ class Watchdog:
             *_thread_stacks(),
             "---- actors",
             actors,
-        ]
+        )
+
+    def loop_held(self, held: HeldLoop, subject: str = "driver") -> None:
+        """The event loop of this process, or of a rollout actor, is held up. May run in any thread."""
+        self._keep(f"{subject}: {held.message}", held.stack)
+        self._emit("stall", held.message, subject=subject)
+
+    def _keep(self, told: str, *parts: str) -> None:
         try:
             with self._path.open("a") as file:
-                file.write("\n".join(parts) + "\n")
+                file.write("\n".join([time.strftime("==== %Y-%m-%d %H:%M:%S ") + told, *parts]) + "\n")
         except OSError as error:  # of a full disk, say, which is no reason to end a run that is to go on
             self._emit("failure", f"{self._path} could not be written: {error}")
 
