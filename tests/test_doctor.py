@@ -159,8 +159,16 @@ def test_host_memory_grows_with_the_model_on_a_cpu_only():
     assert preflight.check_host_memory(config(), False, 400_000, 16.0).status == "ok"
     assert preflight.check_host_memory(config(), False, 10**9, 16.0).status == "FAIL"
     assert preflight.check_host_memory(config(), True, 10**9, 16.0).status == "ok"
-    assert preflight.check_host_memory(config("learner.num_gpus=2"), True, 10**9, 16.0).status == "FAIL", "a checkpoint"
+    assert preflight.check_host_memory(config("learner.num_gpus=2"), True, 10**9, 15.0).status == "FAIL", "a checkpoint"
     assert preflight.check_host_memory(config(), False, 1, None).status == "warn"
+
+
+@pytest.mark.parametrize(
+    ("has_gpus", "have", "status"),
+    [(False, 4.0, "ok"), (False, 1.0, "warn"), (False, 0.7, "FAIL"), (True, 15.0, "ok"), (True, 3.0, "FAIL")],
+)
+def test_only_what_surely_does_not_fit_in_host_memory_is_refused(has_gpus, have, status):
+    assert preflight.check_host_memory(config(), has_gpus, 400_000, have).status == status
 
 
 def test_gpu_memory_counts_the_share_that_sglang_takes():
@@ -269,7 +277,7 @@ def test_the_cache_finds_prompts_that_are_too_long_for_the_model(tmp_path):
 
 def test_memory_counts_the_caches():
     one = ["rollout.num_actors=1"]
-    assert preflight.check_host_memory(config(*one), False, 400_000, 16.0, cache_gb=15.0).status == "FAIL"
+    assert preflight.check_host_memory(config(*one), False, 400_000, 15.0, cache_gb=15.0).status == "FAIL"
     assert preflight.check_host_memory(config(*one), True, 400_000, 16.0, cache_gb=15.0).status == "ok", "on the GPU"
     full = preflight.check_gpu_memory(config(*one), 10**9, [H100], cache_gb=90.0)
     assert (full.status, "rollout.max_running" in full.remedy) == ("FAIL", True)
