@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from asyncrl.quote import cut, quote
+
 _PACKAGE = str(Path(__file__).parent)
 _NOT_THE_USERS = (
     "<frozen",
@@ -51,7 +53,7 @@ def load_module(path: str, told: str, form: str) -> tuple[ModuleType, str]:
                 ) from error
             remedy = "; install what is missing, or add its folder to PYTHONPATH"
         failed = f"importing {module_name} failed{line_of(error)}"
-        raise ValueError(f"{told}: {failed}: {type(error).__name__}: {error}{remedy}") from error
+        raise ValueError(f"{told}: {failed}: {type(error).__name__}: {cut(str(error))}{remedy}") from error
 
 
 def line_of(error: BaseException) -> str:
@@ -75,7 +77,7 @@ def told(what: str) -> Iterator[None]:
         if isinstance(error, ValueError) and last.filename.startswith(_PACKAGE):
             raise
         where = line_of(error) or f", {last.filename} line {last.lineno}"
-        raise ValueError(f"{what} raised {error!r}{where}") from error
+        raise ValueError(f"{what} raised {quote(error, 400)}{where}") from error
 
 
 def check_folder(path: str | Path, script: str, knob: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +93,7 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
     journal, saved = open_journal(folder, buffer, resumed=resume is not None)
     with closing(journal), run_folder.error_kept(folder):
         first_step = journal.accounts.version
-        if resume and first_step >= config.num_steps and has_last_evaluation(folder, first_step):
+        if resume and first_step >= config.num_steps and score_of(folder, first_step) is not None:
             print(
                 f"{folder} is at step {first_step} of {config.num_steps}: nothing is left to do; num_steps=N goes on "
                 "to N"
@@ -125,6 +125,8 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
                     metrics=metrics,
                 )
                 system.rollouts.published.update(journal.accounts.published)
+                if resume:
+                    keep_evaluation(system, changes)
                 if changes:  # they are accepted by everything there is
                     run_folder.keep(folder, config, first_step)
                 with _stop_on_ctrl_c(buffer, metrics), watched_loop(system.watchdog.loop_held):
@@ -137,10 +139,25 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
     return result
 
 
-def has_last_evaluation(folder: Path, version: Version) -> bool:
-    """Whether a run that ended at `version` did what comes after its last step, whatever eval.every is."""
-    stream = rows.read(folder / "metrics.jsonl")
-    return any("eval/accuracy" in row and row["version"] == version for row in stream)
+def score_of(folder: Path, version: Version) -> float | None:
+    """The held-out score that the run's metrics have of `version`, None without one. Raises `ValueError` if they cannot
+    be read."""
+    scores = (row["eval/accuracy"] for row in rows.read(folder / "metrics.jsonl") if _evaluates(row, version))
+    return next(scores, None)
+
+
+def _evaluates(row: rows.Row, version: Version) -> bool:
+    return row["version"] == version and row.get("eval/accuracy") is not None
+
+
+def keep_evaluation(system: System, changes: Sequence[str]) -> None:
+    """The version that a run goes on from is not evaluated again, unless the `changes` of the configuration may give it
+    another score."""
+    version = system.learner.version
+    score = score_of(system.metrics.folder, version)
+    if score is not None and not any(line.startswith(("env.", "eval.", "model.", "rollout.")) for line in changes):
+        system.evaluated.add(version)
+        system.metrics.last_accuracy = score
 
 
 def open_journal(folder: Path, buffer: Buffer, *, resumed: bool) -> tuple[Journal, Path | None]:

@@ -24,6 +24,7 @@ from asyncrl.handles import ActorDied, ActorSilent, Publisher, RolloutHandle
 from asyncrl.monitor.events import Emit
 from asyncrl.monitor.timeline import Timeline
 from asyncrl.presence import Presence
+from asyncrl.quote import quote
 from asyncrl.recovery.watchdog import Watchdog, watched
 from asyncrl.transport import BroadcastFailed
 from asyncrl.types import Failure, Group, Prompt, Version
@@ -136,8 +137,8 @@ class RolloutPool:
                 tried.add(actor)
                 if attempt == self._max_attempts or (isinstance(error, EnvFault) and not self._others_than(tried)):
                     raise RolloutFailed(
-                        f"{num_failed} attempts of prompt {prompt.id} failed, the last on {actor.name}: {error!r}; "
-                        "rollout.max_attempts bounds the attempts"
+                        f"{num_failed} attempts of prompt {prompt.id} failed, the last on {actor.name}: "
+                        f"{quote(error, 1000)}; rollout.max_attempts bounds the attempts"
                     ) from error
             else:
                 self._count(group.failures)

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 
 import msgspec
 
+from asyncrl.quote import quote
+
 
 def read(path: str | Path) -> dict[str, Any]:
     """The tables of a TOML file, or of the JSON of a run folder. Raises `ValueError` if it cannot be read."""
@@ -25,7 +27,7 @@ def read(path: str | Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be parsed: {error}") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"{path} is no table of settings, got {str(tree)[:60]!r}: write an object, as a run does")
+        raise ValueError(f"{path} is no table of settings, got {quote(tree)}: write an object, as a run does")
     return tree
 
 
@@ -102,7 +104,7 @@ def check(tree: dict[str, Any], section: type[msgspec.Struct], prefix: str = "")
         kind = fields[key]
         if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
             if not isinstance(value, dict):
-                raise ValueError(f"{prefix + key!r} is a table, got {value!r}; set one of its keys")
+                raise ValueError(f"{prefix + key!r} is a table, got {quote(value)}; set one of its keys")
             check(value, kind, f"{prefix}{key}.")
             continue
         check_value(value, kind, prefix + key)
@@ -113,7 +115,7 @@ def check_value(value: Any, kind: Any, name: str) -> None:
     try:
         msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise ValueError(f"{name} must be {_name_of(kind)}, got {value!r}") from error
+        raise ValueError(f"{name} must be {_name_of(kind)}, got {quote(value)}") from error
 
 
 def is_plain(kind: Any) -> bool:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 try:
     from asyncrl.imports import interpreter
+    from asyncrl.quote import LONGEST, cut
     from asyncrl.runtime import preconditions
     from asyncrl.runtime.preconditions import Look
     from asyncrl.runtime.preflight import Check, attempt
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error} for {sys.executable}: run `{interpreter()} -m pip install -e .`", file=sys.stderr)
         return 1
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {cut(str(error), LONGEST)}", file=sys.stderr)
         return 2
 
 

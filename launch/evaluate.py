@@ -32,6 +32,7 @@ from asyncrl.config import Config
 from asyncrl.envs.faults import EnvFault
 from asyncrl.imports import LOCAL, runs_near
 from asyncrl.monitor.plain import plain
+from asyncrl.quote import LONGEST, cut
 
 if TYPE_CHECKING:
     from asyncrl.rollout import Attempts, Rollout
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         check_output(options.output)
         results = evaluate_newest(options)
     except (ValueError, EnvFault) as error:
-        print(f"error: {plain(str(error))}", file=sys.stderr)
+        print(f"error: {plain(cut(str(error), LONGEST))}", file=sys.stderr)
         return 2
     print(plain("\n\n".join(map(report, results))))
     if options.output:  # after the results were printed: they are not lost if it cannot be written

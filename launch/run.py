@@ -27,6 +27,7 @@ from asyncrl import cautions, run_folder, tables
 from asyncrl import config as configuration
 from asyncrl.config import Config
 from asyncrl.monitor.plain import plain
+from asyncrl.quote import LONGEST, cut
 from asyncrl.threads import kept_handlers
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "largest_digit.toml"
@@ -40,8 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = resolve(options)
         changes = run_folder.differences(options.resume, config) if options.resume else []
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     for line in cautions.warnings(config):
         print(f"warning: {line}", file=sys.stderr)
     if options.dry_run:
@@ -93,7 +93,7 @@ def fail(error: Exception) -> int:
     while isinstance(error, ExceptionGroup):  # those who failed together were told the same
         error = error.exceptions[0]
     cause = getattr(error, "cause", error)  # of one that Ray brings from an actor, without the stack there
-    tell(f"error: {plain(str(cause))}")
+    tell(f"error: {plain(cut(str(cause), LONGEST))}")
     return 2
 
 

@@ -495,7 +495,7 @@ def test_rows_that_the_template_refuses_are_bad_rows(tmp_path):
     rows = [{"prompt": "unsayable" if n == 7 else f"{n}?", "split": "train" if n else "heldout"} for n in range(20)]
     settings = {"prompt": "prompt", "reward": length_reward, "style": "chat"}
     env = make(tmp_path / "a.jsonl", rows, PickyTokenizer(), **settings)
-    with pytest.raises(ValueError, match=r"the prompt 'unsayable' of .*RuntimeError: the template refuses it"):
+    with pytest.raises(ValueError, match=r"row 7: .*the prompt 'unsayable': RuntimeError: the template refuses it"):
         next(env.prompts("train", 0))
     env = make(tmp_path / "a.jsonl", rows, PickyTokenizer(), bad_rows="skip", **settings)
     assert len(list(itertools.islice(env.prompts("train", 0), 18))) == 18
@@ -512,3 +512,43 @@ def test_an_empty_prompt_has_a_message_of_its_own(tmp_path):
     )
     with pytest.raises(ValueError, match="prompt empty: it has no tokens: write a question in it"):
         next(env.prompts("train", 0))
+
+
+def test_rows_of_a_large_data_set_are_made_ready_as_they_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr("asyncrl.envs.examples.FEW", 20)
+    monkeypatch.setattr("asyncrl.envs.examples._SAMPLE", 5)
+    rows = [{"question": "?" * (200 if n == 37 else 1) + str(n), "answer": "1", "split": "train"} for n in range(60)]
+    rows[38]["answer"] = None
+    made = []
+    plain = DatasetEnv._example
+    monkeypatch.setattr(DatasetEnv, "_example", lambda *args: made.append(args[3]) or plain(*args))
+    env = make(tmp_path / "d.jsonl", rows, target="answer", max_prompt_tokens=60, bad_rows="skip")
+    drawn = env.prompts("train", 0)
+    with pytest.warns(UserWarning, match=r"d\.jsonl, split 'train', row 38 is skipped.*unusable row"):
+        first = next(drawn)
+    assert len(made) < 10, "a sample, and what was drawn"
+    with pytest.warns(UserWarning, match=r"row 37 is skipped.*prompt longer than 60 tokens"):
+        epochs = [first, *itertools.islice(drawn, 2 * 58 - 1)]
+    assert len({prompt.token_ids for prompt in epochs[:58]}) == 58
+    assert next(env.prompts("train", 0, first_id=70)) == epochs[70]
+    assert {p.token_ids for p in epochs[:58]} == {p.token_ids for p in epochs[58:]}
+    assert env.skipped == {"unusable row": 1, "prompt longer than 60 tokens": 1}, "each once, in two epochs"
+    del rows[38]
+    strict = make(tmp_path / "d.jsonl", rows, target="answer", max_prompt_tokens=60).prompts("train", 0)
+    with pytest.raises(ValueError, match=r"row 37: prompt longer than 60 tokens.*bad_rows='skip'"):
+        list(itertools.islice(strict, 59))
+
+
+def test_a_large_data_set_of_which_no_row_can_be_used_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("asyncrl.envs.examples.FEW", 20)
+    rows = [{"question": "?" * 90, "split": "train"}] * 60
+    env = make(tmp_path / "d.jsonl", rows, max_prompt_tokens=60, bad_rows="skip")
+    with pytest.warns(UserWarning, match="row 0 is skipped"), pytest.raises(ValueError, match="all were skipped"):
+        next(env.prompts("train", 0))
+
+
+def test_a_large_file_is_told_of_while_it_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("asyncrl.envs.data._LARGE", 100)
+    next(make(tmp_path / "d.jsonl").prompts("train", 0))
+    assert "reading" in (told := capsys.readouterr().err)
+    assert "d.jsonl" in told

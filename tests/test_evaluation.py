@@ -1,5 +1,6 @@
 """Evaluation: pass@k against its definition, intervals against their coverage, and what the loop reports."""
 
+import asyncio
 import itertools
 import json
 import math
@@ -13,7 +14,7 @@ import pytest
 from helpers import TextTokenizer, run, trajectory
 
 from asyncrl import config as configuration
-from asyncrl import job
+from asyncrl import job, system
 from asyncrl.envs.base import pass_mark
 from asyncrl.envs.dataset import DatasetEnv
 from asyncrl.envs.digits import LargestDigit, split_of
@@ -459,3 +460,26 @@ def test_a_held_out_prompt_that_cannot_be_scored_is_left_out_and_told(tmp_path, 
     rows = [row for row in metrics.read(result.folder) if "eval/accuracy" in row]
     assert [row["eval/unscored"] for row in rows] == [1, 1]
     assert "1 of 8 held-out prompts could not be scored" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("version", "changes", "again"),
+    [
+        (2, [], False),
+        (2, ["num_steps 4 -> 8"], False),
+        (2, ["eval.num_samples 1 -> 4"], True),
+        (4, [], True),  # its evaluation was under way when the run stopped
+        (6, [], True),  # nothing could be scored
+    ],
+)
+def test_a_resumed_run_does_not_evaluate_its_version_again(tmp_path, version, changes, again):
+    lines = [{"version": 2, "eval/accuracy": 0.5}, {"version": 4, "reward/mean": 1.0}, {"version": 6}]
+    lines[2]["eval/accuracy"] = None
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sink = SimpleNamespace(folder=tmp_path, last_accuracy=None)
+    resumed = SimpleNamespace(learner=SimpleNamespace(version=version), metrics=sink, evaluated=set())
+    job.keep_evaluation(resumed, changes)
+    assert (version not in resumed.evaluated) == again
+    assert sink.last_accuracy == (None if again else 0.5)
+    if not again:
+        asyncio.run(system.evaluate(resumed))  # plays nothing, as there is nothing to play with

@@ -140,8 +140,8 @@ def test_each_fault_has_its_kind(after, kind, text):
     ("context", "text"),
     [
         ("s12=", r"generate takes the token ids .* got 's12=' \(str\): tokenizer.encode\(text"),
-        ([[1, 2]], r"generate takes .* got '\[\[1, 2\]\]' \(list\)"),
-        ([], r"generate takes .* got '\[\]' \(list\)"),
+        ([[1, 2]], r"generate takes .* got \[\[1, 2\]\] \(list\)"),
+        ([], r"generate takes .* got \[\] \(list\)"),
         ({"input_ids": [1]}, r"generate takes .* \(dict\)"),
         ([1, 26], r"generate got the token id 26 and those of the model are 0 to 25"),
         ([-1], r"generate got the token id -1"),

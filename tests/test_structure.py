@@ -25,7 +25,7 @@ LAYERS = [
     | {"sandbox.calls", "sandbox.places", "memory", "cores"}
     | {"receipts", "ipc", "monitor.rows", "monitor.course"}
     | {"durable", "monitor.events", "monitor.plain", "monitor.timeline", "sandbox.confine", "sandbox"}
-    | {"envs.swe_runner", "garbage", "loop_watch", "threads", "imports"},
+    | {"envs.swe_runner", "garbage", "loop_watch", "threads", "imports", "quote"},
     {
         "evaluation",
         "algo.advantage",
@@ -68,7 +68,16 @@ LAYERS = [
         "engine.base",
     }
     | {"envs.digits", "envs.numbers"}
-    | {"envs.data", "envs.chat", "envs.reward_worker", "envs.rewards", "envs.dataset", "envs.gsm8k", "envs.mixture"}
+    | {
+        "envs.data",
+        "envs.examples",
+        "envs.chat",
+        "envs.reward_worker",
+        "envs.rewards",
+        "envs.dataset",
+        "envs.gsm8k",
+        "envs.mixture",
+    }
     | {"envs.reasoning_gym", "envs.multi_turn", "envs.faults"},
     {
         "engine.kv_cache",

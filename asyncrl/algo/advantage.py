@@ -13,6 +13,7 @@ from torch import Tensor
 
 from asyncrl.algo import own
 from asyncrl.algo.method import Aggregate, Center, Loss, Scale
+from asyncrl.quote import quote
 from asyncrl.types import NOISE, RELATIVE_NOISE
 
 _STD_FLOOR = 1e-6
@@ -37,7 +38,7 @@ def estimate(rewards: Tensor, groups: Tensor, lengths: Tensor, loss: Loss) -> Te
     if not isinstance(values, Tensor) or values.shape != rewards.shape or not bool(values.isfinite().all()):
         raise ValueError(
             f"{loss.advantage!r} must return a finite tensor of shape {list(rewards.shape)}, one advantage a "
-            f"trajectory; got {values}"
+            f"trajectory; got {quote(values)}"
         )
     return values.detach().to(rewards.dtype)
 

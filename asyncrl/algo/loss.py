@@ -21,6 +21,7 @@ from asyncrl.algo import own
 from asyncrl.algo.advantage import estimate
 from asyncrl.algo.method import Estimator, Loss, Outside, PolicyWeight
 from asyncrl.imports import line_of
+from asyncrl.quote import quote
 
 _TINY = 1e-6
 """Probabilities are kept this far from 0 and 1 in the binary KL of the trust mask, whose logarithms would diverge."""
@@ -127,7 +128,7 @@ def try_own(loss: Loss, num_groups: int, group_size: int) -> None:
         if loss.function:
             total, outcome = policy_loss(_made_up(loss, len(groups)), loss)
     except Exception as error:
-        raise ValueError(f"{path!r}, tried on made-up numbers: {error!r}{line_of(error)}") from error
+        raise ValueError(f"{path!r}, tried on made-up numbers: {quote(error, 400)}{line_of(error)}") from error
     if loss.function and (not total.isfinite() or outcome.nonfinite.any()):
         raise ValueError(
             f"{path!r}, tried on made-up numbers of lag 0 and ratio 1, as of fresh tokens, gave a loss or slopes by "

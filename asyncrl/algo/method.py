@@ -16,6 +16,8 @@ from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
+from asyncrl.quote import quote
+
 Center: TypeAlias = Literal["mean", "loo", "batch", "critic", "none"]
 Estimator: TypeAlias = Literal["k1", "k2", "k3"]
 Scale: TypeAlias = Literal["none", "group_std", "batch_std", "token_std"]
@@ -181,7 +183,7 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         for name in ("function", "advantage"):
             value = getattr(self, name)
             if value and not all(value.partition(":")[::2]):
-                raise ValueError(f"{name} is an import path, got {value!r}; write 'package.module:function'")
+                raise ValueError(f"{name} is an import path, got {quote(value)}; write 'package.module:function'")
         replaced = {
             "function": ("policy_weight", "behavior_weight", "trust", "guard", "penalty", "reference_kl"),
             "advantage": ("scale",),

@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol, TypeAlias, get_type_hints
 import numpy as np
 
 from asyncrl.imports import load_module, told
+from asyncrl.quote import quote
 from asyncrl.tables import check_value, is_plain
 from asyncrl.types import Completion, Prompt, Trajectory
 
@@ -109,7 +110,7 @@ def load_env(path: str, tokenizer: Tokenizer, args: dict[str, Any], knob: str = 
     that has `path` and `args`."""
     made: Callable[..., Env] = import_object(path, f"{knob}.path")
     if not callable(made):
-        raise ValueError(f"{knob}.path {path!r} is {made!r}, which cannot be called: name a class")
+        raise ValueError(f"{knob}.path {path!r} is {quote(made)}, which cannot be called: name a class")
     try:
         inspect.signature(made).bind(tokenizer, **args)
     except TypeError as error:
@@ -199,16 +200,16 @@ def _broken_rule(prompt: Prompt, number: int, max_tokens: int) -> str | None:
     if not isinstance(prompt, Prompt):
         return f"is a {type(prompt).__name__}: yield asyncrl.types.Prompt"
     if prompt.id != number:
-        return f"has the id {prompt.id!r}: ids count the draws from 0, so give it {number}"
+        return f"has the id {quote(prompt.id)}: ids count the draws from 0, so give it {number}"
     if not 0 < len(prompt.token_ids) <= max_tokens:
         return (
             f"has {len(prompt.token_ids)} tokens, and the environment's max_prompt_tokens is {max_tokens}: raise it, "
             "or leave such prompts out"
         )
     if prompt.source in RESERVED_SOURCES:
-        return f"has the source {prompt.source!r}, under which the run reports something else: give it another name"
+        return f"has the source {quote(prompt.source)}, under which the run reports something else: rename it"
     if not isinstance(prompt.target, str):
-        return f"has the target {prompt.target!r}: a target is text, so write str() or json.dumps() around it"
+        return f"has the target {quote(prompt.target)}: a target is text, so write str() or json.dumps() around it"
     return None
 
 
@@ -238,8 +239,8 @@ def no_skill(env: Env, prompts: Sequence[Prompt]) -> dict[str, float]:
     numbers = scores.values() if isinstance(scores, dict) else ()
     if not numbers or not all(isinstance(score, Real) and math.isfinite(score) for score in numbers):
         raise ValueError(
-            f"{type(env).__name__}.baselines() gave {scores!r}: it must name what at least one policy without skill "
-            "scores, a finite number, for example {'empty reply': 0.0}; eval.baseline=false leaves it out"
+            f"{type(env).__name__}.baselines() gave {quote(scores)}: it must name what at least one policy without "
+            "skill scores, a finite number, for example {'empty reply': 0.0}; eval.baseline=false leaves it out"
         )
     return scores
 
@@ -258,7 +259,7 @@ def pass_mark(env: Env, asked: float | None) -> float | None:
 
 def import_object(path: str, knob: str) -> Any:
     """What `module:name` names. Raises `ValueError` saying which half of the path, the value of `knob`, is wrong."""
-    named, form = f"{knob} {path!r}", "package.module:Name"
+    named, form = f"{knob} {quote(path)}", "package.module:Name"
     module, name = load_module(path, named, form)
     if not hasattr(module, name):
         raise ValueError(f"{named}: module {module.__name__!r} has no {name!r}; write {form!r}")

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 from asyncrl.envs.base import Tokenizer
+from asyncrl.quote import cut, quote
 
 Style: TypeAlias = Literal["auto", "chat", "plain", "raw"]
 """ "chat" applies the tokenizer's template; "plain" writes "Question: ... Answer:", after the token that begins a text
@@ -93,8 +94,8 @@ class ChatFormat:
             return list(self.tokenizer.encode(text, add_special_tokens=False))
         except Exception as error:  # the library behind the tokenizers raises no other kind
             raise ValueError(
-                f"the model's tokenizer cannot take the text {text[:60]!r} ({error}): take a model.path that can; of "
-                "the built-in ones 'tiny' knows digits and signs alone, 'tiny-bytes' any text"
+                f"the model's tokenizer cannot take the text {quote(text)} ({cut(str(error))}): take a model.path "
+                "that can; of the built-in ones 'tiny' knows digits and signs alone, 'tiny-bytes' any text"
             ) from error
 
     @cached_property
@@ -137,13 +138,13 @@ class ChatFormat:
 def check_messages(given: Any, where: str) -> None:
     """Raises `ValueError` for what is no conversation: templates fail on it far from the data, or leave it out."""
     if not isinstance(given, list) or not given:
-        raise ValueError(f"{given!r} in {where}, where a text or a list of messages belongs")
+        raise ValueError(f"{quote(given)} in {where}, where a text or a list of messages belongs")
     for number, message in enumerate(given):
         says = isinstance(message, dict) and isinstance(message.get("role"), str)
         # Some templates take a content in parts, [{"type": "text", "text": ...}].
         if not says or not (isinstance(message.get("content"), str | list) or message.get("tool_calls")):
             raise ValueError(
-                f"message {number} of {where} is {message!r:.80}: a message has a role and a content, as in "
+                f"message {number} of {where} is {quote(message)}: a message has a role and a content, as in "
                 '{"role": "user", "content": "3+4="}'
             )
 

@@ -23,6 +23,7 @@ from asyncrl.envs.chat import Message
 from asyncrl.envs.data import Row
 from asyncrl.envs.multi_turn import SHIPPED, Episode, MultiTurn, field
 from asyncrl.envs.tools import shorten
+from asyncrl.quote import cut, quote
 from asyncrl.sandbox import Limits, Sandbox
 
 # Appended to a program with a function to call: arguments come in as lines of JSON, the result goes out as JSON.
@@ -103,9 +104,11 @@ class CodeTask(MultiTurn):
         tests = read_tests(field(row, "public_test_cases")) + read_tests(row.get("private_test_cases", "[]"))
         self._longest = max([self._longest, *(len(test.output.encode()) for test in tests)])
         if not tests:
-            raise ValueError(f"a row has no tests: {row['question_content'][:200]!r}")
+            raise ValueError(f"a row has no tests: {quote(row['question_content'], 200)}")
         if any(test.functional for test in tests) and not _function(row):
-            raise ValueError(f"tests call a function, and metadata has no func_name: {row['question_content'][:200]!r}")
+            raise ValueError(
+                f"tests call a function, and metadata has no func_name: {quote(row['question_content'], 200)}"
+            )
         text = f"{field(row, 'question_content')}\nWrite Python in one ```python block; {_IMPORTABLE}"
         if row.get("starter_code"):
             text += f" Complete this:\n```python\n{row['starter_code']}\n```"
@@ -214,7 +217,7 @@ def _read_test(case: dict[str, Any]) -> UnitTest:
             json.loads(test.output)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"a test needs input and output, which is JSON for a function: {error!r}: {str(case)[:100]}"
+            f"a test needs input and output, which is JSON for a function: {quote(error)}: {quote(case)}"
         ) from error
     return test
 
@@ -224,7 +227,7 @@ def _function(row: Row) -> str | None:
     try:
         name: str | None = json.loads(row.get("metadata") or "{}").get("func_name")
     except (AttributeError, ValueError) as error:
-        raise ValueError(f"a row's metadata is no JSON object: {error}: {row['metadata'][:100]!r}") from error
+        raise ValueError(f"a row's metadata is no JSON object: {error}: {quote(row['metadata'])}") from error
     return name
 
 
@@ -239,4 +242,4 @@ def _unpack(column: str) -> str:
     try:
         return str(_TextOnly(io.BytesIO(zlib.decompress(base64.b64decode(column)))).load())
     except (ValueError, zlib.error, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"tests are neither JSON nor packed JSON: {error}: {column[:100]!r}") from error
+        raise ValueError(f"tests are neither JSON nor packed JSON: {cut(str(error))}: {quote(column)}") from error

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from asyncrl.imports import check_folder
+from asyncrl.quote import cut, quote
 
 Row: TypeAlias = dict[str, Any]
 """One example: column name -> value."""
 
 _ENDINGS = (".jsonl", ".parquet")
+_LARGE = 20_000_000
+"""Bytes of a file that takes seconds to read, which are told of."""
 _NOT_READ = (".csv", ".tsv", ".json", ".txt", ".arrow", ".gz", ".zip", ".xlsx")
 """Endings of files that people have data in: one that is not there is no id of the hub, either."""
 
@@ -43,7 +47,9 @@ def check_columns(rows: Sequence[Row], columns: Sequence[str], where: str) -> li
     known = sorted({column for row in rows for column in row})
     for column in columns:
         if column not in known:
-            raise ValueError(f"{where} has no column {column!r}: name one that it has, which are {', '.join(known)}")
+            raise ValueError(
+                f"{where} has no column {column!r}: name one that it has, which are {cut(', '.join(known), 1000)}"
+            )
     return known
 
 
@@ -74,29 +80,38 @@ def _file_of(folder: Path, split: str) -> Path:
 def _read_file(path: Path) -> list[Row]:
     if not path.is_file():
         raise ValueError(f"there is no data file {str(path)!r}: paths are relative to the folder a run is started in")
+    if (size := path.stat().st_size) >= _LARGE:
+        print(f"reading {path}, {size / 1e6:,.0f} MB ...", file=sys.stderr, flush=True)
     return list(_parse_lines(path)) if path.suffix == ".jsonl" else _read_parquet(path)
 
 
 def _parse_lines(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+            raise ValueError(f"{path}, line {number} is no JSON: {cut(str(error))}") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: a row is an object with columns, got {line.strip()[:60]!r}")
+            raise ValueError(f"{path}, line {number}: a row is an object with columns, got {quote(line.strip())}")
         yield row
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Other characters that end lines may stand within a JSON text."""
+    with path.open(encoding="utf-8", newline="\n") as file:
+        yield from file
 
 
 def _read_parquet(path: Path) -> list[Row]:
     from pyarrow import ArrowException, parquet
 
     try:
-        rows: list[Row] = parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as file:  # in parts: the table and its rows are never there twice
+            rows = [row for part in file.iter_batches() for row in part.to_pylist()]
     except ArrowException as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
+        raise ValueError(f"{path} cannot be read as Parquet: {cut(str(error))}") from error
     return rows
 
 

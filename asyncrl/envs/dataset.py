@@ -18,15 +18,17 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import date, time
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, get_args
 
 from asyncrl.envs.base import Generate, Split, Tokenizer, single_turn, split_of
 from asyncrl.envs.chat import ChatFormat, Style, check_messages, messages_of
 from asyncrl.envs.data import Row, check_columns, read_rows
+from asyncrl.envs.examples import Example, Examples
 from asyncrl.envs.rewards import Reward, Rewards, Score
+from asyncrl.quote import cut, quote
 from asyncrl.types import UNSCORED, Prompt, Trajectory
 
 _SPLITS = get_args(Split)
@@ -35,17 +37,6 @@ _CALLS_AT_ONCE = 4
 
 _TRIES = 3
 """Calls of the reward functions for one prompt's score without skill."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Example:
-    """A row that is ready to be drawn. `scoring` is JSON of what scoring needs; `reply`, a right completion, and
-    `source` may be empty."""
-
-    token_ids: tuple[int, ...]
-    scoring: str
-    reply: str
-    source: str
 
 
 class DatasetEnv:
@@ -84,11 +75,13 @@ class DatasetEnv:
         are reported and a curriculum may choose. `train`, `heldout`: splits; without `heldout` a tenth of the rows is
         held out by hash, and a row's own `split` ("train" or "heldout") wins over that. A row whose prompt is longer
         than `max_prompt_tokens`, or that cannot be used for another reason, is an error, or skipped and counted in
-        `skipped`. `end_required`: a completion that ran out of tokens has reward 0. `score_by`: "group" calls a reward
-        function once for all attempts at a prompt, for functions that compare them.
+        `skipped`: before the first prompt, or, of more than `examples.FEW` rows, when it is drawn. `end_required`: a
+        completion that ran out of tokens has reward 0. `score_by`: "group" calls a reward function once for all
+        attempts at a prompt, for functions that compare them.
         """
         self.max_prompt_tokens = max_prompt_tokens
         self.skipped: Counter[str] = Counter()
+        self._refused = set[str]()
         self._score_by = score_by
         self._tokenizer, self._end_required, self._bad_rows = tokenizer, end_required, bad_rows
         self._source, self._name, self._train, self._heldout = source, name, train, heldout
@@ -110,14 +103,12 @@ class DatasetEnv:
     def prompts(self, split: Split, seed: int, first_id: int = 0) -> Iterator[Prompt]:
         """Endless epochs of the training rows, each in an order of its own; held-out rows come once."""
         examples = self._load(split)
-        count = first_id
-        epoch, begun = divmod(first_id, max(1, len(examples)))
+        count = first_id if examples.size else 0
+        epoch, begun = divmod(first_id, examples.size) if examples.size else (0, 0)
         while split == "train" or epoch == 0:
-            order = list(range(len(examples)))
-            random.Random(f"{split} {seed} {epoch}").shuffle(order)
-            for index in order[begun:]:
-                one = examples[index]
-                yield Prompt(count, one.token_ids, one.scoring, one.source)
+            for one in examples.drawn(partial(_shuffled, f"{split} {seed} {epoch}"), begun):
+                if count >= first_id:
+                    yield Prompt(count, one.token_ids, one.scoring, one.source)
                 count += 1
             epoch, begun = epoch + 1, 0
 
@@ -208,8 +199,9 @@ class DatasetEnv:
             raise ValueError("a warm-up on a data set needs right replies: name their column in env.args.reply")
         examples, epoch = self._load("train"), 0
         while True:
-            for index in random.Random(f"demonstrations {seed} {epoch}").sample(range(len(examples)), len(examples)):
-                yield list(examples[index].token_ids), self._bare_format.encode_reply(examples[index].reply)
+            rng = random.Random(f"demonstrations {seed} {epoch}")
+            for one in examples.drawn(lambda size, rng=rng: rng.sample(range(size), size)):  # type: ignore[misc]
+                yield list(one.token_ids), self._bare_format.encode_reply(one.reply)
             epoch += 1
 
     @property
@@ -234,36 +226,37 @@ class DatasetEnv:
         scoring = json.loads(prompt.target)
         return await self._rewards.score(scoring["prompt"], texts, token_ids, scoring["columns"], step)
 
-    def _load_split(self, split: Split) -> list[_Example]:
+    def _load_split(self, split: Split) -> Examples:
         rest = self._read(self._train)
         shots, rest = rest[: self._num_shots], rest[self._num_shots :]
         chat = ChatFormat(
             self._tokenizer,
             self._bare_format.style,
             self._bare_format.system_prompt,
-            [(row[self._prompt], row[self._reply]) for row in shots],
+            [(row[self._prompt], row[self._reply]) for _, row in shots],
             self._bare_format.template_args,
         )
         if self._heldout:
             rows = self._read(self._heldout) if split == "heldout" else rest
         else:
             rows = [row for row, belongs in zip(rest, self._splits_of(rest), strict=True) if belongs == split]
-        examples = [example for row in rows if (example := self._example(row, chat))]
-        if not examples:
+        named = self._heldout if self._heldout and split == "heldout" else self._train
+        examples = Examples(rows, partial(self._example, chat, named), skips=self._bad_rows == "skip")
+        if not examples.usable:
             why = self._why_none(split, missed=0 if rows or self._heldout else len(rest))
             raise ValueError(f"the data set {self._source!r} has no rows for {split!r}: {why}")
         return examples
 
-    def _splits_of(self, rows: Sequence[Row]) -> list[Split]:
+    def _splits_of(self, rows: Sequence[tuple[int, Row]]) -> list[Split]:
         """Where each row belongs: as its column `split` says, if that is what the column is for, else by hash."""
-        said = [row.get("split") for row in rows]
+        said = [row.get("split") for _, row in rows]
         own = [split if split in _SPLITS else None for split in said]
         if any(own) and (others := {split for split in said if split and split not in _SPLITS}):
             raise ValueError(
-                f"{self._source}: rows have the split {min(map(repr, others))}, others 'train' or 'heldout': write one "
-                "of these two, or nothing, or rename the column"
+                f"{self._source}: rows have the split {quote(min(map(str, others)))}, others 'train' or "
+                "'heldout': write one of these two, or nothing, or rename the column"
             )
-        return [split or split_of(str(row[self._prompt])) for row, split in zip(rows, own, strict=True)]
+        return [split or split_of(str(row[self._prompt])) for (_, row), split in zip(rows, own, strict=True)]
 
     def _why_none(self, split: Split, *, missed: int) -> str:
         """The reason and the remedy; `missed` rows are there that the hash gave to the other split."""
@@ -280,41 +273,53 @@ class DatasetEnv:
             )
         return f"all are worked examples; lower env.args.num_shots ({self._num_shots})"
 
-    def _read_split(self, split: str) -> list[Row]:
+    def _read_split(self, split: str) -> list[tuple[int, Row]]:
+        """The rows that can be used, with their numbers in the data."""
         rows = read_rows(self._source, split, self._name)
         known = check_columns(rows, self.columns, self._source)
         cleaned = []
         for number, row in enumerate(rows):
             try:
-                cleaned.append(self.clean(dict.fromkeys(known) | row))
+                cleaned.append((number, self.clean(row if len(row) == len(known) else dict.fromkeys(known) | row)))
             except ValueError as error:
-                self._refuse(f"{self._source}, split {split!r}, row {number}", "unusable row", str(error))
+                self._refuse(split, number, "unusable row", str(error))
         return cleaned
 
-    def _example(self, row: Row, chat: ChatFormat) -> _Example | None:
+    def _example(self, chat: ChatFormat, split: str, number: int, row: Row) -> Example | None:
         prompt = row[self._prompt]
-        what = f"the prompt {str(prompt)[:60]!r} of {self._source!r}"
+        refuse, what = partial(self._refuse, split, number), f"the prompt {quote(prompt)}"
         try:
             token_ids = tuple(chat.encode(prompt))
         except Exception as error:  # templates are code of the model's, and may raise anything
-            self._refuse(what, "not taken by template or tokenizer", f"{type(error).__name__}: {str(error)[:400]}")
+            refuse("not taken by template or tokenizer", f"{what}: {type(error).__name__}: {cut(str(error))}")
             return None
         if not token_ids:
-            self._refuse(what, "prompt empty", "it has no tokens: write a question in it")
+            refuse("prompt empty", "it has no tokens: write a question in it")
             return None
         if len(token_ids) > self.max_prompt_tokens:
             detail = f"it has {len(token_ids)} tokens: raise env.args.max_prompt_tokens"
-            self._refuse(what, f"prompt longer than {self.max_prompt_tokens} tokens", detail)
+            refuse(f"prompt longer than {self.max_prompt_tokens} tokens", detail)
             return None
         columns = row | ({"target": _as_text(row[self._target])} if self._target else {})
         scoring = _dumped({"prompt": prompt, "columns": columns}, self._source)
         reply, source = (str(row[name]) if name else "" for name in (self._reply, self._source_column))
-        return _Example(token_ids, scoring, reply, source)
+        return Example(token_ids, scoring, reply, source)
 
-    def _refuse(self, what: str, reason: str, detail: str) -> None:
+    def _refuse(self, split: str, number: int, reason: str, detail: str) -> None:
+        where = f"{self._source}, split {split!r}, row {number}"
         if self._bad_rows == "error":
-            raise ValueError(f"{what}: {reason}: {detail}; or set env.args.bad_rows='skip', which counts such rows")
-        self.skipped[reason] += 1
+            raise ValueError(f"{where}: {reason}: {detail}; or set env.args.bad_rows='skip', which counts such rows")
+        if not self.skipped[reason]:
+            warnings.warn(f"{where} is skipped, the first of its kind: {reason}: {detail}", stacklevel=2)
+        if where not in self._refused:  # a row is tried again whenever it is drawn
+            self._refused.add(where)
+            self.skipped[reason] += 1
+
+
+def _shuffled(seed: str, size: int) -> list[int]:
+    order = list(range(size))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 def _dumped(scoring: dict[str, Any], source: str) -> str:

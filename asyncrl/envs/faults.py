@@ -20,6 +20,7 @@ import numpy as np
 
 from asyncrl.envs.base import RESERVED, Env, Generate
 from asyncrl.imports import line_of
+from asyncrl.quote import quote
 from asyncrl.sandbox import Starved, waiting
 from asyncrl.types import UNSCORED, Completion, Failure, Prompt, Trajectory
 
@@ -135,7 +136,7 @@ async def attempt(
             trajectory = await _watched(_played(env, prompt, counted), patience.held)
     except TimeoutError as error:
         if not limit.expired():
-            raise _fault("exception", env, prompt, f"raised {error!r}{line_of(error)},") from error
+            raise _fault("exception", env, prompt, f"raised {quote(error, 400)}{line_of(error)},") from error
         text = f"took more than {patience.timeout_s:g} s beside generation (env.timeout_s)"
         raise _fault("timeout", env, prompt, text) from error
     except asyncio.CancelledError as error:
@@ -143,12 +144,12 @@ async def attempt(
         if task is None or task.cancelling():
             raise
         # Of a task of the environment's own. Let through, it would end whoever waits for this attempt without a word.
-        raise _fault("exception", env, prompt, f"raised {error!r}{line_of(error)},") from error
+        raise _fault("exception", env, prompt, f"raised {quote(error, 400)}{line_of(error)},") from error
     except (Exception, SystemExit) as error:  # graders are scripts, too
         if error is patience.engine_error:
             raise
         kind = "starved" if isinstance(error, Starved) else "exception"
-        raise _fault(kind, env, prompt, f"raised {error!r}{line_of(error)},") from error
+        raise _fault(kind, env, prompt, f"raised {quote(error, 400)}{line_of(error)},") from error
     finally:
         waiting.reset(before)
     checked = _checked(trajectory, env, prompt)
@@ -175,7 +176,7 @@ async def score_together(
         if isinstance(error, TimeoutError) and limit.expired():
             text = f"took more than {timeout_s:g} s to score attempts together (env.timeout_s)"
             raise _fault("timeout", env, prompt, text) from error
-        text = f"raised {error!r}{line_of(error)} when it scored attempts together,"
+        text = f"raised {quote(error, 400)}{line_of(error)} when it scored attempts together,"
         raise _fault("exception", env, prompt, text) from error
     if len(scored) != len(attempts):
         text = f"scored {len(scored)} attempts together, of {len(attempts)}"
@@ -218,9 +219,9 @@ def _wrong_numbers(trajectory: Trajectory) -> Iterator[str]:
         return
     for name in trajectory.metrics:
         if not isinstance(name, str):
-            yield f"gave a metric {name!r}, whose name is no text: write {str(name)!r};"
+            yield f"gave a metric {quote(name)}, whose name is no text: write {quote(str(name))};"
         elif name in RESERVED:
-            yield f"gave a metric {name!r}, which the run itself counts: give it another name;"
+            yield f"gave a metric {quote(name)}, which the run itself counts: give it another name;"
     for name, value in [("reward", trajectory.reward), *trajectory.metrics.items()]:
         if value is UNSCORED and name == "reward":
             continue
@@ -234,7 +235,7 @@ def _said(value: object) -> str:
     """A value in few characters; Python refuses to write long integers."""
     if isinstance(value, int) and value.bit_length() > 1000:
         return f"of {value.bit_length()} bits"
-    return repr(value)[:60]
+    return quote(value)
 
 
 def _is_finite(value: Real) -> bool:
@@ -251,7 +252,7 @@ def _check_context(token_ids: Sequence[int], most: int, vocabulary: int | None) 
         operator.index(token_ids[0])
     except (TypeError, IndexError, KeyError) as error:
         raise TypeError(
-            f"generate takes the token ids of the context, a list of at least one integer, got {str(token_ids)[:60]!r} "
+            f"generate takes the token ids of the context, a list of at least one integer, got {quote(token_ids)} "
             f"({type(token_ids).__name__}): tokenizer.encode(text, add_special_tokens=False) makes a list of a text"
         ) from error
     if len(token_ids) > most:

@@ -16,6 +16,7 @@ from asyncrl.envs.base import Tokenizer
 from asyncrl.envs.chat import Style
 from asyncrl.envs.data import Row
 from asyncrl.envs.dataset import DatasetEnv
+from asyncrl.quote import quote
 
 SYSTEM_PROMPT = "Solve the problem step by step. End with the answer on a line of its own, as #### and the number."
 
@@ -104,7 +105,7 @@ def prepare_row(row: Row) -> Row:
     marked = solution.rpartition("####")
     target = _line_number(marked[2]) if marked[1] else None
     if target is None:
-        raise ValueError(f"the answer must end in '#### number', got {solution[-60:]!r}: correct the data")
+        raise ValueError(f"the answer must end in '#### number', got {quote(solution[-60:])}: correct the data")
     return {"question": row["question"], "reply": solution, "target": _write(target)}
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from asyncrl.envs.base import Generate, Split, Tokenizer, split_of
 from asyncrl.envs.chat import ChatFormat, Message
 from asyncrl.envs.data import Row, read_rows
+from asyncrl.quote import cut, quote
 from asyncrl.types import Completion, Finish, Prompt, Trajectory, Version
 
 SHIPPED = Path(__file__).with_name("rows")
@@ -78,7 +79,7 @@ class MultiTurn:
             split = row.get("split") or split_of(json.dumps(row, sort_keys=True))
             if split not in names:
                 raise ValueError(
-                    f"row {name} of {data} has the split {split!r}: write 'train' or 'heldout', or nothing"
+                    f"row {name} of {data} has the split {quote(split)}: write 'train' or 'heldout', or nothing"
                 )
             names[split].append(name)
         self._names = names
@@ -143,7 +144,7 @@ class MultiTurn:
         token_ids = completion.token_ids.tolist()
         if not self._text(completion).startswith(said):
             raise ValueError(
-                f"a reply is to be taken for {said[:80]!r}, which is no beginning of it: only sampled tokens can be "
+                f"a reply is to be taken for {quote(said)}, which is no beginning of it: only sampled tokens can be "
                 "trained, so a reply can be cut and not rewritten"
             )
         num_kept = bisect_right(
@@ -206,7 +207,9 @@ class Transcript:
 def field(row: Row, name: str) -> Any:
     """Column `name` of a row. Raises `ValueError` that names the columns there are, and for one with nothing in it."""
     if name not in row:
-        raise ValueError(f"a row lacks the column {name!r}; it has {', '.join(sorted(row))}: rename one, or add it")
+        raise ValueError(
+            f"a row lacks the column {name!r}; it has {cut(', '.join(sorted(row)))}: rename one, or add it"
+        )
     if row[name] is None or row[name] == "":
-        raise ValueError(f"a row has nothing in the column {name!r}: remove it, or correct the data: {str(row)[:200]}")
+        raise ValueError(f"a row has nothing in the column {name!r}: remove it, or correct the data: {quote(row, 200)}")
     return row[name]

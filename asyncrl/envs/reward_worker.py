@@ -23,6 +23,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
+from asyncrl.quote import quote
+
 _START_S = 300.0
 """For the interpreter and the imports of the function's module, which do not count as the function's time."""
 
@@ -143,7 +145,7 @@ def call_here(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[
     try:
         return function(**arguments), arguments.get("log_metric")
     except Exception as error:
-        raise RewardFailed(f"raised {error!r}{line_of(error)}") from error
+        raise RewardFailed(f"raised {quote(error, 400)}{line_of(error)}") from error
 
 
 def main() -> None:
@@ -161,7 +163,7 @@ def main() -> None:
     try:
         function = _imported(sys.argv[2])
     except Exception as error:
-        pipe.send(repr(error))
+        pipe.send(quote(error, 400))
         return
     pipe.send("")
     threading.Thread(target=receive, daemon=True).start()

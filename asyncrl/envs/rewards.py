@@ -31,6 +31,7 @@ from asyncrl.envs.reward_worker import (
     log_extra,
 )
 from asyncrl.imports import line_of
+from asyncrl.quote import quote
 from asyncrl.threads import Threads, notice_signals
 from asyncrl.types import UNSCORED
 
@@ -111,7 +112,7 @@ class Rewards:
         functions = [import_object(one, "env.args.reward") if isinstance(one, str) else one for one in each]
         for name, function in zip(each, functions, strict=True):
             if not callable(function):
-                raise ValueError(f"env.args.reward {name!r} is {function!r}: name a function")
+                raise ValueError(f"env.args.reward {name!r} is {quote(function)}: name a function")
         weights = [1.0] * len(functions) if weights is None else list(weights)
         if len(weights) != len(functions) or not functions:
             raise ValueError(
@@ -174,7 +175,7 @@ async def _awaited(function: Callable[..., Any], arguments: dict[str, Any]) -> t
     try:
         return await function(**arguments), arguments.get("log_metric")
     except Exception as error:
-        raise RewardFailed(f"raised {error!r}{line_of(error)}") from error
+        raise RewardFailed(f"raised {quote(error, 400)}{line_of(error)}") from error
 
 
 def _names(functions: Sequence[Callable[..., Any]]) -> list[str]:
@@ -225,16 +226,16 @@ def _numbers(name: str, returned: Any, size: int) -> list[float | None]:
     try:
         values = list(returned)
     except TypeError as error:
-        raise ValueError(f"{rule}, got {returned!r}") from error
+        raise ValueError(f"{rule}, got {quote(returned)}") from error
     if len(values) != size:
-        raise ValueError(f"{rule}, got {returned!r} for {size} completion{'s' if size > 1 else ''}")
+        raise ValueError(f"{rule}, got {quote(returned)} for {size} completion{'s' if size > 1 else ''}")
     numbers: list[float | None] = []
     for value in values:
         try:
             number = None if value is None else float(value)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{rule}, got {value!r}") from error
+            raise ValueError(f"{rule}, got {quote(value)}") from error
         if number is not None and not math.isfinite(number):
-            raise ValueError(f"{rule}, got {value!r}")
+            raise ValueError(f"{rule}, got {quote(value)}")
         numbers.append(number)
     return numbers

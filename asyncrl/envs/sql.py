@@ -21,6 +21,7 @@ from asyncrl.envs.chat import Message
 from asyncrl.envs.data import Row
 from asyncrl.envs.multi_turn import SHIPPED, Episode, MultiTurn, field
 from asyncrl.envs.tools import shorten, tagged
+from asyncrl.quote import cut, quote
 from asyncrl.sandbox import Limits, Sandbox
 
 _RUN = """
@@ -107,7 +108,7 @@ class _SQLEpisode:
         try:
             right = await self._rows(self._right)
         except QueryError as error:
-            raise RuntimeError(f"the data's own query {self._right!r} fails: {error}") from error
+            raise RuntimeError(f"the data's own query {quote(self._right, 200)} fails: {cut(str(error))}") from error
         if sorts(self._right):
             return float(found == right)
         return float(Counter(map(tuple, found)) == Counter(map(tuple, right)))
@@ -129,7 +130,7 @@ def sorts(query: str) -> bool:
     try:
         tokens = sqlglot.tokenize(query, read="sqlite")
     except sqlglot.errors.TokenError as error:
-        raise ValueError(f"a row's right query cannot be read: {error}: {query[:200]!r}") from error
+        raise ValueError(f"a row's right query cannot be read: {cut(str(error))}: {quote(query, 200)}") from error
     for token in tokens:
         depth += {TokenType.L_PAREN: 1, TokenType.R_PAREN: -1}.get(token.token_type, 0)
         if token.token_type is TokenType.ORDER_BY and depth == 0:
@@ -144,7 +145,7 @@ def check_query(database: bytes, query: str) -> None:
         connection.deserialize(database)
         connection.execute(f"EXPLAIN {query}")
     except (sqlite3.Error, sqlite3.Warning) as error:
-        raise ValueError(f"a row's right query does not run: {error}: {query[:200]!r}") from error
+        raise ValueError(f"a row's right query does not run: {cut(str(error))}: {quote(query, 200)}") from error
     finally:
         connection.close()
 
@@ -157,6 +158,6 @@ def build(schema: str) -> tuple[bytes, str]:
         tables = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
         return connection.serialize(), ";\n".join(sql for (sql,) in tables)
     except sqlite3.Error as error:
-        raise ValueError(f"a row's schema does not run: {error}: {schema[:200]!r}") from error
+        raise ValueError(f"a row's schema does not run: {cut(str(error))}: {quote(schema, 200)}") from error
     finally:
         connection.close()

@@ -22,6 +22,7 @@ from asyncrl.envs.chat import Message
 from asyncrl.envs.data import Row
 from asyncrl.envs.multi_turn import SHIPPED, Episode, MultiTurn, field
 from asyncrl.envs.tools import between, shorten, tagged
+from asyncrl.quote import quote
 from asyncrl.sandbox import Limits, Sandbox
 
 _OLD_TO_NEW = re.compile(r"</old>\s*<new>")
@@ -62,7 +63,7 @@ class RepairTask(MultiTurn):
         for path, text in {**field(row, "files"), **tests}.items():
             if not isinstance(text, str) or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
                 raise ValueError(
-                    f"a row's files are texts under paths inside the repository, got {path!r}: {text!r:.60}"
+                    f"a row's files are texts under paths inside the repository, got {quote(path)}: {quote(text)}"
                 )
         if not any(tests_in(text) for text in tests.values()):
             raise ValueError(f"a row's tests hold no class of unittest with a test: {list(tests)}")
