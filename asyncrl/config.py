@@ -36,6 +36,12 @@ class ModelConfig(_Section, frozen=True, kw_only=True):
     "tiny-bytes", which reads any text."""
     num_layers: int = 2
     """Layers of "tiny"; 2 layers are 0.40 M parameters."""
+    chat_template: str = ""
+    """A file with a chat template, or its text, in place of the model's own. Checkpoints have it, too."""
+    template_args: dict[str, Any] = {}
+    """Further arguments of the chat template in every environment, such as { enable_thinking = false } or `tools`."""
+    date: str = ""
+    """Today, for chat templates that ask (`strftime_now`), as in "2026-12-01". Default: the day that the run began."""
 
 
 class EnvConfig(_Section, frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncrl import config as configuration
-from asyncrl import run_folder
+from asyncrl import origin, run_folder
 from asyncrl.assembly import load_runtime, make_buffer, make_prompts, make_system
 from asyncrl.buffer import Buffer
 from asyncrl.config import Config
@@ -20,6 +20,7 @@ from asyncrl.envs.base import Env
 from asyncrl.imports import interpreter
 from asyncrl.loop import run
 from asyncrl.loop_watch import watched_loop
+from asyncrl.model import added_stop
 from asyncrl.monitor import rows
 from asyncrl.monitor.metrics import Metrics, verdict
 from asyncrl.recovery import checkpoint
@@ -76,7 +77,7 @@ async def train(config: Config, resume: Path | None = None, *, quiet: bool = Fal
 
     Raises `ValueError` for a configuration that breaks a rule, and for what the run could not start with.
     """
-    config = configuration.checked(config)
+    config = origin.fixed(configuration.checked(config), resume)
     runtime = load_runtime(config)
     changes = run_folder.differences(resume, config) if resume else []  # before a warm-up is made for nothing
     known = run_folder.known_baselines(resume, changes) if resume else None
@@ -202,6 +203,9 @@ def _say_how_it_begins(metrics: Metrics, config: Config, journal: Journal, task:
         metrics.event("start", f"no skill: {name!r} scores {score:.2f} on the held-out prompts")
     for reason, count in getattr(task.env, "skipped", {}).items():
         metrics.event("start", f"skipped rows of the data: {count}, {reason}")
+    if added := added_stop(task.initial, task.tokenizer):
+        told = f"replies stop at {added!r}, the chat template's end of turn, which the model's settings lack"
+        metrics.event("start", told)
     if journal.torn_bytes:
         metrics.event("start", f"the journal ended in {journal.torn_bytes} bytes of an incomplete record, now cut off")
     metrics.event("start", f"starting {config.rollout.num_actors} rollout actors and the learner")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from asyncrl import pretrained
-from asyncrl.config import BUILT_IN, Config
+from asyncrl.config import BUILT_IN, Config, ModelConfig
 from asyncrl.imports import check_folder
+from asyncrl.origin import dated_template, template_text
 from asyncrl.pretrained import quiet
 
 try:
@@ -253,8 +255,9 @@ def _varlen_attention(
     return seen.view(rows, length, heads, size), None
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer at `path`. Raises `ValueError` when none can be read from there.
+def load_tokenizer(path: str | Path, settings: ModelConfig | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`, with the chat template, its arguments and the date of `settings`. Raises `ValueError`
+    when none can be read from there.
 
     A folder's own `tokenizer.json` is read as it stands: `AutoTokenizer` picks a class by the model's architecture, and
     some of those rebuild the file as byte pairs without bytes, which drop the characters that they do not know.
@@ -270,7 +273,20 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         held = _contents(path)
         belongs = f"{held}, where the files of the model's tokenizer belong, too" if held else ""
         raise ValueError(f"no tokenizer could be loaded from {str(path)!r}{belongs}: {error}") from error
+    if settings is not None:
+        _set_template(tokenizer, settings)
     return tokenizer
+
+
+def _set_template(tokenizer: Any, settings: ModelConfig) -> None:
+    """One place for whoever renders conversations. Arguments of a call win over those that are set here."""
+    if settings.chat_template:
+        tokenizer.chat_template = template_text(settings.chat_template)
+    options = dict(settings.template_args)
+    if settings.date and "strftime_now" in str(template := tokenizer.chat_template) and isinstance(template, str):
+        options["chat_template"] = dated_template(template, settings.date)  # what is saved has the clock
+    if options:
+        tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **options)
 
 
 def import_gguf(file: Path, folder: Path, dtype: torch.dtype) -> None:
@@ -315,14 +331,25 @@ def stop_token_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> tupl
 
     Without such settings they are those of the model's configuration, as where the library generates.
     """
+    end = end_of_turn(tokenizer)
+    return tuple(sorted(_own_stops(path, tokenizer) | ({end} if end is not None else set())))
+
+
+def added_stop(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template's end of turn, where nothing else makes it a stop token; else empty."""
+    end = end_of_turn(tokenizer)
+    return "" if end is None or end in _own_stops(path, tokenizer) else str(tokenizer.convert_ids_to_tokens(end))
+
+
+def _own_stops(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     try:
         settings = GenerationConfig.from_pretrained(path)
     except OSError:  # a model without generation settings
         settings = _settings_of_model(path)
     found: set[int] = set()
-    for ids in (settings.eos_token_id, tokenizer.eos_token_id, end_of_turn(tokenizer)):
+    for ids in (settings.eos_token_id, tokenizer.eos_token_id):
         found.update([ids] if isinstance(ids, int) else ids or ())
-    return tuple(sorted(found))
+    return found
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from datetime import date
 from typing import Any
 
 from asyncrl.algo.method import Loss
 from asyncrl.config import Config
+
+_TEMPLATE_OWN = {"conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message"}
 
 
 def check(config: Config) -> None:
@@ -25,6 +28,7 @@ def check(config: Config) -> None:
     _check_proximal(config)
     _check_rollout(config)
     _check_watchdog(config)
+    _check_template(config)
     if config.learner.num_gpus > 1 and config.runtime == "local":
         raise ValueError(
             f"learner.num_gpus is {config.learner.num_gpus} and runtime 'local' is one process: set runtime=cluster, "
@@ -34,6 +38,17 @@ def check(config: Config) -> None:
         raise ValueError(
             f"eval.num_samples is {config.eval.num_samples} and eval.temperature is 0: greedy samples of a prompt are "
             "all equal; set eval.temperature=1, or eval.num_samples=1"
+        )
+
+
+def _check_template(config: Config) -> None:
+    try:
+        date.fromisoformat(config.model.date or "2026-12-01")
+    except ValueError as error:
+        raise ValueError(f"model.date is {config.model.date!r}: write a day as YYYY-MM-DD, or leave it out") from error
+    if taken := _TEMPLATE_OWN & config.model.template_args.keys():
+        raise ValueError(
+            f"model.template_args has {min(taken)!r}, which the run itself gives the template: leave it out"
         )
 
 

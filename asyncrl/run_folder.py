@@ -29,7 +29,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from asyncrl import durable
+from asyncrl import durable, origin
 from asyncrl.algo import presets
 from asyncrl.config import BUILT_IN, Config, completed, stored, to_store
 from asyncrl.imports import interpreter
@@ -37,6 +37,8 @@ from asyncrl.imports import interpreter
 _CONFIG = "config.json"
 _ORIGIN = "run.json"
 _KEPT = re.compile(r"config\.step-([0-9]+)(?:\.([0-9]+))?\.json")
+_MAY_CHANGE = ("model.path ", 'model.date "" ', "lora.sync ")
+"""How lines begin that tell of what a resume may have otherwise, though it is part of model or adapters."""
 
 
 def create(config: Config, baselines: dict[str, float]) -> Path:
@@ -46,9 +48,10 @@ def create(config: Config, baselines: dict[str, float]) -> Path:
         folder = _new(Path(config.run_dir), time.strftime(f"%Y%m%d-%H%M%S-{task}"))
     except OSError as error:
         raise ValueError(f"run_dir {config.run_dir!r} cannot be written to: {error}") from error
+    config = origin.fixed(config)
     _write(folder / _CONFIG, to_store(config))
-    origin = {"commit": _commit(), "command": sys.argv, "no_skill": baselines, "python": sys.version.split()[0]}
-    _write(folder / _ORIGIN, origin)
+    begun = {"commit": _commit(), "command": sys.argv, "no_skill": baselines, "python": sys.version.split()[0]}
+    _write(folder / _ORIGIN, begun | {"base": origin.base_of(config)})
     return folder
 
 
@@ -67,11 +70,12 @@ def differences(folder: Path, config: Config) -> list[str]:
     Raises `ValueError` for what a run cannot change on its way: its checkpoints are of that shape, or it goes on using
     the weights that it started from.
     """
-    before, now = completed(stored(folder / _CONFIG)), completed(to_store(config))
+    config = origin.fixed(config, folder)
+    before, now = origin.located(completed(stored(folder / _CONFIG))), completed(to_store(config))
     lines = _differences(before, now)
     remedy = "go on without this change, or start a new run"
     for line in lines:
-        if line.startswith(("model.", "lora.")) and not line.startswith(("model.path ", "lora.sync ")):
+        if line.startswith(("model.", "lora.")) and not line.startswith(_MAY_CHANGE):
             raise ValueError(f"{line}: the checkpoints of {folder} are of the old value; {remedy}")
         if line.startswith(_makes_base(config)):
             made = "weights beneath the adapters" if config.lora.rank else "reference weights"
@@ -83,6 +87,8 @@ def differences(folder: Path, config: Config) -> list[str]:
             f"algorithm.preset {config.algorithm.preset!r} needs a critic and the checkpoints of {folder} have none: "
             "keep a preset without one, or start a new run"
         )
+    if config.lora.rank or config.loss.needs_reference:
+        origin.check_base(read_json(folder / _ORIGIN).get("base", {}), config, folder)
     return lines
 
 
@@ -108,7 +114,8 @@ def changes(before: Path, now: Path) -> list[str]:
 
 def _makes_base(config: Config) -> tuple[str, ...]:
     """How lines begin that tell of another making of the first weights (`training/warmup.py`), where a resumed run goes
-    on using them: beneath adapters, or as the reference of a KL. Not `model.path`, as a model may be moved."""
+    on using them: beneath adapters, or as the reference of a KL. Not `model.path`, as a model may be moved: its
+    contents are compared."""
     if not (config.lora.rank or config.loss.needs_reference):
         return ()
     names = ["warmup.num_steps "]

@@ -50,7 +50,7 @@ OFF = ["learner.learning_rate=0", "eval.every=0", "eval.num_prompts=1", "checkpo
 async def measure(config: Config, skip: int) -> dict[str, float]:
     """Groups per second of each; the first `skip` batches or steps of each do not count."""
     initial = str(prepare(config, quiet=True))
-    env = load_env(config.env.path, load_tokenizer(initial), config.env.args)
+    env = load_env(config.env.path, load_tokenizer(initial, config.model), config.env.args)
     prompts = PromptQueue(env.prompts("train", config.seed))
     batch, num_batches = config.learner.groups_per_step, config.num_steps + skip
     with tempfile.TemporaryDirectory() as folder:

@@ -164,7 +164,7 @@ async def evaluate(config: Config, numbers: Sequence[int]) -> list[dict[str, Any
     from asyncrl.training.warmup import prepare
 
     folder = str(prepare(config))
-    env = load_env(config.env.path, load_tokenizer(folder), config.env.args)
+    env = load_env(config.env.path, load_tokenizer(folder, config.model), config.env.args)
     mark = pass_mark(env, config.eval.pass_reward)
     prompts = heldout_prompts(env, config.eval.num_prompts)
     baselines = no_skill(env, prompts) if config.eval.baseline else {}

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from asyncrl import pretrained
-from asyncrl.model import end_of_turn, load_model, load_tokenizer, stop_token_ids
+from asyncrl.envs.chat import ChatFormat
+from asyncrl.model import added_stop, end_of_turn, load_model, load_tokenizer, stop_token_ids
 from asyncrl.recovery import checkpoint
 from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.tiny import build_tiny
@@ -135,11 +136,33 @@ def test_the_end_of_turn_of_the_template_stops(folder):
     )
     assert end_of_turn(tokenizer) == end
     assert stop_token_ids(folder, tokenizer) == (tokenizer.eos_token_id, end)
+    assert added_stop(folder, tokenizer) == "<|im_end|>"
+    chat = ChatFormat(tokenizer)
+    assert chat.encode_reply("yes")[-1] == end, "a warm-up teaches the end that stops"
+    assert chat.text_of([*tokenizer.encode("yes"), end]) == "yes"
+    write(folder, "generation_config.json", eos_token_id=[tokenizer.eos_token_id, end])
+    assert added_stop(folder, tokenizer) == ""
 
 
 def test_a_template_without_an_end_of_turn_adds_no_stop(folder):
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = "{% for m in messages %}{{ m.role + ':' + m.content + '\n' }}{% endfor %}"
     assert end_of_turn(tokenizer) is None
+    assert ChatFormat(tokenizer).encode_reply("yes")[-1] == tokenizer.eos_token_id
+    assert added_stop(folder, tokenizer) == ""
     tokenizer.chat_template = "{{ raise_exception('one turn only') }}"
     assert end_of_turn(tokenizer) is None
+
+
+def test_a_raw_text_begins_as_texts_do_once(folder):
+    """Texts that a chat template made, which data sets have, may begin so already."""
+
+    class Begins:
+        eos_token_id, chat_template = 0, None
+
+        def encode(self, text, *, add_special_tokens):
+            return [7] * add_special_tokens + [7 if character == "^" else ord(character) for character in text]
+
+    assert ChatFormat(Begins(), "raw").encode("ab") == ChatFormat(Begins(), "raw").encode("^ab") == [7, 97, 98]
+    assert ChatFormat(Begins(), "raw").encode("") == [], "an empty prompt stays one, and is refused"
+    assert ChatFormat(load_tokenizer(folder), "raw").encode("ab") == load_tokenizer(folder).encode("ab")

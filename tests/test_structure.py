@@ -21,7 +21,7 @@ HOMES = {
 
 # Each layer may import itself and the ones before it.
 LAYERS = [
-    {"types", "algo.method", "algo.own", "algo.presets", "tables", "config", "rules", "cautions", "transport"}
+    {"types", "algo.method", "algo.own", "algo.presets", "tables", "config", "origin", "rules", "cautions", "transport"}
     | {"sandbox.calls", "sandbox.places", "memory", "cores"}
     | {"receipts", "ipc", "monitor.rows", "monitor.course"}
     | {"durable", "monitor.events", "monitor.plain", "monitor.timeline", "sandbox.confine", "sandbox"}

@@ -1,13 +1,15 @@
 """The supervised warm-up: what its loss sees, parts of a batch, and its cache."""
 
+import msgspec
 import pytest
 import torch
 
 from asyncrl import config as configuration
 from asyncrl.envs.base import load_env
 from asyncrl.model import load_model, load_tokenizer
+from asyncrl.origin import fixed
 from asyncrl.tiny import build_tiny
-from asyncrl.training.warmup import prepare, warm_up
+from asyncrl.training.warmup import _key, prepare, warm_up
 
 WORDS = ["env.path=asyncrl.envs.digits:SortDigits", "warmup.batch_size=12", "warmup.learning_rate=1e-3"]
 
@@ -94,3 +96,28 @@ def test_a_model_that_changed_under_its_path_is_warmed_up_anew(folder, tmp_path)
     again = prepare(config, quiet=True)
     assert again != first
     assert (again / "model.safetensors").read_bytes() != (first / "model.safetensors").read_bytes()
+
+
+def test_the_cache_knows_the_contents_of_data_files(folder, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "1+2=", "reply": "3"}\n{"prompt": "2+2=", "reply": "4"}\n')
+    words = [
+        "env.path=asyncrl.envs.dataset:DatasetEnv",
+        f"env.args={{source={str(data)!r}, reward='tests.reward_functions:right', reply='reply'}}",
+    ]
+    config = configuration.load(None, [*words, "warmup.num_steps=1", f"run_dir={tmp_path}", f"model.path={folder}"])
+    assert _key(config) == _key(config)
+    before = _key(config)
+    data.write_text(data.read_text().replace('"4"', '"5"'))
+    assert _key(config) != before
+
+
+def test_the_date_counts_where_the_template_asks_for_it(folder, tmp_path):
+    config = configuration.load(None, [*WORDS, "warmup.num_steps=1", f"model.path={folder}", f"run_dir={tmp_path}"])
+    assert _key(fixed(config)) == _key(config)
+    dated = [msgspec.structs.replace(config, model=dated_model(config, day)) for day in ("2026-12-01", "2026-12-02")]
+    assert len({*map(_key, dated)}) == 2
+
+
+def dated_model(config, day):
+    return msgspec.structs.replace(config.model, date=day, chat_template="{{ strftime_now('%d %b') }}")

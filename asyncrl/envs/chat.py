@@ -12,8 +12,8 @@ from asyncrl.quote import cut, quote
 
 Style: TypeAlias = Literal["auto", "chat", "plain", "raw"]
 """ "chat" applies the tokenizer's template; "plain" writes "Question: ... Answer:", after the token that begins a text
-if the tokenizer has one; "raw" adds nothing; "auto" is "chat" where the tokenizer has a template and "plain"
-elsewhere."""
+if the tokenizer has one; "raw" adds that token alone, where the text does not have it; "auto" is "chat" where the
+tokenizer has a template and "plain" elsewhere."""
 
 Message: TypeAlias = dict[str, Any]
 """`role` and `content`."""
@@ -21,6 +21,7 @@ Message: TypeAlias = dict[str, Any]
 _ANSWER = "Answer:"
 _LABELS = {"user": "Question: ", "assistant": f"{_ANSWER} "}
 _REPLY = "(the reply of the model)"
+_EXCHANGE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _REPLY}]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class ChatFormat:
     def encode(self, question: str | Sequence[Message]) -> list[int]:
         """Token ids of the prompt for a question, or for a conversation that the model has to go on with."""
         token_ids = self._tokens(self.render(question))
-        return [*self._beginning, *token_ids] if self._resolved == "plain" else token_ids
+        begun = token_ids[: len(self._beginning)] == self._beginning  # as in texts that a template made
+        return token_ids if self._resolved == "chat" or begun or not token_ids else [*self._beginning, *token_ids]
 
     def reply_in(self, text: str) -> str:
         """What of a generated text is the reply: a base model may go on with a question of its own."""
@@ -62,15 +64,15 @@ class ChatFormat:
 
         The template ends the turn after the reply; where its end is the stop token just sampled, it is not repeated.
         """
-        opened = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _REPLY}]
-        text = self.render([*opened, *_messages(answer)]).partition(_REPLY)[2]
+        text = self.render([*_EXCHANGE, *_messages(answer)]).partition(_REPLY)[2]
         after = self._tokens(text)
         return after[1:] if after[:1] == [last] else after
 
     def encode_reply(self, reply: str) -> list[int]:
-        """Token ids of a reply as the model should have given it, the end token included."""
+        """Token ids of a reply as the model should have given it, with its end: the template's, if it has one."""
         start = " " if self._resolved == "plain" else ""
-        return [*self._tokens(start + reply), self.tokenizer.eos_token_id]
+        end = self.tokenizer.eos_token_id if self._end_of_turn is None else self._end_of_turn
+        return [*self._tokens(start + reply), end]
 
     def render(self, question: str | Sequence[Message]) -> str:
         """The text of the prompt."""
@@ -110,17 +112,18 @@ class ChatFormat:
         named = (getattr(self.tokenizer, f"{name}_token_id", None) for name in ("eos", "pad", "bos"))
         return frozenset(token for token in (*named, self._end_of_turn) if token is not None)
 
-    @property
+    @cached_property
     def _end_of_turn(self) -> int | None:
-        """The special token that the template writes after a reply, if it is one."""
+        """The special token that the template writes after a reply, if it is one, as `asyncrl.model.end_of_turn`."""
         if self._resolved != "chat":
             return None
         try:
-            text = self.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": _REPLY}])
+            text = self.render([*_EXCHANGE, {"role": "user", "content": "!"}])
         except Exception:  # a template that takes no conversation like this
             return None
-        after = self._tokens(text.partition(_REPLY)[2])
-        return after[0] if after and after[0] in getattr(self.tokenizer, "all_special_ids", ()) else None
+        after = self._tokens(text.partition(_REPLY)[2].lstrip())
+        known = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return after[0] if after and after[0] in known and known[after[0]].special else None
 
     @property
     def _resolved(self) -> Style:

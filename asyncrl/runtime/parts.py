@@ -63,7 +63,7 @@ async def build_rollout(
     """An engine with the weights in `folder`, and its environment. `address` is this node's own; `store` is where
     finished groups are written."""
     settings = config.rollout
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, config.model)
     env = load_env(config.env.path, tokenizer, config.env.args)
 
     def decode(token_ids: list[int]) -> str:
@@ -157,7 +157,7 @@ class LearnerPart:
     ) -> None:
         torch.manual_seed(config.seed)
         self._keep = config.checkpoint.keep
-        self._tokenizer = load_tokenizer(folder)
+        self._tokenizer = load_tokenizer(folder, config.model)
         env = load_env(config.env.path, self._tokenizer, config.env.args)
         with memory.told("making the learner", memory.start_remedies(config), "the learner"):
             # Adapters come from a checkpoint by themselves, to the base that they were trained on.

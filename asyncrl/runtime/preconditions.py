@@ -82,7 +82,7 @@ class Look:
     def tokenizer(self) -> Any:
         from asyncrl.model import load_tokenizer
 
-        return load_tokenizer(self.source)
+        return load_tokenizer(self.source, self.config.model)
 
     @cached_property
     def parameters(self) -> int:

@@ -23,24 +23,21 @@ from asyncrl.config import BUILT_IN, Config
 from asyncrl.envs.base import Env, load_env
 from asyncrl.imports import told
 from asyncrl.model import check_model, load_model, load_tokenizer
+from asyncrl.origin import data_digest
 from asyncrl.tiny import build_tiny
 
 
 def prepare(config: Config, *, quiet: bool = False) -> Path:
     """The folder of the weights that version 0 stands for, as a path or a Hugging Face id.
 
-    Made once for each combination of the settings that it depends on and each state of the files in the folder that
-    `model.path` names; one that is damaged is made again. A model of the hub is known by its id, an environment by its
-    path and arguments: where what they name has changed, remove `run_dir`/cache.
+    Made once for each combination of the settings that it depends on, each state of the files in the folder that
+    `model.path` names, and the contents of data files that `env.args` names; one that is damaged is made again. A model
+    of the hub is known by its id, an environment by its path: where its code has changed, remove `run_dir`/cache.
     """
     check_model(config.model.path)
     if config.model.path not in BUILT_IN and config.warmup.num_steps == 0:
         return Path(config.model.path)
-    state = _state_of(Path(config.model.path))
-    depends_on = msgspec.json.encode(
-        (config.seed, config.model, config.env.path, config.env.args, config.warmup, state)
-    )
-    folder = Path(config.run_dir) / "cache" / hashlib.blake2b(depends_on, digest_size=8).hexdigest()
+    folder = Path(config.run_dir) / "cache" / _key(config)
     if folder.exists():
         if (problem := _damage_of(folder)) is None:
             return folder
@@ -60,6 +57,28 @@ def prepare(config: Config, *, quiet: bool = False) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _key(config: Config) -> str:
+    """A name for all that a prepared model depends on. What a run does without is no part of it, so that the models of
+    earlier versions are found."""
+    model: dict[str, Any] = {"path": config.model.path, "num_layers": config.model.num_layers}
+    parts = [config.seed, model, config.env.path, config.env.args, config.warmup, _state_of(Path(config.model.path))]
+    if config.warmup.num_steps:
+        if data := data_digest(config.env.args):
+            parts.append(data)
+        names = ["chat_template", "template_args"]
+        if _asks_for_date(config):
+            names.append("date")
+        model |= {name: value for name in names if (value := getattr(config.model, name))}
+    return hashlib.blake2b(msgspec.json.encode(parts), digest_size=8).hexdigest()
+
+
+def _asks_for_date(config: Config) -> bool:
+    if config.model.path in BUILT_IN and not config.model.chat_template:
+        return False
+    template = config.model.chat_template or load_tokenizer(config.model.path).chat_template
+    return "strftime_now" in str(template)
 
 
 def _damage_of(folder: Path) -> str | None:
@@ -87,7 +106,7 @@ def _make(folder: Path, config: Config, *, quiet: bool) -> None:
         source = folder
         build_tiny(folder, name=config.model.path, num_layers=config.model.num_layers, seed=config.seed)
     if config.warmup.num_steps:
-        tokenizer = load_tokenizer(str(source))
+        tokenizer = load_tokenizer(str(source), config.model)
         env = load_env(config.env.path, tokenizer, config.env.args)
         model = load_model(str(source), dtype=torch.float32, device=_device(config))
         warm_up(model, env, config, quiet=quiet)
