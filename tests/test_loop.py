@@ -318,7 +318,7 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
 
 
 def test_a_change_of_the_configuration_is_told_and_both_are_kept(tmp_path, monkeypatch):
-    first = small(tmp_path, "env.args={max_digits=4}")
+    first = small(tmp_path, "env.args={max_digits=4}", "model.date='2026-12-01'")
     folder = run_folder.create(first, {})
     assert run_folder.differences(folder, first) == []
     second = small(tmp_path, "num_steps=6", "env.args={max_digits=5}")
