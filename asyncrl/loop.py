@@ -29,7 +29,6 @@ from asyncrl.handles import TokensLost
 from asyncrl.monitor.metrics import Unwritable
 from asyncrl.pool import AllActorsDied, RolloutFailed
 from asyncrl.recovery.guard import REASON
-from asyncrl.recovery.held_loop import HeldLoop
 from asyncrl.recovery.prompts import Finished
 from asyncrl.recovery.watchdog import Stalled
 from asyncrl.step_row import Clock, of_batch, of_buffer
@@ -69,8 +68,7 @@ async def run(system: System) -> None:
     """Trains until `num_steps`, or until the buffer is closed from outside (Ctrl-C); then evaluates and saves."""
     try:
         async with asyncio.TaskGroup() as tasks:
-            held = HeldLoop(system.metrics.event).run()
-            beside = system.watchdog.run(), held, sync_journal(system), listen(system), listen_to_evaluators(system)
+            beside = system.watchdog.run(), sync_journal(system), listen(system), listen_to_evaluators(system)
             helpers = [tasks.create_task(helper) for helper in beside]
             await synchronize(system)  # every engine starts from the learner's own weights
             restore(system)

@@ -11,12 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import uvloop
-from helpers import run, telling
 
 from asyncrl import job
 from asyncrl.monitor import events, metrics
 from asyncrl.monitor.plain import inert, plain
-from asyncrl.recovery.held_loop import HeldLoop
 
 ROW = {"eval/accuracy": 0.5, "eval/low": 0.4, "eval/high": 0.6}
 
@@ -110,24 +108,6 @@ def test_a_signal_stops_a_run_whose_loop_is_idle_and_handlers_are_as_before(numb
     with asyncio.Runner(loop_factory=new_loop) as runner:
         assert runner.run(body()) == [("stop", number.name)]
     assert {one: signal.getsignal(one) for one in before} == before
-
-
-def test_a_play_that_blocks_is_told_while_it_does_with_its_place():
-    said = []
-
-    async def body():
-        watching = asyncio.ensure_future(HeldLoop(telling(said), bound_s=0.2).run())
-        await asyncio.sleep(0.5)
-        assert said == [], "a loop that is free is not told"
-        end = time.monotonic() + 30
-        while not said and time.monotonic() < end:
-            time.sleep(0.01)
-        watching.cancel()
-
-    run(body())
-    assert len(said) == 1
-    assert "test_console.py" in said[0]
-    assert "in_thread" in said[0]
 
 
 def test_a_share_about_the_limit_is_one_alarm():

@@ -51,7 +51,6 @@ LAYERS = [
         "recovery.curriculum",
         "recovery.groups",
         "recovery.watchdog",
-        "recovery.held_loop",
     },
     {
         "monitor.terminal",
