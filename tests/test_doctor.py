@@ -439,7 +439,7 @@ JOINED = ["cluster.address=head:6379"]
         ("environment", ["env.path=asyncrl.envs.digits:Nothing"], {}, "no 'Nothing'"),
         ("adapters", ["lora.rank=4", 'lora.targets=["nowhere"]'], {}, "does not fit Qwen2ForCausalLM"),
         ("context", ["rollout.max_new_tokens=4090"], {}, "positions for 4096"),
-        ("host memory", [], {"available_gb": lambda: 1.0}, "1.0 GB free"),
+        ("host memory", [], {"available_gb": lambda: 0.1}, "0.1 GB free"),
         ("disk", ["checkpoint.keep=1000000000"], {}, "GB needed"),
     ],
 )
