@@ -253,12 +253,14 @@ def test_prefixes_of_old_weights_leave_the_cache():
     assert cache.total_size() == 2 * size
 
 
-def test_sglang_asks_whether_those_that_wait_may_enter():
-    from sglang.srt.managers.scheduler import Scheduler
+def test_sglang_asks_whether_those_that_wait_may_enter(monkeypatch):
+    from sglang.srt.managers import scheduler as managers
 
     from asyncrl.engine.sglang_scheduler import Refill
 
-    scheduler = Scheduler.__new__(Scheduler)
+    # An engine that was started before in this process would have published it.
+    monkeypatch.setattr(managers, "get_memory", lambda: SimpleNamespace(enable_flexkv=False))
+    scheduler = managers.Scheduler.__new__(managers.Scheduler)
     scheduler.grammar_manager = SimpleNamespace(has_waiting_grammars=lambda: False)
     scheduler.enable_hierarchical_cache = scheduler.enable_priority_preemption = scheduler.is_hybrid_swa = False
     scheduler.waiting_queue, scheduler.chunked_req = [None], None
