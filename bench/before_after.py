@@ -23,8 +23,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from asyncrl import config as configuration
-from asyncrl.evaluation import interval
+from asyncrl.config import loading as configuration
+from asyncrl.monitor.scores import interval
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 KINDS = {"greedy": 1, "sampled": 4}

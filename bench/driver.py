@@ -34,21 +34,21 @@ import numpy as np
 import ray
 import uvloop
 
-from asyncrl import assembly
-from asyncrl import config as configuration
 from asyncrl.algo.diagnostics import METRICS as DIAGNOSTICS
-from asyncrl.config import Config
-from asyncrl.loop import run
+from asyncrl.config import loading as configuration
+from asyncrl.config.schema import Config
+from asyncrl.driver import build as assembly
+from asyncrl.driver.loop import run
 from asyncrl.monitor.metrics import Metrics
 from asyncrl.recovery import checkpoint
 from asyncrl.recovery.checkpoint import Cursor
 from asyncrl.recovery.journal import Journal
-from asyncrl.recovery.prompts import PromptQueue
-from asyncrl.rollout import UpdateReport, make_group
-from asyncrl.runtime.exchange import Answer, Numbered, Outbox, Tokens, separate
-from asyncrl.runtime.remotes import RemoteLearner, RemoteRollout
-from asyncrl.transport import Audience, Rendezvous
+from asyncrl.recovery.prompt_queue import PromptQueue
+from asyncrl.runtime.batched_calls import Answer, Numbered, Outbox, Tokens, separate
+from asyncrl.runtime.ray_handles import RemoteLearner, RemoteRollout
+from asyncrl.runtime.rollout_worker import UpdateReport, make_group
 from asyncrl.types import Group, Prompt, Trajectory, Version
+from asyncrl.weights.broadcast import Audience, Rendezvous
 
 DIGEST = "simulated"
 

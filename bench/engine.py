@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from asyncrl.engine.embedded import EmbeddedEngine
-from asyncrl.model import load_model
-from asyncrl.tiny import build_tiny
+from asyncrl.engines.embedded.engine import EmbeddedEngine
+from asyncrl.models.loading import load_model
+from asyncrl.models.tiny import build_tiny
 from asyncrl.types import Sampling
 
 MAX_LENGTH = 160

@@ -32,7 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from faults_life import Fault, damage_checkpoint, damage_journal, live, session_of  # noqa: E402
 
-from asyncrl import config as configuration  # noqa: E402
+from asyncrl.config import loading as configuration  # noqa: E402
 from asyncrl.recovery.journal import Journal  # noqa: E402
 from asyncrl.training.warmup import prepare  # noqa: E402
 

@@ -24,14 +24,15 @@ from typing import Any, NoReturn
 
 import hostile_env
 
-from asyncrl import assembly, job
-from asyncrl import config as configuration
+from asyncrl.config import loading as configuration
+from asyncrl.driver import build as assembly
+from asyncrl.driver import run as job
 from asyncrl.envs.base import Generate
 from asyncrl.envs.digits import SortDigits
-from asyncrl.recovery import groups
-from asyncrl.recovery.accounts import Dropped
+from asyncrl.recovery import group_files as groups
 from asyncrl.recovery.journal import Journal
-from asyncrl.recovery.prompts import Finished, PromptQueue
+from asyncrl.recovery.prompt_queue import Finished, PromptQueue
+from asyncrl.recovery.prompt_states import Dropped
 from asyncrl.types import Group, Prompt, Trajectory
 
 SLOW_S = 1.0
@@ -148,11 +149,11 @@ class Handles:
 
 def handles_of(runtime: str) -> Handles:
     if runtime == "local":
-        from asyncrl.rollout import Rollout
         from asyncrl.runtime.local import LocalLearner
+        from asyncrl.runtime.rollout_worker import Rollout
 
         return Handles(LocalLearner, Rollout)
-    from asyncrl.runtime.remotes import RemoteLearner, RemoteRollout
+    from asyncrl.runtime.ray_handles import RemoteLearner, RemoteRollout
 
     return Handles(RemoteLearner, RemoteRollout)
 

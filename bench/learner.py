@@ -34,14 +34,14 @@ import numpy as np
 import torch
 from shapes import SHAPES, build
 
-from asyncrl import config as configuration
-from asyncrl import cores
-from asyncrl.config import Config
-from asyncrl.model import empty_model, load_model
+from asyncrl.config import cores
+from asyncrl.config import loading as configuration
+from asyncrl.config.schema import Config
+from asyncrl.models.loading import empty_model, load_model
 from asyncrl.training.learner import Learner
 from asyncrl.training.sharding import Ranks, join_ranks
-from asyncrl.transport import Rendezvous, open_rendezvous
 from asyncrl.types import Trajectory
+from asyncrl.weights.broadcast import Rendezvous, open_rendezvous
 
 WARMUP = 2
 CPU_ROWS: list[list[str]] = [[]]

@@ -30,14 +30,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from rich.console import Console
 
-from asyncrl import config as configuration
-from asyncrl import job
+from asyncrl.config import loading as configuration
+from asyncrl.driver import run as job
 from asyncrl.envs.base import load_env
-from asyncrl.model import load_tokenizer
+from asyncrl.models.loading import load_tokenizer
 from asyncrl.monitor.view import View
 from asyncrl.recovery import checkpoint, journal
-from asyncrl.recovery.accounts import Admitted, Batch, Generated, Saved, Synced, checksum_of
 from asyncrl.recovery.journal import Journal
+from asyncrl.recovery.prompt_states import Admitted, Batch, Generated, Saved, Synced, checksum_of
 
 WORDS = [
     "num_steps=2",

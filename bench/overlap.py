@@ -25,21 +25,22 @@ from typing import Any
 
 from shapes import SHAPES, build, prompts_of
 
-from asyncrl import assembly, tables
-from asyncrl import config as configuration
-from asyncrl.buffer import Buffer
-from asyncrl.config import Config
+from asyncrl.config import loading as configuration
+from asyncrl.config.schema import Config
+from asyncrl.driver import build as assembly
+from asyncrl.driver.buffer import Buffer
+from asyncrl.driver.loop import run
+from asyncrl.driver.nonfinite_guard import StepGuard
+from asyncrl.driver.rollout_pool import RolloutPool
+from asyncrl.driver.system import System
 from asyncrl.envs.base import load_env
-from asyncrl.loop import run
-from asyncrl.model import load_tokenizer
+from asyncrl.models.loading import load_tokenizer
 from asyncrl.monitor import metrics
 from asyncrl.monitor.metrics import Metrics
-from asyncrl.pool import RolloutPool
-from asyncrl.recovery.guard import StepGuard
-from asyncrl.recovery.prompts import PromptQueue
-from asyncrl.system import System
+from asyncrl.recovery.prompt_queue import PromptQueue
 from asyncrl.training.warmup import prepare
 from asyncrl.types import Group, Version
+from asyncrl.utils import settings_text as tables
 
 ROOT = Path(__file__).parent.parent
 PAUSE = ("sync/pause_s", "sync/settle_s", "sync/receive_s")

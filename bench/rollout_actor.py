@@ -23,11 +23,11 @@ import ray
 import torch
 from shapes import PROMPT_TOKENS, SHAPES, RandomPrompts, prompts_of, write_config
 
-from asyncrl import config as configuration
-from asyncrl.runtime.actors import RolloutActor
+from asyncrl.config import loading as configuration
+from asyncrl.models.tiny import build_tiny
 from asyncrl.runtime.placement import Placement
-from asyncrl.runtime.remotes import RemoteRollout
-from asyncrl.tiny import build_tiny
+from asyncrl.runtime.ray_actors import RolloutActor
+from asyncrl.runtime.ray_handles import RemoteRollout
 
 
 class BareActor:
@@ -95,7 +95,7 @@ async def measure(actor: RemoteRollout, bare: Any, vocabulary: int, options: arg
 
 
 def bare_arguments(config: configuration.Config, folder: str, placement: Placement) -> dict[str, Any]:
-    from asyncrl.engine import sglang_launch
+    from asyncrl.engines.sglang import launch as sglang_launch
 
     settings = config.rollout
     capability = (9, 0) if placement.device == "cuda" else None

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import Qwen2Config
 
 from asyncrl.envs.base import Generate, Split, Tokenizer, single_turn
-from asyncrl.tiny import build_tiny
+from asyncrl.models.tiny import build_tiny
 from asyncrl.types import Prompt, Trajectory
 
 _NAMES = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "vocab_size")

@@ -25,8 +25,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from asyncrl import config as configuration
-from asyncrl import cores
+from asyncrl.config import cores
+from asyncrl.config import loading as configuration
 from asyncrl.monitor import metrics
 
 ROOT = Path(__file__).parent.parent

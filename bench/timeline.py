@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 
 from asyncrl.monitor import metrics, timeline, view
-from asyncrl.monitor.blame import waits
+from asyncrl.monitor.bottleneck import waits
 from asyncrl.monitor.course import Course
 from asyncrl.monitor.timeline import Span, Timeline
 

@@ -27,9 +27,10 @@ import ray
 import torch
 from shapes import SHAPES, write_config
 
-from asyncrl.transport import BroadcastGroup, Rendezvous, open_rendezvous
 from asyncrl.types import Sampling
-from asyncrl.weights import Bucket, Outgoing, make_buckets
+from asyncrl.weights.broadcast import BroadcastGroup, Rendezvous, open_rendezvous
+from asyncrl.weights.buckets import Bucket, make_buckets
+from asyncrl.weights.sender import Outgoing
 
 
 def main() -> None:
@@ -130,7 +131,7 @@ class EngineActor:
     """An SGLang engine kept busy, and its side of an update."""
 
     async def start(self, folder: str, options: dict[str, Any], dtype: str) -> None:
-        from asyncrl.engine.sglang import SGLangEngine
+        from asyncrl.engines.sglang.engine import SGLangEngine
 
         torch.set_num_threads(1)
         self.vocabulary = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]

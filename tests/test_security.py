@@ -6,8 +6,8 @@ import sys
 import pytest
 from helpers import listening
 
-from asyncrl import config as configuration
-from asyncrl.transport import open_rendezvous
+from asyncrl.config import loading as configuration
+from asyncrl.weights.broadcast import open_rendezvous
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

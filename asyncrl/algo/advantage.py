@@ -11,10 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from asyncrl.algo import own
-from asyncrl.algo.method import Aggregate, Center, Loss, Scale
-from asyncrl.quote import quote
+from asyncrl.algo import custom as own
+from asyncrl.algo.loss_spec import Aggregate, Center, Loss, Scale
 from asyncrl.types import NOISE, RELATIVE_NOISE
+from asyncrl.utils.quote import quote
 
 _STD_FLOOR = 1e-6
 """Added to a standard deviation, so that rewards that hardly differ are not blown up."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from asyncrl.algo.loss import Columns, Outcome, concatenate, kl_estimate, sequence_sum
-from asyncrl.algo.method import Loss
+from asyncrl.algo.loss_spec import Loss
 
 _MISMATCH = {
     "k1": "mean of -log ratio: unbiased, noisy estimate of KL(behavior || current), may be negative",

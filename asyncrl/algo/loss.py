@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asyncrl.algo import own
+from asyncrl.algo import custom as own
 from asyncrl.algo.advantage import estimate
-from asyncrl.algo.method import Estimator, Loss, Outside, PolicyWeight
-from asyncrl.imports import line_of
-from asyncrl.quote import quote
+from asyncrl.algo.loss_spec import Estimator, Loss, Outside, PolicyWeight
+from asyncrl.utils.importing import line_of
+from asyncrl.utils.quote import quote
 
 _TINY = 1e-6
 """Probabilities are kept this far from 0 and 1 in the binary KL of the trust mask, whose logarithms would diverge."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from asyncrl import tables
-from asyncrl.algo.method import Loss
+from asyncrl.algo.loss_spec import Loss
+from asyncrl.utils import settings_text as tables
 
 _PPO: dict[str, Any] = {"scale": "group_std", "policy_weight": "token", "trust": "ratio"}
 _RECOMPUTE: dict[str, Any] = {**_PPO, "anchor": "proximal", "behavior_weight": "token"}

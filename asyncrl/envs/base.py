@@ -19,10 +19,10 @@ from typing import Any, Literal, Protocol, TypeAlias, get_type_hints
 
 import numpy as np
 
-from asyncrl.imports import load_module, told
-from asyncrl.quote import quote
-from asyncrl.tables import check_value, is_plain
 from asyncrl.types import Completion, Prompt, Trajectory
+from asyncrl.utils.importing import load_module, told
+from asyncrl.utils.quote import quote
+from asyncrl.utils.settings_text import check_value, is_plain
 
 Split: TypeAlias = Literal["train", "heldout"]
 Generate: TypeAlias = Callable[[Sequence[int]], Awaitable[Completion]]

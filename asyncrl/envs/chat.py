@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 from asyncrl.envs.base import Tokenizer
-from asyncrl.quote import cut, quote
+from asyncrl.utils.quote import cut, quote
 
 Style: TypeAlias = Literal["auto", "chat", "plain", "raw"]
 """ "chat" applies the tokenizer's template; "plain" writes "Question: ... Answer:", after the token that begins a text
@@ -114,7 +114,7 @@ class ChatFormat:
 
     @cached_property
     def _end_of_turn(self) -> int | None:
-        """The special token that the template writes after a reply, if it is one, as `asyncrl.model.end_of_turn`."""
+        """The special token that the template writes after a reply, if any (`asyncrl.models.loading.end_of_turn`)."""
         if self._resolved != "chat":
             return None
         try:

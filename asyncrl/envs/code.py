@@ -22,9 +22,9 @@ from asyncrl.envs.base import Tokenizer
 from asyncrl.envs.chat import Message
 from asyncrl.envs.data import Row
 from asyncrl.envs.multi_turn import SHIPPED, Episode, MultiTurn, field
+from asyncrl.envs.sandbox import Limits, Sandbox
 from asyncrl.envs.tools import shorten
-from asyncrl.quote import cut, quote
-from asyncrl.sandbox import Limits, Sandbox
+from asyncrl.utils.quote import cut, quote
 
 # Appended to a program with a function to call: arguments come in as lines of JSON, the result goes out as JSON.
 _CALL = """

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from asyncrl.imports import check_folder
-from asyncrl.quote import cut, quote
+from asyncrl.utils.importing import check_folder
+from asyncrl.utils.quote import cut, quote
 
 Row: TypeAlias = dict[str, Any]
 """One example: column name -> value."""

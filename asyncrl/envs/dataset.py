@@ -28,8 +28,8 @@ from asyncrl.envs.chat import ChatFormat, Style, check_messages, messages_of
 from asyncrl.envs.data import Row, check_columns, read_rows
 from asyncrl.envs.examples import Example, Examples
 from asyncrl.envs.rewards import Reward, Rewards, Score
-from asyncrl.quote import cut, quote
 from asyncrl.types import UNSCORED, Prompt, Trajectory
+from asyncrl.utils.quote import cut, quote
 
 _SPLITS = get_args(Split)
 _CALLS_AT_ONCE = 4

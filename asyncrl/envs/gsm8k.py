@@ -16,7 +16,7 @@ from asyncrl.envs.base import Tokenizer
 from asyncrl.envs.chat import Style
 from asyncrl.envs.data import Row
 from asyncrl.envs.dataset import DatasetEnv
-from asyncrl.quote import quote
+from asyncrl.utils.quote import quote
 
 SYSTEM_PROMPT = "Solve the problem step by step. End with the answer on a line of its own, as #### and the number."
 

@@ -25,7 +25,7 @@ from asyncrl.envs.base import Tokenizer, import_object
 from asyncrl.envs.chat import Message
 from asyncrl.envs.data import Row
 from asyncrl.envs.multi_turn import Episode, MultiTurn, field
-from asyncrl.threads import Threads, notice_signals
+from asyncrl.utils.threads import Threads, notice_signals
 
 
 class GymEnv(MultiTurn):

@@ -27,8 +27,8 @@ from asyncrl.envs.base import (
     pass_mark,
     prompts_from,
 )
-from asyncrl.tables import check_value
 from asyncrl.types import Prompt, Trajectory
+from asyncrl.utils.settings_text import check_value
 
 _KEYS = {"path": str, "args": dict[str, Any], "weight": float}
 _AT_ONCE = 10_000

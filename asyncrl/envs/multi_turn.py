@@ -22,8 +22,8 @@ import numpy as np
 from asyncrl.envs.base import Generate, Split, Tokenizer, split_of
 from asyncrl.envs.chat import ChatFormat, Message
 from asyncrl.envs.data import Row, read_rows
-from asyncrl.quote import cut, quote
 from asyncrl.types import Completion, Finish, Prompt, Trajectory, Version
+from asyncrl.utils.quote import cut, quote
 
 SHIPPED = Path(__file__).with_name("rows")
 """A few rows for each example, so that it runs offline."""

@@ -23,7 +23,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-from asyncrl.quote import quote
+from asyncrl.utils.quote import quote
 
 _START_S = 300.0
 """For the interpreter and the imports of the function's module, which do not count as the function's time."""
@@ -140,7 +140,7 @@ class MetricLog:
 def call_here(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Any, MetricLog | None]:
     """What the function returns, and its log, if it was given one as `log_metric`. Raises `RewardFailed` for whatever
     the function raises, a `TimeoutError` of its own too."""
-    from asyncrl.imports import line_of
+    from asyncrl.utils.importing import line_of
 
     try:
         return function(**arguments), arguments.get("log_metric")

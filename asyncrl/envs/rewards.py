@@ -30,10 +30,10 @@ from asyncrl.envs.reward_worker import (
     import_path,
     log_extra,
 )
-from asyncrl.imports import line_of
-from asyncrl.quote import quote
-from asyncrl.threads import Threads, notice_signals
 from asyncrl.types import UNSCORED
+from asyncrl.utils.importing import line_of
+from asyncrl.utils.quote import quote
+from asyncrl.utils.threads import Threads, notice_signals
 
 Reward: TypeAlias = str | Callable[..., Any]
 """`module:function`, or the function."""

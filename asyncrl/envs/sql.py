@@ -20,9 +20,9 @@ from asyncrl.envs.base import Tokenizer
 from asyncrl.envs.chat import Message
 from asyncrl.envs.data import Row
 from asyncrl.envs.multi_turn import SHIPPED, Episode, MultiTurn, field
+from asyncrl.envs.sandbox import Limits, Sandbox
 from asyncrl.envs.tools import shorten, tagged
-from asyncrl.quote import cut, quote
-from asyncrl.sandbox import Limits, Sandbox
+from asyncrl.utils.quote import cut, quote
 
 _RUN = """
 import json, sqlite3, sys

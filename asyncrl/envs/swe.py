@@ -21,9 +21,9 @@ from asyncrl.envs.base import Tokenizer
 from asyncrl.envs.chat import Message
 from asyncrl.envs.data import Row
 from asyncrl.envs.multi_turn import SHIPPED, Episode, MultiTurn, field
+from asyncrl.envs.sandbox import Limits, Sandbox
 from asyncrl.envs.tools import between, shorten, tagged
-from asyncrl.quote import quote
-from asyncrl.sandbox import Limits, Sandbox
+from asyncrl.utils.quote import quote
 
 _OLD_TO_NEW = re.compile(r"</old>\s*<new>")
 _LONGEST_PATH = 200

@@ -18,7 +18,7 @@ from asyncrl.envs.base import Tokenizer
 from asyncrl.envs.chat import Message
 from asyncrl.envs.data import Row
 from asyncrl.envs.multi_turn import SHIPPED, Episode, MultiTurn, field
-from asyncrl.sandbox import Limits, Sandbox
+from asyncrl.envs.sandbox import Limits, Sandbox
 
 Tool: TypeAlias = Callable[[str], Awaitable[str]]
 """What stands between its tags -> what the model reads. `ToolError` for a call that cannot be done."""

@@ -20,18 +20,18 @@ from typing import Any
 
 from asyncrl.algo.diagnostics import METRICS as DIAGNOSTICS
 from asyncrl.algo.diagnostics import WITH_REFERENCE, alarms
-from asyncrl.config import Config, MetricsConfig
-from asyncrl.imports import interpreter
+from asyncrl.config.schema import Config, MetricsConfig
 from asyncrl.monitor import events, rows
-from asyncrl.monitor.blame import METRICS as WAITS
-from asyncrl.monitor.blame import Blame, blame, told, waits, warmed_up
+from asyncrl.monitor.bottleneck import METRICS as WAITS
+from asyncrl.monitor.bottleneck import Blame, blame, told, waits, warmed_up
 from asyncrl.monitor.samples import Samples
 from asyncrl.monitor.sinks import Prometheus, Sink, TensorBoard, WeightsAndBiases
 from asyncrl.monitor.terminal import open_terminal
 from asyncrl.monitor.timeline import Timeline
 from asyncrl.recovery.curriculum import METRICS as CURRICULUM
-from asyncrl.training.shaping import METRICS as SHAPING
+from asyncrl.training.model_advantages import METRICS as SHAPING
 from asyncrl.types import Group
+from asyncrl.utils.importing import interpreter
 
 _SENTENCE = 10_000
 """Steps that the verdict is about at most."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from asyncrl import durable
+from asyncrl.utils import durable
 
 Row = dict[str, Any]
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from asyncrl.algo.advantage import estimate
-from asyncrl.config import Config
-from asyncrl.threads import in_thread
+from asyncrl.config.schema import Config
 from asyncrl.types import Group, Trajectory, Version
+from asyncrl.utils.threads import in_thread
 
 FOLDER = "trajectories"
 _STEPS_A_FILE = 10

@@ -12,7 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Protocol
 
-from asyncrl.config import Config, to_tree
+from asyncrl.config.loading import to_tree
+from asyncrl.config.schema import Config
 from asyncrl.monitor.plain import inert
 from asyncrl.monitor.samples import Row
 

@@ -24,8 +24,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from asyncrl.imports import interpreter
 from asyncrl.monitor.view import View
+from asyncrl.utils.importing import interpreter
 
 _REFRESH_S = 1.0
 

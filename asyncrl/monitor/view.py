@@ -14,14 +14,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from asyncrl import run_folder, tables
-from asyncrl.imports import check_run
 from asyncrl.monitor import events
-from asyncrl.monitor.blame import blame, takes_turns, told, warmed_up
+from asyncrl.monitor.bottleneck import blame, takes_turns, told, warmed_up
 from asyncrl.monitor.course import Course, Follower
 from asyncrl.monitor.events import Event
 from asyncrl.monitor.news import Silence, alarms, outage
 from asyncrl.monitor.rows import Row
+from asyncrl.recovery import run_folder
+from asyncrl.utils import settings_text as tables
+from asyncrl.utils.importing import check_run
 
 _RECENT = 20
 """Steps that the rates and the waits are taken over."""

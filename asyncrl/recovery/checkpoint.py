@@ -26,8 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from asyncrl import durable
 from asyncrl.types import Version
+from asyncrl.utils import durable
 
 _LEARNER = "learner"
 _Content = TypeVar("_Content")

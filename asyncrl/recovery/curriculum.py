@@ -29,8 +29,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from asyncrl.config import CurriculumConfig
-from asyncrl.recovery.accounts import Admitted, Dropped, Generated, Record, Resumed, Saved, Synced, checksum_of
+from asyncrl.config.schema import CurriculumConfig
+from asyncrl.recovery.prompt_states import Admitted, Dropped, Generated, Record, Resumed, Saved, Synced, checksum_of
 from asyncrl.types import Prompt, Version
 
 Bucket: TypeAlias = Literal["new", "hard", "between", "easy"]

@@ -30,9 +30,9 @@ from pathlib import Path
 
 import msgspec
 
-from asyncrl import durable
-from asyncrl.recovery.accounts import Accounts, Record, Resumed, Saved
+from asyncrl.recovery.prompt_states import Accounts, Record, Resumed, Saved
 from asyncrl.types import Version
+from asyncrl.utils import durable
 
 _MAGIC = b"\xa5jr\x01"
 _HEADER = struct.Struct("<4sII")  # magic, length of the payload, CRC-32 of the payload

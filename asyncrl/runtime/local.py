@@ -15,15 +15,16 @@ from typing import TypeVar
 
 import torch
 
-from asyncrl import cores, garbage
-from asyncrl.config import Config
+from asyncrl.config import cores
+from asyncrl.config.schema import Config
 from asyncrl.recovery.checkpoint import Cursor
-from asyncrl.rollout import Rollout
-from asyncrl.runtime.parts import LearnerPart, build_rollout
+from asyncrl.runtime.build import LearnerPart, build_rollout
 from asyncrl.runtime.placement import plan
-from asyncrl.transport import Audience, Rendezvous
+from asyncrl.runtime.rollout_worker import Rollout
 from asyncrl.types import Group, Version
-from asyncrl.weights import Bucket
+from asyncrl.utils import gc_freeze as garbage
+from asyncrl.weights.broadcast import Audience, Rendezvous
+from asyncrl.weights.buckets import Bucket
 
 T = TypeVar("T")
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from asyncrl import cores
-from asyncrl.config import Config
+from asyncrl.config import cores
+from asyncrl.config.schema import Config
 
 Backend: TypeAlias = Literal["gloo", "nccl", "ipc"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from asyncrl.algo.gae import value_losses
-from asyncrl.config import CriticConfig
+from asyncrl.config.schema import CriticConfig
 from asyncrl.training.packing import MicroBatch
 from asyncrl.training.scoring import attention_inputs
 

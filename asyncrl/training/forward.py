@@ -13,8 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from asyncrl.config import Config
-from asyncrl.model import decoder_layers, use_attention
+from asyncrl.config.schema import Config
+from asyncrl.models.loading import decoder_layers, use_attention
 from asyncrl.training.critic import Critic
 from asyncrl.training.head import Head
 from asyncrl.training.lora import Adapters

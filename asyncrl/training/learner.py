@@ -19,21 +19,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from asyncrl import memory
 from asyncrl.algo.diagnostics import learning_rate_factor
 from asyncrl.algo.loss import Columns, policy_loss, second_moment_bound
-from asyncrl.config import Config
+from asyncrl.config import out_of_memory as memory
+from asyncrl.config.schema import Config
+from asyncrl.training.flops import FlopCounter
 from asyncrl.training.forward import Forward, uses_bfloat16
 from asyncrl.training.lora import Adapters
+from asyncrl.training.model_advantages import shape
 from asyncrl.training.packing import Batch, MicroBatch, pack
 from asyncrl.training.scoring import check_lengths
-from asyncrl.training.shaping import shape
-from asyncrl.training.sharding import Ranks, before_pass, collect, split_like, whole
+from asyncrl.training.sharding import Ranks, before_pass, collect, split_like
 from asyncrl.training.step_metrics import GradientWatch, Seen, measure, speed
-from asyncrl.training.utilization import FlopCounter
-from asyncrl.transport import Audience, Rendezvous
 from asyncrl.types import Trajectory, Version
-from asyncrl.weights import Bucket, Sender, make_buckets
+from asyncrl.weights.broadcast import Audience, Rendezvous
+from asyncrl.weights.buckets import Bucket, make_buckets
+from asyncrl.weights.dtensor import whole
+from asyncrl.weights.sender import Sender
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from asyncrl.config import LoraConfig
-from asyncrl.model import decoder_layers
-from asyncrl.training.sharding import Ranks, collect, own, own_rows, replicate
-from asyncrl.weights import LORA_A, LORA_B
+from asyncrl.config.schema import LoraConfig
+from asyncrl.models.loading import decoder_layers
+from asyncrl.training.sharding import Ranks, collect, own, own_rows
+from asyncrl.weights.buckets import LORA_A, LORA_B
+from asyncrl.weights.dtensor import replicate
 
 FOLDER = "adapter"
 """Within a checkpoint: engines take every *.safetensors beside the model's for weights."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from asyncrl.algo.advantage import estimate, normalizers, overlong_punishment
-from asyncrl.algo.method import Loss
+from asyncrl.algo.loss_spec import Loss
 from asyncrl.types import Trajectory
 
 

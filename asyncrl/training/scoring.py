@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from asyncrl.model import attention_of, rope_limit
+from asyncrl.models.loading import attention_of, rope_limit
 from asyncrl.training.head import Head
 from asyncrl.training.packing import MicroBatch
 from asyncrl.types import Trajectory

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from torch.distributed import TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
-from asyncrl.transport import Rendezvous
+from asyncrl.weights.broadcast import Rendezvous
+from asyncrl.weights.dtensor import whole
 
 TIMEOUT_S = 1800.0
 """Bound on one collective of the learner ranks. The driver hears of a rank that died long before."""
@@ -160,18 +161,6 @@ def _spread(full: Tensor, parameter: Tensor, ranks: Ranks) -> None:
     sent = full.to(device) if ranks.is_first else torch.empty(full.shape, dtype=full.dtype, device=device)
     dist.broadcast(sent, 0)
     own(parameter).copy_(sent[own_rows(parameter)])
-
-
-def whole(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The full tensor, on every rank, which travels as `dtype`; a tensor that is not split is returned as it is."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    return (tensor if dtype is None else cast(DTensor, tensor.to(dtype))).full_tensor()
-
-
-def replicate(tensor: Tensor) -> Tensor:
-    """A split tensor with all of its rows on every rank, to compute with split ones; others as they are."""
-    return tensor.redistribute(placements=[Replicate()]) if isinstance(tensor, DTensor) else tensor
 
 
 def own(tensor: Tensor) -> Tensor:

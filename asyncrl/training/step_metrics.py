@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from asyncrl.algo.diagnostics import diagnose
 from asyncrl.algo.loss import Columns, Outcome, concatenate
+from asyncrl.training.flops import FlopCounter, peak_flops
 from asyncrl.training.packing import Batch
 from asyncrl.training.sharding import Ranks, own, own_rows
-from asyncrl.training.utilization import FlopCounter, peak_flops
 
 _NUM_WATCHED = 100_000
 """Coordinates of the gradient that are compared from step to step."""

@@ -18,13 +18,15 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from asyncrl import cores, durable, memory
-from asyncrl.config import BUILT_IN, Config
+from asyncrl.config import cores
+from asyncrl.config import out_of_memory as memory
+from asyncrl.config.origin import data_digest
+from asyncrl.config.schema import BUILT_IN, Config
 from asyncrl.envs.base import Env, load_env
-from asyncrl.imports import told
-from asyncrl.model import check_model, load_model, load_tokenizer
-from asyncrl.origin import data_digest
-from asyncrl.tiny import build_tiny
+from asyncrl.models.loading import check_model, load_model, load_tokenizer
+from asyncrl.models.tiny import build_tiny
+from asyncrl.utils import durable
+from asyncrl.utils.importing import told
 
 
 def prepare(config: Config, *, quiet: bool = False) -> Path:

@@ -99,7 +99,7 @@ def run_asyncrl(config: str, words: list[str]) -> dict[str, Any]:
 
 def run_trl(path: str, words: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """The same run by TRL, in its own environment, which reads its settings from a file."""
-    from asyncrl import config as configuration
+    from asyncrl.config import loading as configuration
     from asyncrl.training.warmup import prepare
 
     config = configuration.load(path, words)

@@ -29,8 +29,8 @@ import report
 import torch
 from cells import FULL, GPU, SMALL, Cell, common_words, lag_cells, probe_cells, system_cells
 
-from asyncrl import config as configuration
 from asyncrl.algo.presets import PRESETS
+from asyncrl.config import loading as configuration
 from asyncrl.training.warmup import prepare
 
 _LISTS: dict[str, Callable[[str], Any]] = {

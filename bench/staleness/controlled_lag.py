@@ -22,18 +22,18 @@ import torch
 from engine_noise import EngineNoise
 from torch import Tensor, nn
 
-from asyncrl import config as configuration
-from asyncrl import cores
-from asyncrl.config import Config
-from asyncrl.engine.embedded import EmbeddedEngine
+from asyncrl.config import cores
+from asyncrl.config import loading as configuration
+from asyncrl.config.schema import Config
+from asyncrl.engines.embedded.engine import EmbeddedEngine
 from asyncrl.envs.base import load_env
-from asyncrl.model import load_model, load_tokenizer
-from asyncrl.rollout import Attempts, Rollout, scored
-from asyncrl.runtime.parts import sampling_of
+from asyncrl.models.loading import load_model, load_tokenizer
+from asyncrl.runtime.build import sampling_of
+from asyncrl.runtime.rollout_worker import Attempts, Rollout, scored
 from asyncrl.training.learner import Learner, row_length
 from asyncrl.training.warmup import prepare
 from asyncrl.types import Trajectory, Version
-from asyncrl.weights import DTYPES
+from asyncrl.weights.buckets import DTYPES
 
 AVERAGED = (
     "ess/token",

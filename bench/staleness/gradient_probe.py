@@ -21,8 +21,8 @@ import torch
 from controlled_lag import Lab, assign
 from torch import Tensor
 
-from asyncrl import config as configuration
-from asyncrl.config import Config
+from asyncrl.config import loading as configuration
+from asyncrl.config.schema import Config
 from asyncrl.training.learner import Learner
 from asyncrl.types import Trajectory, Version
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_sglang_launch import SIZES, rows_of_weights
 
-from asyncrl.engine.sglang_sampling import draw
+from asyncrl.engines.sglang.sampling import draw
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 

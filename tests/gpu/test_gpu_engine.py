@@ -21,8 +21,8 @@ from test_engine import (  # noqa: F401
 )
 from test_sglang_engine import exact, mixed
 
-from asyncrl import transport
 from asyncrl.types import Completion, Sampling
+from asyncrl.weights import broadcast as transport
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(500)]
 CLOSE, FAR = 0.05, 0.3

@@ -9,9 +9,9 @@ import pytest
 import torch
 from helpers import trajectory
 
-from asyncrl import config as configuration
-from asyncrl.model import load_model
-from asyncrl.tiny import build_tiny
+from asyncrl.config import loading as configuration
+from asyncrl.models.loading import load_model
+from asyncrl.models.tiny import build_tiny
 from asyncrl.training.learner import Learner
 from asyncrl.training.packing import MicroBatch, pack
 

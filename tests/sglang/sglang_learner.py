@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from asyncrl.transport import BroadcastGroup, Rendezvous, open_rendezvous
-from asyncrl.weights import Bucket, Outgoing, digest_of, make_buckets
+from asyncrl.weights.broadcast import BroadcastGroup, Rendezvous, open_rendezvous
+from asyncrl.weights.buckets import Bucket, digest_of, make_buckets
+from asyncrl.weights.sender import Outgoing
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from asyncrl.model import load_model, load_tokenizer
-from asyncrl.tiny import build_tiny
+from asyncrl.models.loading import load_model, load_tokenizer
+from asyncrl.models.tiny import build_tiny
 from asyncrl.types import Sampling
-from asyncrl.weights import LORA_A, LORA_B
+from asyncrl.weights.buckets import LORA_A, LORA_B
 
 Run = Callable[..., Any]
 
@@ -109,7 +109,7 @@ def two_models(folder: Path, dtype: torch.dtype = torch.float32, **shape: int) -
 
 async def start(folder: Path, **options: Any) -> Any:
     """An engine on the model in `folder`."""
-    from asyncrl.engine.sglang import SGLangEngine
+    from asyncrl.engines.sglang.engine import SGLangEngine
 
     settings = {"dtype": "float32", "device": "cpu", "max_running": 8} | options
     return await SGLangEngine.start(str(folder), decode=load_tokenizer(folder).decode, **settings)

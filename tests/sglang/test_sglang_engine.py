@@ -17,8 +17,8 @@ import torch
 from sglang_learner import buckets_of
 from sglang_world import Run, World, adapted, start
 
-from asyncrl.engine.base import EngineDied
-from asyncrl.engine.sglang_launch import open_contexts
+from asyncrl.engines.base import EngineDied
+from asyncrl.engines.sglang.launch import open_contexts
 from asyncrl.types import Completion, Sampling
 
 pytestmark = pytest.mark.timeout(120)
@@ -222,7 +222,7 @@ def test_prefixes_of_old_weights_leave_the_cache():
     from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
     from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
-    from asyncrl.engine import sglang_scheduler
+    from asyncrl.engines.sglang import scheduler as sglang_scheduler
 
     freed: list[int] = []
     allocator = SimpleNamespace(
@@ -256,7 +256,7 @@ def test_prefixes_of_old_weights_leave_the_cache():
 def test_sglang_asks_whether_those_that_wait_may_enter(monkeypatch):
     from sglang.srt.managers import scheduler as managers
 
-    from asyncrl.engine.sglang_scheduler import Refill
+    from asyncrl.engines.sglang.scheduler import Refill
 
     # An engine that was started before in this process would have published it.
     monkeypatch.setattr(managers, "get_memory", lambda: SimpleNamespace(enable_flexkv=False))
@@ -278,7 +278,7 @@ def test_sglang_asks_whether_those_that_wait_may_enter(monkeypatch):
 def test_sglang_books_tokens_itself_where_more_is_asked_for_at_each(monkeypatch, change, replaced):
     from sglang.srt.managers.scheduler_components.batch_result_processor import SchedulerBatchResultProcessor
 
-    from asyncrl.engine import sglang_results
+    from asyncrl.engines.sglang import results as sglang_results
 
     scheduler = SimpleNamespace(
         tree_cache=SimpleNamespace(supports_mamba=lambda: change.get("mamba", False)),
@@ -298,7 +298,7 @@ def test_greedy_requests_need_no_truncation(monkeypatch):
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
     from sglang.srt.sampling.sampling_params import SamplingParams
 
-    from asyncrl.engine import sglang_sampling
+    from asyncrl.engines.sglang import sampling as sglang_sampling
 
     def info(*params):
         batch = SimpleNamespace(reqs=[SimpleNamespace(sampling_params=one) for one in params])

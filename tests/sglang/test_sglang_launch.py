@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from asyncrl.engine import sampler
-from asyncrl.engine.sglang import _finish
-from asyncrl.engine.sglang_launch import choose_attention_backend, server_arguments
-from asyncrl.engine.sglang_memory import cache_bytes
-from asyncrl.engine.sglang_sampling import draw, truncate, uniforms
-from asyncrl.engine.sglang_scheduler import Refill
+from asyncrl.engines import sampler
+from asyncrl.engines.sglang.engine import _finish
+from asyncrl.engines.sglang.launch import choose_attention_backend, server_arguments
+from asyncrl.engines.sglang.memory import cache_bytes
+from asyncrl.engines.sglang.sampling import draw, truncate, uniforms
+from asyncrl.engines.sglang.scheduler import Refill
 from asyncrl.types import Sampling
 
 ALL = {"flashinfer", "fa3", "triton", "torch_native"}

@@ -11,15 +11,16 @@ import ray
 import torch
 from ray import ObjectRef
 
-from asyncrl.transport import BroadcastGroup, Rendezvous, open_rendezvous
 from asyncrl.types import Completion, Sampling, Version
-from asyncrl.weights import Bucket, Outgoing, make_buckets
+from asyncrl.weights.broadcast import BroadcastGroup, Rendezvous, open_rendezvous
+from asyncrl.weights.buckets import Bucket, make_buckets
+from asyncrl.weights.sender import Outgoing
 
 
 @ray.remote(num_cpus=0)
 class LearnerActor:
     def __init__(self, folder: Path) -> None:
-        from asyncrl.model import load_model
+        from asyncrl.models.loading import load_model
 
         torch.set_num_threads(1)
         model = load_model(folder, torch.float32, "cpu")
@@ -68,7 +69,7 @@ class RolloutActor:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from asyncrl.tiny import build_tiny
+    from asyncrl.models.tiny import build_tiny
 
     path = tmp_path_factory.mktemp("tiny")
     build_tiny(path, init_std=0.1, seed=3)
