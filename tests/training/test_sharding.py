@@ -75,11 +75,14 @@ def processes():
     if not num_gpus:
         context.set_forkserver_preload(["asyncrl.runtime.build"])
     pools = [ProcessPoolExecutor(1, mp_context=context) for _ in range(4)]
+    started = []
     with pytest.MonkeyPatch.context() as patch:
         for rank, pool in enumerate(pools):
             if num_gpus:
                 patch.setenv("CUDA_VISIBLE_DEVICES", str(rank % num_gpus))
-            pool.submit(os.getpid)  # starts the process
+            started.append(pool.submit(make_groups, []))
+    for call in started:  # they have imported this module: ranks that meet do not wait for that
+        call.result()
     yield pools
     for pool in pools:
         pool.shutdown()
