@@ -22,9 +22,9 @@ HELD_S = 30.0
 """From which on a loop counts as held up."""
 _GRACE_S = 1.0
 """Beyond that: the whole process may have been stopped, and its loop with it."""
-_CORE = f"{Path(__file__).parent}/"
+_CORE = f"{Path(__file__).parents[1]}/"
 _ENVS = f"{_CORE}envs/"
-_ATTEMPT = f"{_ENVS}faults.py"
+_ATTEMPT = f"{_ENVS}attempt.py"
 _LIBRARIES = tuple({*sysconfig.get_paths().values(), *site.getsitepackages(), site.getusersitepackages(), "<frozen"})
 
 

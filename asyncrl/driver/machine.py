@@ -149,8 +149,13 @@ def show_token(address: str | None) -> None:
     With an address Ray shows none of its own accord, and a head that was started where there is a token refuses it; a
     cluster that asks for no token takes no notice of one.
     """
-    if address is not None and (Path.home() / ".ray" / "auth_token").exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.update(_token_mode(address))
+
+
+def _token_mode(address: str | None) -> dict[str, str]:
+    """The variable that has Ray show its token, unless it is set."""
+    shown = address is not None and (Path.home() / ".ray" / "auth_token").exists()
+    return {"RAY_AUTH_MODE": "token"} if shown and "RAY_AUTH_MODE" not in os.environ else {}
 
 
 def reach(address: str) -> str:
@@ -167,10 +172,10 @@ def reach(address: str) -> str:
 def join(address: str, timeout_s: float = 60.0) -> dict[str, float]:
     """Joins the Ray cluster and leaves it again, in a process of its own, as Ray waits for minutes for a cluster that
     does not let it in. Returns the totals of its resources. Raises `ValueError` if it cannot be joined."""
-    show_token(address)
     command = [sys.executable, "-c", _JOIN, address]
-    lines: list[str] = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    environment = os.environ | _token_mode(address)  # here it would hold for a Ray of this process's own as well
+    pipe, lines = subprocess.PIPE, list[str]()
+    with subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environment) as process:
         clock = threading.Timer(timeout_s, process.kill)
         clock.start()
         for line in process.stdout or ():

@@ -94,12 +94,12 @@ GOOD = trajectory(2, 3, seed=0)
 @pytest.mark.parametrize(
     ("after", "kind", "text"),
     [
-        (raises, "env exception", r"Env raised TimeoutError.*of its own.*, \S*test_faults\.py line \d+, on prompt 4"),
-        (cancels_a_helper, "env exception", r"raised CancelledError\(\), \S*test_faults\.py line \d+, on prompt 4"),
+        (raises, "env exception", r"Env raised TimeoutError.*of its own.*, \S*test_attempt\.py line \d+, on prompt 4"),
+        (cancels_a_helper, "env exception", r"raised CancelledError\(\), \S*test_attempt\.py line \d+, on prompt 4"),
         (starves, "env starved", r"raised Starved\('no time'\), .* on prompt 4"),
-        (exits, "env exception", r"raised SystemExit\('graded'\), \S*test_faults\.py line \d+, on prompt 4"),
+        (exits, "env exception", r"raised SystemExit\('graded'\), \S*test_attempt\.py line \d+, on prompt 4"),
         (never, "env timeout", r"took more than 0.1 s beside generation \(env.timeout_s\) on prompt 4"),
-        (lambda: 3, "env exception", r"can't be used in 'await' expression.*test_faults\.py line \d+, on prompt 4"),
+        (lambda: 3, "env exception", r"can't be used in 'await' expression.*test_attempt\.py line \d+, on prompt 4"),
         (gives(trajectory(2, 4, seed=0)), "env garbage", r"trains 4 tokens and 3 were sampled \(the mask is True for"),
         (gives(None), "env garbage", "gave a NoneType, not a Trajectory"),
         (gives(replace(GOOD, reward=math.nan)), "env garbage", "gave reward nan"),
@@ -154,7 +154,7 @@ def test_a_context_that_no_engine_takes_is_the_environments_fault_on_its_line(co
             await generate(context)
 
     rollout = Rollout(Engine(), Wrong(good), Sampling(4), group_size=1, seed=0, bounds=BOUNDS)
-    with pytest.raises(EnvFault, match=f"Wrong raised .*{text}.*test_faults\\.py line \\d+, on prompt 4") as caught:
+    with pytest.raises(EnvFault, match=f"Wrong raised .*{text}.*test_attempt\\.py line \\d+, on prompt 4") as caught:
         run(rollout.run(PROMPT))
     assert caught.value.kind == "env exception"
 

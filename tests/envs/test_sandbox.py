@@ -260,7 +260,7 @@ for _ in range(2):
 
 def test_no_program_outlives_a_run_that_is_killed(tmp_path):
     code = """import asyncio, os, threading, time
-from asyncrl.sandbox import Limits, Sandbox
+from asyncrl.envs.sandbox import Limits, Sandbox
 def children(pid):
     return open(f"/proc/{pid}/task/{pid}/children").read().split()
 def tell():
@@ -304,7 +304,7 @@ def test_places_are_the_machines_and_those_of_a_killed_process_are_free_again(tm
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     code = """import asyncio, os, time
 from contextlib import AsyncExitStack
-from asyncrl.sandbox.places import place
+from asyncrl.envs.sandbox.places import place
 async def main():
     async with AsyncExitStack() as stack:
         for _ in os.sched_getaffinity(0):

@@ -70,21 +70,21 @@ class Remotely:
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "cause"),
     [
-        EngineDied("process 7 ended"),
-        ray.exceptions.ActorUnavailableError("process 7 ended", None),
-        ray.exceptions.OutOfMemoryError("process 7 ended"),
-        ray.exceptions.NodeDiedError("process 7 ended"),
+        (EngineDied("process 7 ended"), "its engine ended: process 7 ended"),
+        (ray.exceptions.ActorUnavailableError("process 7 ended", None), "its process cannot be reached"),
+        (ray.exceptions.OutOfMemoryError("process 7 ended"), "out of memory"),
+        (ray.exceptions.NodeDiedError("process 7 ended"), "its node was lost"),
     ],
-    ids=lambda error: type(error).__name__,
+    ids=lambda value: type(value).__name__,
 )
-def test_an_actor_dies_with_its_engine_its_node_or_its_memory(error):
+def test_an_actor_dies_with_its_engine_its_node_or_its_memory(error, cause):
     async def body():
         actor = RemoteRollout("rollout 3", Remotely(error), {"num_ranks": 1})
         calls = [actor.run(Prompt(0, (1,), "")), actor.evaluate([]), actor.release(), actor.update_weights([], 1)]
         for call in calls:
-            with pytest.raises(ActorDied, match="process 7 ended"):
+            with pytest.raises(ActorDied, match=cause):
                 await call
 
     run(body())
@@ -230,8 +230,9 @@ def test_of_rays_token_only_that_there_is_none_is_a_line(caplog, monkeypatch):
 
 
 SHOWN = """
-from asyncrl import assembly, config
-assembly.load_runtime(config.load(None, ["cluster.address=head:6379"]))
+from asyncrl.config.loading import load
+from asyncrl.driver import build
+build.load_runtime(load(None, ["cluster.address=head:6379"]))
 from ray._raylet import AuthenticationMode, get_authentication_mode
 print(get_authentication_mode() == AuthenticationMode.TOKEN)
 """

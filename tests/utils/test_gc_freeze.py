@@ -5,7 +5,7 @@ import sys
 
 SCRIPT = """
 import gc, weakref
-from asyncrl import garbage
+from asyncrl.utils import gc_freeze as garbage
 
 class Node:
     def __init__(self):
