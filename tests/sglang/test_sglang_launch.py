@@ -166,10 +166,10 @@ def test_the_kernel_draws_the_same():
     script = """
 import torch
 from test_sglang_launch import SIZES, rows_of_weights
-from asyncrl.engine import draw_kernel, sglang_sampling
+from asyncrl.engines.sglang import draw_kernel, sampling
 for size in SIZES:
     rows = rows_of_weights(size)
-    assert torch.equal(draw_kernel.draw(*rows), sglang_sampling.draw(*rows)), size
+    assert torch.equal(draw_kernel.draw(*rows), sampling.draw(*rows)), size
 """
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment, cwd=Path(__file__).parent)
